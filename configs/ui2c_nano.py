@@ -1,0 +1,41 @@
+"""UI2C nano: two frames at once, about 10 kMAC per pixel each way, trained on a CPU.
+
+  python train.py --config=configs/ui2c_nano.py --workdir=runs/ui2c_nano \
+      --config.data.folder=FOLDER_OF_VIDEOS_AND_PHOTOS
+  nvc release --workdir=runs/ui2c_nano --config=configs/ui2c_nano.py OUT.safetensors
+
+The model card of the released weights (nvc_jax/weights/ui2c-nano.md) says what this reaches.
+"""
+
+from ml_collections import ConfigDict
+
+
+def stage(steps, units, walk, batch, crop, lr, end_lr):
+    """units: coded pairs per step. walk: steps that go through one clip, see training.loop."""
+    return ConfigDict(
+        dict(steps=steps, units=units, walk=walk, batch=batch, crop=crop, lr=lr, end_lr=end_lr)
+    )
+
+
+def get_config():
+    c = ConfigDict()
+    c.seed = 0
+    c.model = ConfigDict(dict(name="ui2c", size="nano", dtype="float32"))
+    c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.25))
+    c.init_from = ""  # a released model to start from
+    c.stages = (
+        # Intra and short-range prediction first, then long walks against drift.
+        stage(steps=6_000, units=2, walk=1, batch=4, crop=128, lr=1e-3, end_lr=6e-4),
+        stage(steps=6_000, units=2, walk=8, batch=4, crop=128, lr=6e-4, end_lr=1e-4),
+        stage(steps=2_000, units=3, walk=5, batch=4, crop=128, lr=1e-4, end_lr=1e-5),
+    )
+    c.warmup_steps = 200
+    c.clip_norm = 1.0
+    c.weight_decay = 1e-4
+    c.rate_balance = 0.5
+    c.average_decay = 0.999
+    c.max_skipped_in_row = 50
+    c.log_every = 100
+    c.sample_every = 1_000
+    c.checkpoint_every_seconds = 300.0
+    return c

@@ -1,0 +1,154 @@
+"""The two bottlenecks: what happens to a latent depends on who asks.
+
+A codec's forward pass is written once and given a bottleneck. `Estimate` counts bits with gradients
+(training, rate-distortion estimates). `Coded` is the real thing, and serves the encoder, the decoder
+and the verifier with *one* compiled program: an integer input says whether the symbols come from
+the picture, from the stream, or from the caller. Encoder and decoder thus run the same machine code
+on the way from symbols to pictures and cannot drift apart on one machine, whatever the compiler
+does with floating-point sums.
+
+Bottleneck interface, used by the models:
+  encoder_only(module, fn, *shapes) -> arrays      fn(module), computed only if a picture is coded
+  decoder_only(module, fn, *shapes) -> arrays      fn(module), computed only if pictures are wanted
+  factorized(z, chain, qp)  -> z_hat               rounded hyper-latent
+  gaussian(y, mean, scale)  -> y_hat               quantised around the mean; one call per step
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nvc_jax.entropy import likelihood
+
+# Where a coded unit's symbols come from: the values of `Coded`'s `source` input.
+FROM_PICTURE, FROM_STREAM, FROM_CALLER = 0, 1, 2
+SKIP = np.uint16(0xFFFF)  # index of elements that are not coded; their symbol is 0
+
+
+class Estimate:
+    """Training and rate estimates: straight-through rounding, bits from the likelihoods.
+
+    Attributes:
+      bits: {"z", "y"} -> float32 [batch], bits so far.
+    """
+
+    def __init__(self, noise_key: jax.Array | None = None):
+        """noise_key: additive uniform noise replaces rounding in the rate (training)."""
+        self._key = noise_key
+        self.bits = {"z": 0.0, "y": 0.0}
+
+    def encoder_only(self, module, fn, *shapes):
+        return fn(module)
+
+    decoder_only = encoder_only
+
+    def _stand_in(self, value):
+        if self._key is None:
+            return jnp.round(value)
+        self._key, key = jax.random.split(self._key)
+        return value + jax.random.uniform(key, value.shape, minval=-0.5, maxval=0.5)
+
+    def factorized(self, z, chain, qp):
+        self.bits["z"] += likelihood.factorized_bits(self._stand_in(z), chain).sum((1, 2, 3))
+        return likelihood.round_straight_through(z)
+
+    def gaussian(self, y, mean, scale):
+        residual = y - mean
+        bits = likelihood.gaussian_bits(self._stand_in(residual), scale)
+        self.bits["y"] += bits.sum((1, 2, 3))
+        return likelihood.round_straight_through(residual) + mean
+
+
+class CodingSpec(NamedTuple):
+    """Integer side of a released model: how float scales become table indices.
+
+    Attributes:
+      scale_boundaries: float32 [levels - 1], ascending; index = number of boundaries <= scale.
+      skip_below: indices below this are not coded.
+      z_table_base: table of (qp row 0, channel 0) of the hyper-latent; row-major from there.
+    """
+
+    scale_boundaries: np.ndarray
+    skip_below: int
+    z_table_base: int
+
+
+class Coded:
+    """Encoding, decoding and replaying: integer symbols under integer table indices.
+
+    One image at a time (batch 1). After the forward pass `symbols` (int16) and `indices` (uint16)
+    hold one flat array per step, in coding order, and `state` the coder's state.
+    """
+
+    def __init__(
+        self,
+        spec: CodingSpec,
+        source: jax.Array,
+        render: jax.Array,
+        pull: Callable,
+        state: Sequence[jax.Array],
+        given: jax.Array,
+    ):
+        """
+        Args:
+          spec: see `CodingSpec`.
+          source: int32 [], one of FROM_PICTURE, FROM_STREAM, FROM_CALLER.
+          render: bool [], whether pictures are wanted.
+          pull: (state, index uint16 [n]) -> (symbols int16 [n], state); reaches the host coder.
+          state: the coder's state, any tuple of arrays that `pull` understands.
+          given: int16 [total], all symbols in coding order for FROM_CALLER.
+        """
+        self._spec, self._source, self._render, self._pull = spec, source, render, pull
+        self.state, self._given, self._position = state, given, 0
+        self.symbols, self.indices = [], []
+
+    @staticmethod
+    def _only_if(predicate, module, fn, shapes):
+        zeros = tuple(jnp.zeros(s.shape, s.dtype) for s in shapes)
+        return nn.cond(predicate, lambda m: tuple(fn(m)), lambda m: zeros, module)
+
+    def encoder_only(self, module, fn, *shapes):
+        return self._only_if(self._source == FROM_PICTURE, module, fn, shapes)
+
+    def decoder_only(self, module, fn, *shapes):
+        return self._only_if(self._render, module, fn, shapes)
+
+    def _code(self, value, index):
+        """value float32 [1, h, w, c] (used by the encoder), index int32 same shape -> symbols."""
+        shape, n = value.shape, value.size
+        # The barrier pins what the three sources see, so that none is fused with its neighbours.
+        value, index = lax.optimization_barrier((value.reshape(n), index.reshape(n)))
+        skipped = index < self._spec.skip_below
+        index = jnp.where(skipped, jnp.uint16(SKIP), index.astype(jnp.uint16))
+        given = lax.dynamic_slice(self._given, (self._position,), (n,))
+
+        def from_picture():
+            symbol = jnp.clip(jnp.round(value), -32768, 32767).astype(jnp.int16)
+            return jnp.where(skipped, jnp.int16(0), symbol), self.state
+
+        symbols, self.state = lax.switch(
+            self._source,
+            [from_picture, lambda: self._pull(self.state, index), lambda: (given, self.state)],
+        )
+        symbols, self.state = lax.optimization_barrier((symbols, self.state))
+        self._position += n
+        self.symbols.append(symbols)
+        self.indices.append(index)
+        return symbols.astype(jnp.float32).reshape(shape)
+
+    def factorized(self, z, chain, qp):
+        del chain  # the frozen integer tables stand for it
+        channels = z.shape[-1]
+        row = self._spec.z_table_base + qp[:, None, None, None] * channels
+        index = jnp.broadcast_to(row + jnp.arange(channels), z.shape)
+        return self._code(z, index)
+
+    def gaussian(self, y, mean, scale):
+        boundaries = jnp.asarray(self._spec.scale_boundaries)
+        index = jnp.sum(scale[..., None] >= boundaries, axis=-1, dtype=jnp.int32)
+        return self._code(y - mean, index) + mean

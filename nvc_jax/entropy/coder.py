@@ -1,0 +1,405 @@
+"""The host entropy coder: interleaved rANS over integer tables, numpy in, bytes or numpy out.
+
+Integers only, so every machine writes and reads the same bytes. Asymmetric numeral systems are
+Duda's (arXiv 1311.2540), interleaving is Giesen's (arXiv 1402.3392). A *unit* is coded in *steps*,
+each a flat array of symbols with a table index per symbol; the decoder learns the indices of a
+step only after decoding the one before, so it is called once per step and its whole state is an
+array. Nothing here calls JAX: it is safe inside `jax.pure_callback`.
+
+Payload of a unit
+-----------------
+    words of stream 0 | words of stream 1 | ... | trailer
+
+A *word* is 32 bits, little-endian. The *trailer* is one little-endian integer of whole bytes, read
+from its most significant bit downwards:
+
+    0: one stream with one lane. The rest is its h (below). The trailer has 1 to 4 bytes, as many as
+       leave whole words before it.
+    1: then log2(lanes) in 2 bits, streams - 1 in 3 bits, for each stream except the last its number
+       of words, and for each stream and each of its lanes h. Each of these numbers is written as n
+       in 5 bits and its value in n bits. Zero bits fill up the last byte (the first in the file).
+
+Stream s of S codes elements floor(s n / S) to floor((s + 1) n / S) of each step of n elements,
+without those whose index is SKIP. The k-th coded element of a step in a stream belongs to lane
+k mod lanes. Each lane is an integer x. Before the first step x is h if the stream has no words;
+otherwise x = h 2^32 + word, each lane in turn taking the stream's next word. Decoding one element:
+
+    slot = x mod 2^16;  entry = the one with start <= slot < start + frequency
+    x = frequency floor(x / 2^16) + slot - start
+    if x < 2^31 and the stream has words left: x = x 2^32 + next word
+
+After an escape entry the same lane decodes the 16 bits of the value, as two's complement, by the
+same rule with frequency 1 and start = slot. At the end every word has been used and every lane is
+back at 2^12 (one lane per stream) or 2^31 (several). An empty payload is a unit in which nothing
+was coded: one lane at 2^12, no words.
+
+The final check finds most damage, but the last bits of a stream and units of a few bytes have
+little redundancy: the container's checksums are what guarantees integrity.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
+
+from nvc_jax.entropy import tables as cdf_tables
+from nvc_jax.entropy.tables import CdfTables
+from nvc_jax.errors import NvcError, StreamError
+
+SKIP = 0xFFFF
+MAX_STREAMS = 8
+MAX_LANES = 8
+MAX_PAYLOAD_BYTES = 1 << 31
+
+# What `status` returns.
+OK = 0
+BAD_PAYLOAD = 1  # the payload's trailer contradicts its length
+BAD_INDEX = 2  # a table index that no table has
+
+# The decoder's state, uint32: these three, then (position, end) of each stream in words, then
+# (low, high) of each lane, MAX_LANES per stream.
+_STATUS, _LANES, _STREAMS, _RANGES = 0, 1, 2, 3
+_STATES = _RANGES + 2 * MAX_STREAMS
+STATE_WORDS = _STATES + 2 * MAX_LANES * MAX_STREAMS
+
+# A lane starts (and, decoded, ends) here. Starting a lone lane low saves two bytes, which matters
+# in a unit of fifty; below 2^12 a lane's first symbol costs what the low start saves. Several lanes
+# share one sequence of words, and must not be below the bound at which words are taken.
+_START_ALONE, _START_SHARED = 1 << 12, 1 << 31
+# One more lane or stream costs 5 bytes: at most 0.1 % of what it carries.
+_MIN_LANE_BYTES = 6 << 10
+_MIN_STREAM_BYTES = 4 * _MIN_LANE_BYTES
+_MIN_STREAM_SYMBOLS = 1 << 16
+_SAMPLES = 4096
+
+_U16, _U32, _U47, _U48, _U63 = (np.uint64(n) for n in (16, 32, 47, 48, 63))
+_ONE, _TOTAL = np.uint64(1), np.uint64(1 << 16)
+_LOW15, _LOW16, _BOUND = np.uint64(0x7FFF), np.uint64(0xFFFF), np.uint64(1 << 31)
+
+
+class PreparedTables(NamedTuple):
+    """`CdfTables` arranged for the coder's inner loops.
+
+    An *entry word* is start | frequency << 16 | value << 32 | entry's place in its table << 48, and
+    bit 63 for an escape. The range 0..65535 of a table is divided into 2^k equal *cells*; a cell
+    holds the entry word of the entry in its middle, so most look-ups end there.
+
+    Attributes:
+      table: int32 [tables, 6]: first entry, place of the escape, offset, first cell, 16 - k,
+        expected code length in 1/256 bit.
+      divide: uint64 [entries, 2]: multiplier and shift that divide by the frequency.
+      entry: uint64 [entries], entry words.
+      cell: uint64 [cells], entry words.
+    """
+
+    table: np.ndarray
+    divide: np.ndarray
+    entry: np.ndarray
+    cell: np.ndarray
+
+
+def _jit(function: Callable) -> Callable:
+    """Compiles without the interpreter lock, and remembers that on disk where that is possible."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither __pycache__ nor the user's cache folder can be written
+        return numba.njit(nogil=True)(function)
+
+
+def _frozen(array, dtype) -> np.ndarray:
+    """Flat, contiguous, read-only: one array type, so that each loop is compiled only once."""
+    array = np.ascontiguousarray(array, dtype).reshape(-1)
+    array.flags.writeable = False
+    return array
+
+
+def prepare(tables: CdfTables) -> PreparedTables:
+    """Builds the look-up structures of both directions, once per model.
+
+    Raises:
+      NvcError: the tables break a rule (see `tables.validate`).
+    """
+    cdf_tables.validate(tables)
+    cdf, size, offset = tables.cdf, tables.size.astype(np.int64), tables.offset.astype(np.int64)
+    first = np.cumsum(size) - size
+    of_entry = np.repeat(np.arange(len(size)), size)
+    place = np.arange(len(of_entry)) - first[of_entry]
+    escape = place == size[of_entry] - 1
+    start = cdf[of_entry, place].astype(np.int64)
+    frequency = cdf[of_entry, place + 1].astype(np.int64) - start
+
+    def unsigned(array):
+        return array.astype(np.uint64)
+
+    entry = unsigned(start) | unsigned(frequency) << _U16 | unsigned(place) << _U48
+    entry |= unsigned((offset[of_entry] + place) & 0xFFFF) << _U32 | unsigned(escape) << _U63
+
+    # x // f = (2 x * m >> 64) >> s for every x < 2^63, with s = ceil(log2 f) and
+    # m = ceil(2^(63 + s) / f) < 2^64: m is too large by less than f / 2^(63 + s), so the quotient
+    # is by less than 1 / f.
+    shift, divisor = unsigned(np.frexp(frequency - 1)[1]), unsigned(frequency)
+    whole, rest = np.divmod(np.uint64(1 << 63), divisor)
+    multiplier = (whole << shift) + ((rest << shift) + divisor - _ONE) // divisor
+
+    # Expected code length, for choosing lanes and streams; log2 is interpolated linearly between
+    # powers of two, to stay within integers.
+    exponent = np.frexp(frequency)[1].astype(np.int64) - 1
+    cost = (17 - exponent << 8) - ((frequency << 8) >> exponent) + escape * (16 << 8)
+    bits = np.add.reduceat(cost * frequency, first) >> 16
+
+    cell_bits = np.clip(np.frexp(size - 1)[1] + 1, 4, 9).astype(np.int64)
+    cells = 1 << cell_bits
+    first_cell = np.cumsum(cells) - cells
+    of_cell = np.repeat(np.arange(len(size)), cells)
+    width = (1 << 16) >> cell_bits[of_cell]
+    middle = (np.arange(len(of_cell)) - first_cell[of_cell]) * width + width // 2
+    found = np.searchsorted((of_entry << 16) + start, (of_cell << 16) + middle, "right") - 1
+
+    table = np.stack([first, size - 1, offset, first_cell, 16 - cell_bits, bits], axis=1)
+    arrays = table.astype(np.int32), np.stack([multiplier, shift], axis=1), entry, entry[found]
+    for array in arrays:
+        array.flags.writeable = False
+    return PreparedTables(*arrays)
+
+
+@intrinsic
+def _multiply_high(typing_context, a, b):
+    """Upper 64 bits of a 64 x 64-bit product: one instruction that numba has no name for."""
+
+    def generate(context, builder, signature, arguments):
+        wide = ir.IntType(128)
+        a, b = (builder.zext(argument, wide) for argument in arguments)
+        high = builder.lshr(builder.mul(a, b), ir.Constant(wide, 64))
+        return builder.trunc(high, ir.IntType(64))
+
+    return numba.uint64(numba.uint64, numba.uint64), generate
+
+
+# The loops are written out, without helpers that take arrays: numba counts references to arrays
+# that such helpers touch, which makes the loops eight times slower. Unsigned positions keep it from
+# looking for negative ones.
+
+
+@_jit
+def _survey(index, table, step):
+    """(coded elements, their expected bits / 256, 1 if an index is bad) of every step-th element."""
+    coded, bits, bad = 0, 0, 0
+    for i in range(0, len(index), step):
+        t = index[i]
+        if t < len(table):
+            coded += 1
+            bits += table[t, 5]
+        elif t != SKIP:
+            bad = 1
+    return coded, bits, bad
+
+
+@_jit
+def _select(index, first, stop, tables, order):
+    """Lists the coded elements of first..stop in `order`; their number, or -1 for a bad index."""
+    count = np.uint64(0)
+    bad = False
+    for i in range(first, stop):
+        t = index[np.uint64(i)]
+        order[count] = i
+        count += np.uint64(t != SKIP)
+        bad |= (t >= tables) & (t != SKIP)
+    return -1 if bad else np.int64(count)
+
+
+@_jit
+def _encode(symbols, index, first, stop, lanes, words, position, table, divide, entry):
+    """Codes elements first..stop of a step, last one first, as rANS has to.
+
+    Updates `lanes` uint64 [lanes], writes `words` downwards from `position`; returns the new
+    position, or -1 for a bad index.
+    """
+    order = np.empty(stop - first, np.uint32)
+    count = _select(index, first, stop, len(table), order)
+    if count < 0:
+        return -1
+    mask = np.uint64(len(lanes) - 1)
+    at = np.uint64(position)
+    for k in range(count - 1, -1, -1):
+        lane = np.uint64(k) & mask
+        x = lanes[lane]
+        i = np.uint64(order[np.uint64(k)])
+        t = np.uint64(index[i])
+        place = np.int64(symbols[i]) - table[t, 2]
+        last = np.int64(table[t, 1])
+        if place < 0 or place >= last:
+            place = last
+            words[at - _ONE] = np.uint32(x)
+            if x >= _ONE << _U47:
+                at -= _ONE
+                x >>= _U32
+            x = x << _U16 | np.uint64(np.uint16(symbols[i]))
+        e = np.uint64(table[t, 0] + place)
+        w = entry[e]
+        frequency = w >> _U16 & _LOW16
+        # Stored whether it counts or not: a branch here would often be mispredicted.
+        words[at - _ONE] = np.uint32(x)
+        if x >= frequency << _U47:
+            at -= _ONE
+            x >>= _U32
+        quotient = _multiply_high(x << _ONE, divide[e, 0]) >> divide[e, 1]
+        lanes[lane] = x + (w & _LOW16) + quotient * (_TOTAL - frequency)
+    return np.int64(at)
+
+
+@_jit
+def _decode(words, state, first_stream, stop_stream, index, symbols, table, entry, cell):
+    """Decodes some streams' share of a step into `symbols` (zeros before), updating `state`."""
+    streams = np.int64(state[_STREAMS])
+    mask = np.uint64((state[_LANES] - 1) & (MAX_LANES - 1))
+    n = len(index)
+    order = np.empty(n // streams + 1, np.uint32)
+    lanes = np.empty(MAX_LANES, np.uint64)
+    for s in range(first_stream, stop_stream):
+        count = _select(index, s * n // streams, (s + 1) * n // streams, len(table), order)
+        if count < 0:
+            state[_STATUS] = BAD_INDEX
+            return
+        at = np.uint64(state[_RANGES + 2 * s])
+        end = np.uint64(min(np.int64(state[_RANGES + 2 * s + 1]), len(words)))
+        home = _STATES + 2 * MAX_LANES * s
+        for j in range(MAX_LANES):
+            lanes[j] = np.uint64(state[home + 2 * j + 1]) << _U32 | np.uint64(state[home + 2 * j])
+        for k in range(count):
+            lane = np.uint64(k) & mask
+            x = lanes[lane]
+            i = np.uint64(order[np.uint64(k)])
+            t = np.uint64(index[i])
+            slot = x & _LOW16
+            w = cell[np.uint64(table[t, 3]) + (slot >> np.uint64(table[t, 4]))]
+            # The first test covers both sides: below the start, the difference wraps around.
+            if slot - (w & _LOW16) >= w >> _U16 & _LOW16:
+                e = np.uint64(table[t, 0]) + (w >> _U48 & _LOW15)
+                while slot < w & _LOW16:
+                    e -= _ONE
+                    w = entry[e]
+                while slot - (w & _LOW16) >= w >> _U16 & _LOW16:
+                    e += _ONE
+                    w = entry[e]
+            x = (w >> _U16 & _LOW16) * (x >> _U16) + slot - (w & _LOW16)
+            if x < _BOUND and at < end:
+                x = x << _U32 | np.uint64(words[at])
+                at += _ONE
+            value = np.int16(w >> _U32)
+            if w >> _U63:
+                value = np.int16(x)
+                x >>= _U16
+                if x < _BOUND and at < end:
+                    x = x << _U32 | np.uint64(words[at])
+                    at += _ONE
+            symbols[i] = value
+            lanes[lane] = x
+        state[_RANGES + 2 * s] = at
+        for j in range(MAX_LANES):
+            state[home + 2 * j] = lanes[j] & np.uint64(0xFFFFFFFF)
+            state[home + 2 * j + 1] = lanes[j] >> _U32
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor:
+    """One pool per process: a forked child cannot use its parent's threads."""
+    return ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="nvc-coder")
+
+
+def _share(job: Callable, streams: int, elements: int, threads: int | None) -> list:
+    """[job(first, stop), ...] over ranges of streams, in parallel if there is enough to do."""
+    threads = min(threads or _cores(), streams)
+    if threads < 2 or elements < _MIN_STREAM_SYMBOLS:
+        return [job(0, streams)]
+    edges = [streams * k // threads for k in range(threads + 1)]
+    pool = _pool(os.getpid())
+    others = [pool.submit(job, *edges[k : k + 2]) for k in range(1, threads)]
+    return [job(*edges[:2]), *(other.result() for other in others)]
+
+
+def _layout(coded: int, code_bytes: int) -> tuple[int, int]:
+    """(lanes, streams) for about so many elements and bytes: overhead stays below 0.1 %."""
+    streams = 1
+    while (
+        streams < MAX_STREAMS
+        and coded >= 2 * streams * _MIN_STREAM_SYMBOLS
+        and code_bytes >= 2 * streams * _MIN_STREAM_BYTES
+    ):
+        streams *= 2
+    return _lanes(streams, code_bytes), streams
+
+
+def _lanes(streams: int, code_bytes: int) -> int:
+    lanes = 1
+    while lanes < MAX_LANES and code_bytes >= 2 * lanes * streams * _MIN_LANE_BYTES:
+        lanes *= 2
+    return lanes
+
+
+def encode(
+    steps: Sequence[tuple[np.ndarray, np.ndarray]],
+    tables: PreparedTables,
+    streams: int | None = None,
+    threads: int | None = None,
+) -> bytes:
+    """Codes a unit.
+
+    Args:
+      steps: (symbols int16 [n], table index uint16 [n]) in coding order, of any shapes (taken
+        flat). Elements whose index is SKIP are not coded; they decode as 0.
+      tables: from `prepare`.
+      streams: 1..8 independent sub-streams; by default as many as the unit is worth.
+      threads: at most so many threads (default: one per core); no influence on the result.
+
+    Returns:
+      The payload; its layout is in the module's documentation.
+
+    Raises:
+      NvcError: wrong dtypes or lengths, or an index that no table has.
+    """
+    flat = []
+    for number, (symbols, index) in enumerate(steps):
+        symbols, index = np.asarray(symbols), np.asarray(index)
+        if symbols.dtype != np.int16 or index.dtype != np.uint16 or symbols.size != index.size:
+            raise NvcError(
+                f"coding step {number}: {symbols.size} symbols of {symbols.dtype} with "
+                f"{index.size} indices of {index.dtype}; needs equally many int16 and uint16"
+            )
+        flat.append((_frozen(symbols, np.int16), _frozen(index, np.uint16)))
+    if streams is not None and not 1 <= streams <= MAX_STREAMS:
+        raise NvcError(f"{streams} coder streams were asked for; 1 to {MAX_STREAMS} are possible")
+
+    coded = bits = 0
+    for _, index in flat:
+        # An odd distance visits every channel of the usual channel counts.
+        distance = 1 if len(index) < _SAMPLES else len(index) // _SAMPLES | 1
+        step_coded, step_bits, bad = _survey(index, tables.table, distance)
+        coded, bits = coded + distance * step_coded, bits + distance * step_bits
+    lanes, chosen = _layout(coded, bits >> 11)
+    if streams is not None:
+        lanes, chosen = _lanes(streams, bits >> 11), streams
+    start = _START_ALONE if lanes == 1 else _START_SHARED
+
+    def code(first_stream: int, stop_stream: int) -> list[tuple[np.ndarray, list[int]]]:
+        return [_encode_stream(flat, tables, s, chosen, lanes, start) for s in range(first_stream, stop_stream)]
+
+    coded_streams = sum(_share(code, chosen, coded, threads), [])
+    words = b"".join(w.tobytes() for w, _ in coded_streams)
+    if chosen == lanes == 1:
+        (high,) = coded_streams[0][1]
+        if not words and high == start:
+            return b""
+        return words + high.to_bytes(high.bit_length() // 8 + 1, "little")
+    numbers = [len(w) for w, _ in coded_streams[:-1]]
+    numbers += [high for _, highs in coded_streams for high in highs]
+    return words + _trailer(lanes, chosen, numbers)

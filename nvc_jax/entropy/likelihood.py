@@ -1,0 +1,56 @@
+"""Probabilities of quantised latents, for rate estimates with gradients.
+
+Sources: Ballé et al. 2017 (arXiv 1611.01704) for noise as the stand-in of rounding and the lower
+bound's gradient rule; models and bounds as in DCVC-RT/UF.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from nvc_jax.nn.hyperprior import factorized_logits
+
+SCALE_MIN = 0.11
+PROBABILITY_MIN = 1e-9
+
+
+@jax.custom_vjp
+def lower_bound(x: jax.Array, bound: float) -> jax.Array:
+    """max(x, bound); a gradient that would lift x back over the bound still passes."""
+    return jnp.maximum(x, bound)
+
+
+lower_bound.defvjp(
+    lambda x, bound: (jnp.maximum(x, bound), (x, bound)),
+    lambda res, g: (jnp.where((res[0] >= res[1]) | (g < 0), g, 0), None),
+)
+
+
+def round_straight_through(x: jax.Array) -> jax.Array:
+    """round(x) (half to even) whose gradient is that of x."""
+    return x + jax.lax.stop_gradient(jnp.round(x) - x)
+
+
+def gaussian_bits(value: jax.Array, scale: jax.Array) -> jax.Array:
+    """Bits of values in unit intervals under N(0, scale): -log2(P(value - 1/2 < X < value + 1/2)).
+
+    Args:
+      value: float32 [...], symbols or noisy stand-ins.
+      scale: float32 [...], raw network output; bounded below by 0.11.
+    """
+    scale = lower_bound(scale, SCALE_MIN)
+    # Both arguments on the negative side, where the cumulative distribution keeps its precision.
+    magnitude = jnp.abs(value)
+    factor = 1.0 / (scale * jnp.sqrt(2.0))
+    upper = jax.scipy.special.erfc((magnitude - 0.5) * factor)
+    lower = jax.scipy.special.erfc((magnitude + 0.5) * factor)
+    return -jnp.log2(lower_bound(0.5 * (upper - lower), PROBABILITY_MIN))
+
+
+def factorized_bits(value: jax.Array, chain: jax.Array) -> jax.Array:
+    """Bits of hyper-latents [b, h, w, c] under their learned prior, chain [b, c, 11]."""
+    chain = chain[:, None, None]
+    upper = factorized_logits(chain, value + 0.5)
+    lower = factorized_logits(chain, value - 0.5)
+    sign = jax.lax.stop_gradient(-jnp.sign(upper + lower))
+    probability = jnp.abs(jax.nn.sigmoid(sign * upper) - jax.nn.sigmoid(sign * lower))
+    return -jnp.log2(lower_bound(probability, PROBABILITY_MIN))

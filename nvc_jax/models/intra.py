@@ -1,0 +1,195 @@
+"""Intra: every picture on its own. DCVC-RT's intra codec (DMCI, arXiv 2502.20762) in all sizes.
+
+The latent is coded in four steps, each predicting means *and* scales from what is decoded already,
+and quantised with two spatial step-size maps (one on each side) that the entropy model predicts.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nvc_jax.nn.blocks import (
+    Blocks,
+    Conv3x3,
+    DepthConvBlock,
+    Pointwise,
+    QpTable,
+    Up,
+    depth_to_space,
+    space_to_depth,
+)
+from nvc_jax.nn.hyperprior import (
+    FactorizedPrior,
+    HyperDecoder,
+    HyperEncoder,
+    pack_step,
+    pad_to_multiple,
+    step_groups,
+    unpack_step,
+)
+
+QP_ROWS = 64
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Config:
+    """Widths (channels) and depths (blocks) of one size.
+
+    `encoder` and `decoder` count the blocks between the first (last) one and the latent; `spatial`
+    those of the spatial prior that its three later steps share, `spatial_width` their width.
+    `offset` is subtracted from the input (0.5: signed networks; DCVC-RT feeds [0, 1]).
+    """
+
+    width: int = 368
+    y: int = 256
+    z: int = 128
+    prior: int = 512
+    spatial_width: int = 512
+    encoder: int = 6
+    decoder: int = 12
+    fusion: int = 3
+    spatial: int = 3
+    offset: float = 0.0
+    form: str = "rt"
+
+
+SIZES = {
+    "full": Config(),
+    "nano": Config(
+        width=112, y=80, z=32, prior=128, spatial_width=112, encoder=3, decoder=5, fusion=2,
+        spatial=1, offset=0.5, form="uf2",
+    ),
+}  # fmt: skip
+
+
+class Encoder(nn.Module):
+    cfg: Config
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, frame, q):
+        c = self.cfg
+        x = space_to_depth(frame, 8)
+        x = DepthConvBlock(c.width, c.form, dtype=self.dtype, name="patch")(x) * q
+        x = Blocks(c.width, c.encoder, c.form, self.dtype, name="blocks")(x)
+        return Conv3x3(c.y, 2, self.dtype, name="latent")(x)
+
+
+class Decoder(nn.Module):
+    cfg: Config
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, y_hat, q):
+        c = self.cfg
+        x = Up(c.width, c.form, self.dtype, name="up")(y_hat)
+        x = Blocks(c.width, c.decoder, c.form, self.dtype, name="blocks")(x) * q
+        x = DepthConvBlock(192, c.form, dtype=self.dtype, name="pixels")(x)
+        return depth_to_space(x, 8)
+
+
+class Fusion(nn.Module):
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.cfg
+        x = Blocks(c.prior, c.fusion, c.form, name="blocks")(x)
+        return Pointwise(2 * c.y + 2, name="params")(x)
+
+
+class SpatialPrior(nn.Module):
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.cfg
+        x = Blocks(c.spatial_width, c.spatial, c.form, name="blocks")(x)
+        return Pointwise(2 * c.y, name="params")(x)
+
+
+class Intra(nn.Module):
+    """The codec. `dtype` is the compute type of everything but the entropy path (float32)."""
+
+    cfg: Config
+    dtype: Any = jnp.float32
+
+    frames_per_unit = 1
+    qp_rows = QP_ROWS
+
+    def setup(self):
+        c = self.cfg
+        self.encoder = Encoder(c, self.dtype)
+        self.q_scale_enc = QpTable(QP_ROWS, c.width, self.dtype)
+        self.hyper_encoder = HyperEncoder(c.z, c.form)
+        self.z_prior = FactorizedPrior(QP_ROWS, c.z)
+        self.hyper_decoder = HyperDecoder(c.y, c.form)
+        self.prior_fusion = Fusion(c)
+        self.spatial_prior_reduction = Pointwise(c.y)
+        self.spatial_prior_adaptors = [
+            DepthConvBlock(c.spatial_width, c.form, force_adaptor=True) for _ in range(STEPS - 1)
+        ]
+        self.spatial_prior = SpatialPrior(c)
+        self.decoder = Decoder(c, self.dtype)
+        self.q_scale_dec = QpTable(QP_ROWS, c.width, self.dtype)
+
+    def __call__(self, frames, refs, qp, bottleneck):
+        """Codes one picture.
+
+        Args:
+          frames: float32 [batch, 1, height, width, 3], Y, U, V in [0, 1], sides multiples of 16.
+            When decoding only the shape counts.
+          refs: ignored.
+          qp: int32 [batch, 1], 0..63.
+          bottleneck: see `nvc_jax.entropy.bottleneck`.
+
+        Returns:
+          recon: float32 [batch, 1, height, width, 3] in [0, 1].
+          new_refs: ().
+        """
+        c = self.cfg
+        del refs
+        batch, _, height, width, _ = frames.shape
+        qp = qp[:, 0]
+
+        def analysis(m):
+            frame = (frames[:, 0] - c.offset).astype(m.dtype)
+            y = m.encoder(frame, m.q_scale_enc(qp)).astype(jnp.float32)
+            return y, m.hyper_encoder(pad_to_multiple(y, 4))
+
+        h, w = height // 16, width // 16
+        y, z = bottleneck.encoder_only(
+            self,
+            analysis,
+            jax.ShapeDtypeStruct((batch, h, w, c.y), jnp.float32),
+            jax.ShapeDtypeStruct((batch, -(-h // 4), -(-w // 4), c.z), jnp.float32),
+        )
+        z_hat = bottleneck.factorized(z, self.z_prior(qp), qp)
+        params = self.prior_fusion(self.hyper_decoder(z_hat))[:, :h, :w]
+        q_enc, q_dec = jnp.split(0.5 + 1.5 * jax.nn.sigmoid(params[..., :2]), 2, axis=-1)
+        scale, mean = jnp.split(params[..., 2:], 2, axis=-1)
+        reduced = self.spatial_prior_reduction(params)
+        y = y * q_enc
+
+        group = step_groups(h, w, STEPS)
+        y_hat = jnp.zeros_like(y)
+        for s in range(STEPS):
+            if s > 0:
+                x = self.spatial_prior_adaptors[s - 1](jnp.concatenate([y_hat, reduced], -1))
+                scale, mean = jnp.split(self.spatial_prior(x), 2, axis=-1)
+            packed = [pack_step(a, group(s), STEPS) for a in (y, mean, scale)]
+            y_hat = y_hat + unpack_step(bottleneck.gaussian(*packed), group(s), STEPS)
+        y_hat = y_hat * q_dec
+
+        def render(m):
+            recon = m.decoder(y_hat.astype(m.dtype), m.q_scale_dec(qp))
+            return ((recon.astype(jnp.float32) + c.offset)[:, None],)
+
+        (recon,) = bottleneck.decoder_only(
+            self, render, jax.ShapeDtypeStruct(frames.shape, jnp.float32)
+        )
+        return recon, ()

@@ -1,0 +1,90 @@
+"""All codecs by name, and what the rest of the project needs to know of each.
+
+To add a codec: write `nvc_jax/models/<name>.py` with `Config`, `SIZES` and a Linen module whose
+`__call__(frames, refs, qp, bottleneck)` follows `nvc_jax.models.ui2c.UI2C`, and add a row here.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nvc_jax.entropy.bottleneck import Estimate
+from nvc_jax.errors import NvcError
+from nvc_jax.models import intra, ui2c
+from nvc_jax.models.ui2c import Ref
+
+
+class Entry(NamedTuple):
+    """A codec.
+
+    Attributes:
+      module: Linen module class with fields `cfg` and `dtype`.
+      config: its config class.
+      sizes: named configs.
+      schedule: name of its coding order in `nvc_jax.schedule`.
+      content: "image" or "video", which lambda range it is trained with.
+      inter: whether units refer to earlier ones.
+    """
+
+    module: type[nn.Module]
+    config: type
+    sizes: dict[str, Any]
+    schedule: str
+    content: str
+    inter: bool
+
+
+CODECS = {
+    "intra": Entry(intra.Intra, intra.Config, intra.SIZES, "all_intra", "image", False),
+    "ui2c": Entry(ui2c.UI2C, ui2c.Config, ui2c.SIZES, "two_frame", "video", True),
+}
+
+
+def entry(name: str) -> Entry:
+    """Raises NvcError for unknown codecs."""
+    if name not in CODECS:
+        raise NvcError(f"unknown codec '{name}'; there are: {', '.join(CODECS)}")
+    return CODECS[name]
+
+
+def build(name: str, size: str | dict, dtype: Any = jnp.float32) -> nn.Module:
+    """A codec's module. `size` is a named size or a dict of all of its config's fields.
+
+    Raises:
+      NvcError: unknown name, size or field.
+    """
+    codec = entry(name)
+    if isinstance(size, str):
+        if size not in codec.sizes:
+            raise NvcError(f"'{name}' has no size '{size}'; there are: {', '.join(codec.sizes)}")
+        cfg = codec.sizes[size]
+    else:
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in size.items()}
+        try:
+            cfg = codec.config(**fields)
+        except TypeError as e:
+            raise NvcError(f"bad size for '{name}': {e}") from None
+    return codec.module(cfg, jnp.dtype(dtype))
+
+
+def size_as_dict(model: nn.Module) -> dict:
+    """The config as plain data, for files: inverse of `build(name, dict)`."""
+    return dataclasses.asdict(model.cfg)
+
+
+def init(model: nn.Module, key: jax.Array) -> dict:
+    """Parameters (float32) of all of the codec's networks, whichever references they serve."""
+    frames = jnp.zeros((1, model.frames_per_unit, 64, 64, 3))
+    qp = jnp.zeros((1, model.frames_per_unit), jnp.int32)
+
+    def visit_everything(m):
+        _, refs = m(frames, (), qp, Estimate())
+        return m(frames, refs, qp, Estimate())[0]
+
+    return nn.init(visit_everything, model)(key)["params"]
+
+
+__all__ = ["CODECS", "Ref", "build", "entry", "init", "size_as_dict"]

@@ -1,0 +1,174 @@
+"""Released models: one `.safetensors` file with everything a codec needs, and nothing else.
+
+Contents: the weights (float16 by default; they are float32 when computing), the frozen integer
+probability tables, the boundaries of the scale index, and as metadata the codec's name and sizes.
+The fingerprint is a hash of all of it; streams carry it, and only a model with the same one decodes
+them. The tables are data: nobody recomputes them from floats when decoding.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+import nvc_jax
+from nvc_jax.entropy.bottleneck import CodingSpec
+from nvc_jax.entropy.freeze import concatenate, factorized_tables, gaussian_tables
+from nvc_jax.entropy.tables import CdfTables
+from nvc_jax.errors import NvcError
+from nvc_jax.models import registry
+
+FORMAT = "nvc-model-1"
+FINGERPRINT_BYTES = 16
+SHIPPED = Path(nvc_jax.__file__).parent / "weights"
+
+
+class Released(NamedTuple):
+    """A model ready for coding.
+
+    Attributes:
+      name: of the model, e.g. "ui2c-nano"; goes into streams for error messages.
+      codec: name in the registry.
+      module: the Linen module.
+      params: float32 pytree.
+      tables: integer CDFs of the scale levels, then of the hyper-latent's (qp row, channel).
+      spec: how scales become table indices.
+      fingerprint: 16 bytes.
+    """
+
+    name: str
+    codec: str
+    module: nn.Module
+    params: Any
+    tables: CdfTables
+    spec: CodingSpec
+    fingerprint: bytes
+
+
+def freeze(
+    name: str,
+    codec: str,
+    module: nn.Module,
+    params: Any,
+    *,
+    levels: int = 64,
+    scale_range: tuple[float, float] = (0.11, 32.0),
+    skip_scale: float = 0.15,
+    weights_dtype: Any = np.float16,
+) -> dict[str, np.ndarray]:
+    """Turns trained parameters into a released model's tensors and metadata.
+
+    Args:
+      levels, scale_range: the Gaussian tables' log-spaced scales; table scales lie in the middle of
+        their interval (which costs a quarter of the rate loss of its lower end).
+      skip_scale: levels that end below this are not coded.
+
+    Returns:
+      (tensors, metadata) for `save`.
+    """
+    params = jax.tree.map(lambda p: np.asarray(p, weights_dtype), params)
+    step = np.log(scale_range[1] / scale_range[0]) / (levels - 1)
+    edges = scale_range[0] * np.exp(step * np.arange(levels))
+    chain = np.asarray(params["z_prior"]["chain"], np.float64)
+    tables = concatenate(
+        gaussian_tables(edges * np.exp(step / 2)),
+        factorized_tables(chain.reshape(-1, chain.shape[-1])),
+    )
+    tensors = {
+        f"params/{k}": v for k, v in traverse_util.flatten_dict(params, sep="/").items()
+    }
+    frequencies = np.diff(tables.cdf.astype(np.int64), axis=1)
+    coded = np.arange(frequencies.shape[1]) < tables.size[:, None]
+    tensors["tables/frequency"] = frequencies[coded].astype(np.uint16)
+    tensors["tables/size"] = tables.size.astype(np.uint16)
+    tensors["tables/offset"] = tables.offset.astype(np.int16)
+    tensors["scale_boundaries"] = edges[1:].astype(np.float32)
+    metadata = {
+        "format": FORMAT,
+        "name": name,
+        "codec": codec,
+        "size": json.dumps(registry.size_as_dict(module), sort_keys=True),
+        "skip_below": str(int(np.searchsorted(edges[1:], skip_scale, side="right"))),
+    }
+    return tensors, metadata
+
+
+def save(path: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Writes a released model, fingerprint included."""
+    fingerprint = _fingerprint(tensors, metadata)
+    safetensors.numpy.save_file(tensors, path, {**metadata, "fingerprint": fingerprint})
+
+
+def load(model: str | Path, dtype: Any = jnp.float32) -> Released:
+    """Reads a released model: the name of a shipped one, or a file.
+
+    Raises:
+      NvcError: no such model, not a released model, or a damaged one.
+    """
+    path = find(model)
+    try:
+        with safetensors.safe_open(path, "numpy") as f:
+            metadata = f.metadata() or {}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as e:
+        raise NvcError(f"{path}: cannot be read as a model ({e})") from None
+    if metadata.get("format") != FORMAT:
+        raise NvcError(f"{path}: not a released model of this program (format {FORMAT})")
+    stored = metadata.pop("fingerprint", "")
+    if stored != _fingerprint(tensors, metadata):
+        raise NvcError(f"{path}: the file is damaged (its contents do not match its fingerprint)")
+    flat = {k[7:]: jnp.asarray(v, jnp.float32) for k, v in tensors.items() if k[:7] == "params/"}
+    boundaries = tensors["scale_boundaries"]
+    return Released(
+        name=metadata["name"],
+        codec=metadata["codec"],
+        module=registry.build(metadata["codec"], json.loads(metadata["size"]), dtype),
+        params=traverse_util.unflatten_dict(flat, sep="/"),
+        tables=_unpack_tables(tensors),
+        spec=CodingSpec(boundaries, int(metadata["skip_below"]), len(boundaries) + 1),
+        fingerprint=bytes.fromhex(stored),
+    )
+
+
+def shipped() -> dict[str, Path]:
+    """Names and files of the models in the package."""
+    return {p.stem: p for p in sorted(SHIPPED.glob("*.safetensors"))}
+
+
+def find(model: str | Path) -> Path:
+    """File of a shipped model's name, or of a path. Raises NvcError."""
+    known = shipped()
+    if str(model) in known:
+        return known[str(model)]
+    path = Path(model)
+    if path.suffix == ".safetensors" and path.is_file():
+        return path
+    raise NvcError(
+        f"no model '{model}': give a .safetensors file or one of: {', '.join(known) or '(none)'}"
+    )
+
+
+def _unpack_tables(tensors: dict[str, np.ndarray]) -> CdfTables:
+    size = tensors["tables/size"].astype(np.int32)
+    frequency = np.zeros((len(size), size.max()), np.uint32)
+    frequency[np.arange(size.max()) < size[:, None]] = tensors["tables/frequency"]
+    cdf = np.zeros((len(size), size.max() + 1), np.uint32)
+    np.cumsum(frequency, axis=1, out=cdf[:, 1:])
+    return CdfTables(cdf, size, tensors["tables/offset"].astype(np.int32))
+
+
+def _fingerprint(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype.str} {tensor.shape}".encode())
+        digest.update(np.ascontiguousarray(tensor).tobytes())
+    return digest.hexdigest()[: 2 * FINGERPRINT_BYTES]

@@ -1,0 +1,206 @@
+"""The training loop: data in, checkpoints, numbers and pictures out."""
+
+import time
+from contextlib import closing, contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from clu import parameter_overview
+from orbax.checkpoint import checkpoint_managers
+
+from nvc_jax.data import clips as clip_data
+from nvc_jax.data.prefetch import prefetch
+from nvc_jax.errors import NvcError
+from nvc_jax.models import registry, released
+from nvc_jax.training import losses
+from nvc_jax.training import step as training
+from nvc_jax.training.writers import MetricWriter
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> training.TrainState:
+    """Trains until the config's last step, going on from the newest checkpoint in `workdir`.
+
+    Writes `metrics.jsonl`, TensorBoard events, `samples/` (originals above reconstructions) and
+    Orbax checkpoints.
+
+    Raises:
+      NvcError: bad config, no data, or too many steps in a row without finite gradients.
+    """
+    model = registry.build(config.model.name, config.model.size, config.model.dtype)
+    clips = clip_data.load_clips(config.data.folder)
+    logging.info("training data: %s", clip_data.stats(clips))
+
+    ends = np.cumsum([stage.steps for stage in config.stages])
+    manager = ocp.CheckpointManager(
+        Path(workdir).absolute() / "checkpoints",
+        options=ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(2)),
+    )
+    state = resume(manager, model, config)
+    parameter_overview.log_parameter_overview(state.params)
+    writer = MetricWriter(workdir)
+    train_step = jax.jit(
+        training.make_train_step(model, config), donate_argnums=0, static_argnums=2
+    )
+    step, last_save, window = int(state.step), time.monotonic(), Window()
+    while step < ends[-1]:
+        number = int(np.searchsorted(ends, step, side="right"))
+        stage, stage_start = config.stages[number], int(ends[number]) - config.stages[number].steps
+        if state.carry.shape != training.empty_carry(model, stage).shape:
+            state = state.replace(carry=training.empty_carry(model, stage))
+        make = partial(host_batch, config, number, model.frames_per_unit, clips)
+        batches = closing(prefetch(make, step - stage_start))
+        with batches as iterator:
+            while step < ends[number]:
+                with window.waiting():
+                    clip, carried = next(iterator)
+                state, metrics = train_step(state, clip, carried)
+                step += 1
+                window.add(metrics)
+                if step % config.log_every == 0 or step == ends[-1]:
+                    values = {**window.close(), "stage": number}
+                    writer.write_scalars(step, values)
+                    print_line(step, int(ends[-1]), values)
+                    if values["skipped_in_row"] >= config.max_skipped_in_row:
+                        raise NvcError(
+                            f"step {step}: no finite gradient for {values['skipped_in_row']:.0f} "
+                            "steps in a row; lower the learning rate or look at the data, then "
+                            "train again: it resumes from the newest checkpoint"
+                        )
+                if step % config.sample_every == 0:
+                    write_samples(writer, model, state, clip, step)
+                if step == ends[-1] or (
+                    time.monotonic() - last_save > config.checkpoint_every_seconds
+                ):
+                    manager.save(step, args=ocp.args.StandardSave(state))
+                    last_save = time.monotonic()
+    manager.wait_until_finished()
+    manager.close()
+    writer.flush()
+    return state
+
+
+def resume(
+    manager: ocp.CheckpointManager, model: nn.Module, config: ml_collections.ConfigDict
+) -> training.TrainState:
+    """The newest checkpoint's state; else a fresh one, or one with released weights to start from.
+
+    Raises:
+      NvcError: the checkpoint belongs to another model.
+    """
+    state = training.init_state(model, config, config.stages[0])
+    newest = manager.latest_step()
+    if newest is not None:
+        stage = config.stages[
+            int(np.searchsorted(np.cumsum([s.steps for s in config.stages]), newest - 1, "right"))
+        ]
+        state = state.replace(carry=training.empty_carry(model, stage))
+        try:
+            state = manager.restore(newest, args=ocp.args.StandardRestore(state))
+        except ValueError as e:
+            raise NvcError(
+                f"{manager.directory}: checkpoint {newest} does not fit this config's model; give "
+                f"another --workdir ({str(e).splitlines()[0]})"
+            ) from None
+        logging.info("going on from step %d", newest)
+    elif config.init_from:
+        params = released.load(config.init_from).params
+        if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, state.params):
+            raise NvcError(f"{config.init_from}: its weights do not fit this config's model")
+        state = state.replace(params=params, average=jax.tree.map(jnp.copy, params))
+        logging.info("starting from the weights of %s", config.init_from)
+    return state
+
+
+def host_batch(config, number: int, per_unit: int, clips: clip_data.ClipSet, step: int):
+    """Batch `step` of stage `number`, a pure function of its arguments.
+
+    A stage with `walk` n cuts clips n times as long as one step codes, and n steps in a row walk
+    through one clip, each going on from the references that the previous one left.
+
+    Returns:
+      (Clip, carried): see `nvc_jax.training.step`.
+    """
+    stage = config.stages[number]
+    clip_number, piece = divmod(step, stage.walk)
+    seed = config.seed * 1000 + number
+    reserved = 1 if per_unit > 1 else 0
+    coded = stage.units * per_unit
+    frames = clip_data.sample_batch(
+        clips,
+        seed=seed,
+        step=clip_number,
+        batch=stage.batch,
+        frames=reserved + coded * stage.walk,
+        crop=stage.crop,
+        image_share=config.data.image_share,
+    )["frames"].astype(np.float32)
+    frames /= 255
+    start = reserved + piece * coded
+    rng = np.random.default_rng([seed, clip_number, 1])
+    return training.Clip(
+        reference=frames[:, start - reserved],
+        frames=frames[:, start : start + coded],
+        qp=rng.integers(0, losses.QP_COUNT, stage.batch, dtype=np.int32),
+        phase=(2 * rng.integers(0, 4, stage.batch, dtype=np.int32) + piece * coded) % 8,
+    ), piece > 0
+
+
+class Window:
+    """Averages of metrics and times since the last log line."""
+
+    def __init__(self):
+        self.metrics, self.begin, self.waited = [], time.monotonic(), 0.0
+
+    @contextmanager
+    def waiting(self):
+        begin = time.monotonic()
+        yield
+        self.waited += time.monotonic() - begin
+
+    def add(self, metrics):
+        self.metrics.append(metrics)
+
+    def close(self) -> dict[str, float]:
+        metrics = jax.device_get(self.metrics)
+        seconds = time.monotonic() - self.begin
+        values = {k: float(np.mean([m[k] for m in metrics])) for k in metrics[0]}
+        for k in ("skipped", "skipped_in_row"):
+            values[k] = float(metrics[-1][k])
+        values["seconds_per_step"] = seconds / len(metrics)
+        values["data_wait_share"] = self.waited / seconds
+        self.__init__()
+        return values
+
+
+def print_line(step: int, steps: int, values: dict[str, float]) -> None:
+    eta = timedelta(seconds=int((steps - step) * values["seconds_per_step"]))
+    print(
+        f"step {step}/{steps}  loss {values['loss']:.4f}  bpp y {values['bpp_y']:.4f} "
+        f"z {values['bpp_z']:.4f}  PSNR Y {values['psnr_y']:.2f} U {values['psnr_u']:.2f} "
+        f"V {values['psnr_v']:.2f}  |g| {values['grad_norm']:.3f}  skipped "
+        f"{values['skipped']:.0f}  {1 / values['seconds_per_step']:.1f} steps/s  ETA {eta}",
+        flush=True,
+    )
+
+
+def write_samples(writer, model, state, clip, step) -> None:
+    """Originals above reconstructions of the first clips of a batch, one picture per frame."""
+
+    def reconstruct(params, clip):
+        refs = training.first_refs(model, state, clip, False, jax.random.key(0))
+        recon = training.unroll(model, params, clip, refs, jax.random.key(0))[2]
+        both = jnp.concatenate([clip.frames, recon], axis=2)  # one above the other
+        return jnp.clip(losses.yuv_to_rgb(both), 0, 1)
+
+    rgb = np.asarray(jax.jit(reconstruct)(state.average, clip))[:4]
+    batch, frames, height, width, _ = rgb.shape
+    sheet = rgb.transpose(0, 2, 1, 3, 4).reshape(batch * height, frames * width, 3)
+    writer.write_images(step, {"samples": (255 * sheet + 0.5).astype(np.uint8)})

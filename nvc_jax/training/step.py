@@ -1,0 +1,206 @@
+"""One optimiser step: unroll a codec over a clip, weigh rate against distortion, update.
+
+Everything here is a pure function of its arguments, and random numbers follow from (seed, step), so
+a resumed run continues exactly.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from nvc_jax.entropy.bottleneck import Estimate
+from nvc_jax.models import registry
+from nvc_jax.models.registry import Ref
+from nvc_jax.schedule import QP_OFFSETS
+from nvc_jax.training import losses
+from nvc_jax.training.references import mixed_reference
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """What a checkpoint holds.
+
+    Attributes:
+      step: int32 [], optimiser steps done, skipped ones included.
+      params, opt_state: of the model and of optax.
+      average: exponential moving average of params: what gets released.
+      skipped: int32 [], steps left out because a gradient was not finite.
+      skipped_in_row: int32 [], how many of the latest steps.
+      carry: references left by the previous step, for stages that walk through long clips.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    average: Any
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+    carry: jax.Array
+
+
+class Clip(NamedTuple):
+    """A batch of training clips.
+
+    Attributes:
+      reference: float32 [batch, height, width, 3] in [0, 1], the picture before `frames`.
+      frames: float32 [batch, frames, height, width, 3], the pictures to code.
+      qp: int32 [batch], base quality index.
+      phase: int32 [batch], number of the first coded frame modulo 8.
+    """
+
+    reference: jax.Array
+    frames: jax.Array
+    qp: jax.Array
+    phase: jax.Array
+
+
+def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """AdamW under one learning-rate curve: linear warm-up, then a cosine from stage to stage."""
+    pieces, boundaries, start = [], [], 0
+    for stage in config.stages:
+        pieces.append(
+            optax.cosine_decay_schedule(stage.lr, stage.steps, alpha=stage.end_lr / stage.lr)
+        )
+        start += stage.steps
+        boundaries.append(start)
+    rate = optax.join_schedules(pieces, boundaries[:-1])
+
+    def warm(step):
+        return rate(step) * jnp.minimum(1.0, (step + 1) / config.warmup_steps)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(warm, weight_decay=config.weight_decay),
+    )
+
+
+def unroll(model: nn.Module, params: Any, clip: Clip, first_refs: tuple, key: jax.Array):
+    """Codes a clip as the codec would and adds up rate and distortion.
+
+    The clip's units follow each other with full back-propagation ("cascaded").
+
+    Args:
+      first_refs: references of the first unit; () for intra codecs.
+      key: of the noise that stands for rounding.
+
+    Returns:
+      bpp: {"z", "y"} -> [batch], bits per pixel of one frame, summed over units.
+      distortion: [batch], weighted, summed over frames.
+      recon: like clip.frames.
+      refs: what the next unit would refer to.
+    """
+    batch, count, height, width, _ = clip.frames.shape
+    per_unit = model.frames_per_unit
+    inter = per_unit > 1
+    offsets, weights = jnp.asarray(QP_OFFSETS), jnp.asarray(losses.FRAME_WEIGHTS)
+    bits, distortion, recons, refs = {"z": 0.0, "y": 0.0}, 0.0, [], first_refs
+    for start in range(0, count, per_unit):
+        index = (clip.phase[:, None] + start + jnp.arange(per_unit)) % 8
+        qp = clip.qp[:, None] + (offsets[index] if inter else 0)
+        frames = clip.frames[:, start : start + per_unit]
+        key, noise_key = jax.random.split(key)
+        bottleneck = Estimate(noise_key)
+        recon, refs = model.apply({"params": params}, frames, refs, qp, bottleneck)
+        bits = jax.tree.map(jnp.add, bits, bottleneck.bits)
+        weight = weights[index] if inter else 1.0
+        distortion += (weight * losses.distortion(recon, frames)).sum(1)
+        recons.append(recon)
+    bpp = jax.tree.map(lambda b: b / (height * width), bits)
+    return bpp, distortion, jnp.concatenate(recons, axis=1), refs
+
+
+def first_refs(model: nn.Module, state: TrainState, clip: Clip, carried: bool, key: jax.Array):
+    """References of a clip's first unit: those left by the previous step, or a mixed picture."""
+    if model.frames_per_unit == 1:
+        return ()
+    if carried:
+        return (Ref(feature=state.carry),)
+    return (Ref(frame=mixed_reference(jax.random.fold_in(key, 1), clip.reference)),)
+
+
+def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Callable:
+    """Builds `train_step(state, clip, carried) -> (state, metrics)`.
+
+    To be jitted with `state` donated and `carried` (the clip goes on where the previous step
+    stopped) static.
+    """
+    codec = registry.entry(config.model.name)
+    tx = make_optimizer(config)
+
+    def loss_fn(params, clip, refs, key):
+        bpp, distortion, recon, refs = unroll(model, params, clip, refs, key)
+        lam = losses.lambda_of_qp(clip.qp, codec.content)
+        rate = bpp["z"] + bpp["y"]
+        # Rates span two orders of magnitude over qp. Without a weight the high ones would drown
+        # the low ones; lambda^-balance brings the terms to one scale (0: the published loss).
+        loss = jnp.mean((lam * distortion + rate) * lam**-config.rate_balance)
+        psnr = losses.psnr(recon, clip.frames).mean((0, 1))
+        metrics = {
+            "loss": loss,
+            "bpp_y": bpp["y"].mean(),
+            "bpp_z": bpp["z"].mean(),
+            "distortion": distortion.mean(),
+            "psnr_y": psnr[0],
+            "psnr_u": psnr[1],
+            "psnr_v": psnr[2],
+        }
+        return loss, (metrics, refs)
+
+    def train_step(state, clip, carried):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        refs = first_refs(model, state, clip, carried, key)
+        grads, (metrics, refs) = jax.grad(loss_fn, has_aux=True)(state.params, clip, refs, key)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(config.average_decay, (1 + state.step) / (10 + state.step))
+        average = optax.incremental_update(params, state.average, 1 - decay)
+
+        def keep_if_finite(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        new_carry = refs[0].feature if refs else state.carry
+        state = TrainState(
+            step=state.step + 1,
+            params=keep_if_finite(params, state.params),
+            opt_state=keep_if_finite(opt_state, state.opt_state),
+            average=keep_if_finite(average, state.average),
+            skipped=state.skipped + ~finite,
+            skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+            carry=jnp.where(jnp.isfinite(new_carry), new_carry, 0.0),
+        )
+        metrics["grad_norm"] = norm
+        metrics["skipped"] = state.skipped
+        metrics["skipped_in_row"] = state.skipped_in_row
+        return state, metrics
+
+    return train_step
+
+
+def init_state(
+    model: nn.Module, config: ml_collections.ConfigDict, stage: ml_collections.ConfigDict
+) -> TrainState:
+    """A fresh state; `stage` sets the shape of `carry`."""
+    params = registry.init(model, jax.random.key(config.seed))
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=make_optimizer(config).init(params),
+        average=jax.tree.map(jnp.copy, params),
+        skipped=jnp.int32(0),
+        skipped_in_row=jnp.int32(0),
+        carry=empty_carry(model, stage),
+    )
+
+
+def empty_carry(model: nn.Module, stage: ml_collections.ConfigDict) -> jax.Array:
+    """Zeros of the shape of a stage's references; empty for intra codecs."""
+    if model.frames_per_unit == 1:
+        return jnp.zeros((0,))
+    return jnp.zeros((stage.batch, stage.crop // 8, stage.crop // 8, model.cfg.width))

@@ -1,0 +1,393 @@
+"""The container: what is written comes back, and whatever happens to a file is noticed."""
+
+import json
+import tracemalloc
+import zlib
+from fractions import Fraction
+from itertools import accumulate
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nvc_jax import bitstream, schedule
+from nvc_jax.bitstream import BrokenStream, Header, Packet
+from nvc_jax.errors import NvcError, StreamError
+
+u32 = st.integers(0, 2**32 - 1)
+names = st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]), min_size=1, max_size=16)
+headers = st.builds(
+    Header,
+    model=names,
+    fingerprint=st.binary(min_size=16, max_size=16),
+    width=st.integers(1, 16384),
+    height=st.integers(1, 16384),
+    fps=st.builds(Fraction, st.integers(1, 2**32 - 1), st.integers(1, 2**32 - 1)),
+    schedule=st.one_of(
+        st.just(schedule.all_intra()),
+        st.integers(0, 2**31 - 1).map(lambda pairs: schedule.two_frame(2 * pairs)),
+    ),
+    colour=st.tuples(*[st.integers(0, 255)] * 3, st.booleans()),
+)
+
+
+@st.composite
+def packets(draw, frames=None):
+    if frames is None:
+        frames = tuple(draw(st.lists(u32, min_size=1, max_size=8)))
+    qps = tuple(draw(st.lists(st.integers(0, 127), min_size=len(frames), max_size=len(frames))))
+    return Packet(frames, qps, draw(st.binary(max_size=300)), draw(u32), draw(st.booleans()))
+
+
+PAIRS = Header("ui2c-nano", bytes(range(16)), 64, 48, Fraction(30000, 1001), schedule.two_frame(4))
+
+
+def pair(number, payload=None, random_access=None):
+    payload = bytes([number] * (20 + 3 * number)) if payload is None else payload
+    starts = number % 2 == 0 if random_access is None else random_access
+    return Packet((2 * number, 2 * number + 1), (32, 36), payload, 1000 + number, starts)
+
+
+def write(path, header, content):
+    with bitstream.write_stream(path, header) as out:
+        return [out.write(packet) for packet in content]
+
+
+def read(path):
+    with bitstream.open_stream(path) as stream:
+        return stream.header, stream.index, list(stream.packets())
+
+
+def read_intact(path):
+    """Packets before the damage, and the error."""
+    intact, error = [], None
+    try:
+        with bitstream.open_stream(path) as stream:
+            for _, packet in stream.packets():
+                intact.append(packet)
+    except StreamError as caught:
+        error = caught
+    return intact, error
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("streams")
+
+
+@pytest.fixture
+def sample(tmp_path):
+    path = tmp_path / "clip.nvc"
+    write(path, PAIRS, map(pair, range(5)))
+    return path
+
+
+@given(headers, st.lists(packets(), min_size=1, max_size=6))
+def test_streams_come_back_as_written(folder, header, content):
+    path = folder / "any.nvc"
+    sizes = write(path, header, content)
+    found, index, numbered = read(path)
+    assert found == header == bitstream.read_header(path)
+    assert [packet for _, packet in numbered] == content
+    assert [unit for unit, _ in numbered] == list(range(len(content)))
+    assert index.units == len(content)
+    assert index.frames == sum(len(packet.frames) for packet in content)
+    assert len(index.access_points) == sum(packet.random_access for packet in content)
+    info = bitstream.stream_info(path)
+    assert info["error"] is None
+    assert [unit["bytes"] for unit in info["units"]] == sizes
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=12), st.data())
+def test_reading_starts_at_every_access_point(folder, starts, data):
+    path = folder / "seek.nvc"
+    content = [pair(number, random_access=start) for number, start in enumerate(starts)]
+    write(path, PAIRS, content)
+    with bitstream.open_stream(path) as stream:
+        for point in stream.index.access_points:
+            assert list(stream.packets(point)) == list(enumerate(content))[point.unit :]
+        frame = data.draw(st.integers(0, 2 * len(content) - 1))
+        possible = [unit for unit, start in enumerate(starts) if start and 2 * unit <= frame]
+        if possible:
+            point = stream.access_point(frame)
+            assert (point.unit, point.frame) == (possible[-1], 2 * possible[-1])
+        else:
+            with pytest.raises(StreamError, match="nothing to start from"):
+                stream.access_point(frame)
+
+
+def test_a_packet_costs_14_bytes_for_a_pair_and_13_for_a_frame(tmp_path):
+    payload = bytes(500)
+    assert write(tmp_path / "pair.nvc", PAIRS, [pair(0, payload)] * 1) == [514]
+    one = Packet((0,), (20,), payload, 7, True)
+    assert write(tmp_path / "one.nvc", PAIRS, [one]) == [513]
+
+
+def test_truncation_anywhere_keeps_what_is_before_it(sample, tmp_path):
+    data = sample.read_bytes()
+    info = bitstream.stream_info(sample)
+    with bitstream.open_stream(sample) as stream:
+        start = stream.access_point(0).offset
+    ends = list(accumulate((unit["bytes"] for unit in info["units"]), initial=start))[1:]
+    cut = tmp_path / "cut.nvc"
+    for size in range(len(data)):
+        cut.write_bytes(data[:size])
+        intact, error = read_intact(cut)
+        expected = sum(end <= size for end in ends)
+        assert intact == [pair(number) for number in range(expected)]
+        assert str(cut) in str(error)
+        if size == 0:
+            assert "not a .nvc stream" in str(error)
+        else:
+            assert "cut off" in str(error) and f"byte {size}" in str(error)
+        if isinstance(error, BrokenStream):
+            assert (error.units, error.frames) == (expected, 2 * expected)
+            assert f"{expected} units ({2 * expected} frames)" in str(error)
+        else:
+            assert expected == 0
+
+
+def test_every_flipped_bit_is_noticed(sample, tmp_path):
+    data = sample.read_bytes()
+    damaged = tmp_path / "damaged.nvc"
+    written = [pair(number) for number in range(5)]
+    for position in range(len(data)):
+        for bit in range(8):
+            flipped = bytearray(data)
+            flipped[position] ^= 1 << bit
+            damaged.write_bytes(flipped)
+            intact, error = read_intact(damaged)
+            assert isinstance(error, StreamError)
+            assert intact == written[: len(intact)]
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_any_other_damage_is_noticed(folder, data):
+    path = folder / "mangled.nvc"
+    written = [pair(number) for number in range(5)]
+    write(path, PAIRS, written)
+    before = path.read_bytes()
+    at = data.draw(st.integers(0, len(before)))
+    until = data.draw(st.integers(at, len(before)))
+    after = before[:at] + data.draw(st.binary(max_size=40)) + before[until:]
+    path.write_bytes(after)
+    intact, error = read_intact(path)
+    assert intact == written[: len(intact)]
+    assert (error is None) == (after == before)
+
+
+@given(st.binary(max_size=200))
+def test_other_files_are_refused(folder, data):
+    path = folder / "other.nvc"
+    path.write_bytes(data)
+    with pytest.raises(StreamError, match=r"not a \.nvc stream|cut off|damaged|update"):
+        bitstream.read_header(path)
+
+
+def test_exchanged_units_are_noticed(tmp_path):
+    path = tmp_path / "clip.nvc"
+    content = [pair(number, bytes([number] * 20), random_access=True) for number in range(3)]
+    first, second, _ = write(path, PAIRS, content)
+    data = path.read_bytes()
+    with bitstream.open_stream(path) as stream:
+        start = stream.access_point(0).offset
+    swapped = data[start + first : start + first + second] + data[start : start + first]
+    path.write_bytes(data[:start] + swapped + data[start + first + second :])
+    intact, error = read_intact(path)
+    assert intact == [] and "checksum of the unit" in str(error)
+
+
+def with_checksum(data):
+    return data + zlib.crc32(data).to_bytes(4, "little")
+
+
+def header_with(body):
+    return with_checksum(bitstream.MAGIC + bytes([1, len(body)]) + body)
+
+
+GOOD_BODY = b"\x01m\x09two_frame" + bytes(16) + b"\x10\x10\x19\x01\x02\x00\x02\x02\x02\x00\x00\x00"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (b"\x10\x10\x19", b"\x00\x10\x19", "pictures of 0x16 pixels"),
+        (b"\x10\x10\x19", b"\xff\xff\x03\x10\x19", "both sides must be 1 to 16384"),
+        (b"\x10\x10\x19", b"\xff\xff\xff\xff\x7f\x10\x19", "larger than"),
+        (b"\x10\x10\x19", b"\x90\x00\x10\x19", "more bytes than it needs"),
+        (b"\x19\x01", b"\x19\x00", "cannot look like this"),
+        (b"\x19\x01", b"\x00\x01", "frame rate of 0"),
+        (b"two_frame", b"six_frame", "unknown schedule 'six_frame'"),
+        (b"\x02\x00\x02\x02", b"\x02\x03\x02\x02", "intra period 3"),
+        (b"\x01m", b"\x01\xff", "not UTF-8"),
+        (b"\x01m", b"\x00", "model name ''"),
+        (b"\x01m", b"\x01\x1b", "model name"),
+        (b"\x01m", b"\xffm", "cut off|cannot look like this"),
+        (b"\x00\x00\x00", b"\x02\x00\x00", "cannot look like this"),
+        (b"\x00\x00\x00", b"\x00\x01\x00", "unknown entropy settings: mode 1"),
+        (b"\x00\x00\x00", b"\x00\x00", "cannot look like this|cut off"),
+        (b"\x00\x00\x00", b"\x00\x00\x00\x00", "cannot look like this"),
+    ],
+)
+def test_impossible_headers_are_refused(tmp_path, old, new, words):
+    path = tmp_path / "clip.nvc"
+    start, found, end = GOOD_BODY.rpartition(old)
+    assert found
+    path.write_bytes(header_with(start + new + end))
+    with pytest.raises(StreamError, match=words):
+        bitstream.read_header(path)
+
+
+def test_hand_made_header_is_accepted(tmp_path):
+    path = tmp_path / "clip.nvc"
+    path.write_bytes(header_with(GOOD_BODY))
+    assert bitstream.read_header(path).fps == 25
+
+
+def test_a_newer_version_asks_for_an_update(sample):
+    data = bytearray(sample.read_bytes())
+    data[4] = 2
+    sample.write_bytes(data)
+    with pytest.raises(StreamError, match=r"version 2 .* update nvc_jax"):
+        bitstream.read_header(sample)
+
+
+@pytest.mark.parametrize("size", [2**20, 2**31, 2**40, 2**63, 2**70])
+def test_huge_declared_payloads_cost_nothing(tmp_path, size):
+    path = tmp_path / "clip.nvc"
+    huge = Header("m", bytes(16), 16384, 16384, Fraction(25), schedule.all_intra())
+    packet = b"\xc8\x20" + bitstream._varint(size) + bytes(4)
+    packet += bytes([bitstream._crc8(packet)])
+    path.write_bytes(bitstream._header_bytes(huge) + packet + bytes(1000))
+    tracemalloc.start()
+    with bitstream.open_stream(path) as stream, pytest.raises(BrokenStream) as caught:
+        list(stream.packets())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6 and caught.value.units == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\xff\xff\xff\xff\x0f" * 2 + b"\xff\xff\x3f" + b"\x01" * 10,  # a million points, not there
+        b"\x01\x02\x01\x00\x00\xff\xff\xff\xff\x0f",  # a point behind the end
+        b"\x01\x02\x01\x01\x00\x00",  # a unit that does not exist
+        b"\x01\x02\x01\x00\x00\x00\x00",  # something left over
+        b"\x01\x02\x02\x00\x00\x00\x00\x00\x00",  # more points than units
+        b"\xff" * 40,
+    ],
+)
+def test_impossible_indices_are_refused(tmp_path, body):
+    path = tmp_path / "clip.nvc"
+    write(path, PAIRS, [pair(0)])
+    data = path.read_bytes()
+    data = data[: len(data) - 8 - int.from_bytes(data[-8:-4], "little")]
+    block = with_checksum(b"I" + bytes([len(body)]) + body)
+    path.write_bytes(data + block + len(block).to_bytes(4, "little") + bitstream.END_MAGIC)
+    with bitstream.open_stream(path) as stream:
+        assert stream.index is None and stream.frame_count is None
+        with pytest.raises(StreamError, match="index at the end is missing or damaged"):
+            stream.access_point(0)
+        with pytest.raises(BrokenStream, match="1 units"):
+            list(stream.packets())
+
+
+@pytest.mark.parametrize("units", [0, 2, 3])
+def test_an_index_that_miscounts_is_noticed(tmp_path, units):
+    path = tmp_path / "clip.nvc"
+    write(path, PAIRS, [pair(0, random_access=False)])
+    data = path.read_bytes()
+    data = data[: len(data) - 8 - int.from_bytes(data[-8:-4], "little")]
+    block = with_checksum(b"I\x03" + bytes([units, 2, 0]))
+    path.write_bytes(data + block + len(block).to_bytes(4, "little") + bitstream.END_MAGIC)
+    with bitstream.open_stream(path) as stream, pytest.raises(BrokenStream, match="speaks of"):
+        list(stream.packets())
+
+
+def test_info_describes_the_file(sample):
+    info = bitstream.stream_info(sample)
+    size = sample.stat().st_size
+    assert json.loads(json.dumps(info)) == info
+    assert info["file_bytes"] == size
+    assert (info["frames"], info["fps"], info["width"]) == (10, "30000/1001", 64)
+    assert info["bpp"] == pytest.approx(8 * size / (10 * 64 * 48))
+    assert info["container_bytes"] == size - sum(20 + 3 * number for number in range(5))
+    assert info["schedule"] == {"name": "two_frame", "gop": 2, "intra_period": 4}
+    assert [unit["frames"] for unit in info["units"]] == [[2 * k, 2 * k + 1] for k in range(5)]
+    assert [unit["random_access"] for unit in info["units"]] == [True, False, True, False, True]
+
+
+def test_info_of_a_cut_file_tells_what_is_left(sample):
+    sample.write_bytes(sample.read_bytes()[:-60])
+    info = bitstream.stream_info(sample)
+    assert "cut off" in info["error"]
+    assert info["frames"] == 2 * len(info["units"]) < 10
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, NvcError])
+def test_a_failed_encode_leaves_the_old_file_alone(sample, error):
+    before = sample.read_bytes()
+    with pytest.raises(error), bitstream.write_stream(sample, PAIRS) as out:
+        out.write(pair(0))
+        raise error
+    assert sample.read_bytes() == before
+    assert list(sample.parent.iterdir()) == [sample]
+
+
+def test_a_stream_without_frames_is_not_written(tmp_path):
+    with pytest.raises(NvcError, match="no frames"):
+        write(tmp_path / "clip.nvc", PAIRS, [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path):
+    for path in (tmp_path, tmp_path / "missing" / "clip.nvc"):
+        with pytest.raises(NvcError, match=str(path)):
+            write(path, PAIRS, [pair(0)])
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        Packet((), (), b"", 0),
+        Packet(tuple(range(9)), (1,) * 9, b"", 0),
+        Packet((0, 1), (1,), b"", 0),
+        Packet((0,), (128,), b"", 0),
+        Packet((-1,), (1,), b"", 0),
+        Packet((2**32,), (1,), b"", 0),
+        Packet((0,), (1,), b"", 2**32),
+        Packet((0,), (1,), bytes(10**6), 0),
+    ],
+)
+def test_packets_that_cannot_be_stored_are_refused(tmp_path, packet):
+    with pytest.raises(NvcError, match="unit 0"):
+        write(tmp_path / "clip.nvc", PAIRS, [packet])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": ""},
+        {"model": "é" * 33},
+        {"fingerprint": bytes(15)},
+        {"width": 16385},
+        {"height": 0},
+        {"fps": Fraction(0)},
+        {"fps": Fraction(2**32)},
+        {"colour": (256, 2, 2, False)},
+        {"schedule": schedule.two_frame(2**33)},
+        {"entropy_mode": 1},
+    ],
+)
+def test_headers_that_cannot_be_stored_are_refused(change):
+    values = {name: getattr(PAIRS, name) for name in PAIRS.__dataclass_fields__}
+    with pytest.raises(NvcError):
+        Header(**{**values, **change})
+
+
+def test_unreadable_paths_are_named(tmp_path):
+    for path in (tmp_path, tmp_path / "missing.nvc"):
+        with pytest.raises(StreamError, match=str(path)):
+            bitstream.stream_info(path)

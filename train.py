@@ -1,0 +1,36 @@
+"""Trains a codec.
+
+  python train.py --config=configs/ui2c_nano.py --workdir=runs/ui2c_nano
+
+Stops and resumes at any time: the same command goes on from the newest checkpoint in the workdir.
+"""
+
+from nvc_jax.launch import setup
+
+setup()
+
+import sys  # noqa: E402
+
+from absl import app, flags, logging  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
+
+from nvc_jax.errors import NvcError  # noqa: E402
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Training config.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and logs go.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(_):
+    from nvc_jax.training.loop import train
+
+    logging.set_verbosity(logging.INFO)
+    try:
+        train(_CONFIG.value, _WORKDIR.value)
+    except NvcError as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main)
