@@ -1,8 +1,9 @@
-"""Batches made ahead of time in a background thread."""
+"""Batches and pictures made ahead of time in a background thread."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import count
 from typing import TypeVar
 
@@ -24,3 +25,10 @@ def prefetch(make: Callable[[int], T], start: int = 0, ahead: int = 2) -> Iterat
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def read_ahead(items: Iterable[T], ahead: int) -> Iterator[T]:
+    """The same items, read up to `ahead` early in a background thread."""
+    source, end = iter(items), object()
+    with closing(prefetch(lambda _: next(source, end), ahead=ahead)) as results:
+        yield from iter(results.__next__, end)

@@ -14,7 +14,7 @@ Bottleneck interface, used by the models:
   gaussian(y, mean, scale)  -> y_hat               quantised around the mean; one call per step
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -24,10 +24,10 @@ import numpy as np
 from jax import lax
 
 from nvc_jax.entropy import likelihood
+from nvc_jax.entropy.coder import SKIP
 
 # Where a coded unit's symbols come from: the values of `Coded`'s `source` input.
 FROM_PICTURE, FROM_STREAM, FROM_CALLER = 0, 1, 2
-SKIP = np.uint16(0xFFFF)  # index of elements that are not coded; their symbol is 0
 
 
 class Estimate:
@@ -35,12 +35,13 @@ class Estimate:
 
     Attributes:
       bits: {"z", "y"} -> float32 [batch], bits so far.
+      sizes: elements of each coding step so far.
     """
 
     def __init__(self, noise_key: jax.Array | None = None):
         """noise_key: additive uniform noise replaces rounding in the rate (training)."""
         self._key = noise_key
-        self.bits = {"z": 0.0, "y": 0.0}
+        self.bits, self.sizes = {"z": 0.0, "y": 0.0}, []
 
     def encoder_only(self, module, fn, *shapes):
         return fn(module)
@@ -48,6 +49,7 @@ class Estimate:
     decoder_only = encoder_only
 
     def _stand_in(self, value):
+        self.sizes.append(value.size)
         if self._key is None:
             return jnp.round(value)
         self._key, key = jax.random.split(self._key)
@@ -91,7 +93,7 @@ class Coded:
         source: jax.Array,
         render: jax.Array,
         pull: Callable,
-        state: Sequence[jax.Array],
+        state: jax.Array,
         given: jax.Array,
     ):
         """
@@ -100,7 +102,7 @@ class Coded:
           source: int32 [], one of FROM_PICTURE, FROM_STREAM, FROM_CALLER.
           render: bool [], whether pictures are wanted.
           pull: (state, index uint16 [n]) -> (symbols int16 [n], state); reaches the host coder.
-          state: the coder's state, any tuple of arrays that `pull` understands.
+          state: the coder's state, passed to and replaced by `pull`.
           given: int16 [total], all symbols in coding order for FROM_CALLER.
         """
         self._spec, self._source, self._render, self._pull = spec, source, render, pull

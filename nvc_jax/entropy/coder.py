@@ -77,6 +77,8 @@ _MIN_LANE_BYTES = 6 << 10
 _MIN_STREAM_BYTES = 4 * _MIN_LANE_BYTES
 _MIN_STREAM_SYMBOLS = 1 << 16
 _SAMPLES = 4096
+_BLOCK = 2048
+_MAX_TRAILER_BYTES = (6 + 36 * (MAX_STREAMS - 1 + MAX_STREAMS * MAX_LANES) + 7) // 8
 
 _U16, _U32, _U47, _U48, _U63 = (np.uint64(n) for n in (16, 32, 47, 48, 63))
 _ONE, _TOTAL = np.uint64(1), np.uint64(1 << 16)
@@ -188,29 +190,25 @@ def _multiply_high(typing_context, a, b):
 
 @_jit
 def _survey(index, table, step):
-    """(coded elements, their expected bits / 256, 1 if an index is bad) of every step-th element."""
-    coded, bits, bad = 0, 0, 0
+    """(coded elements, their expected bits in 1/256) among every step-th element."""
+    coded, bits = 0, 0
     for i in range(0, len(index), step):
         t = index[i]
         if t < len(table):
             coded += 1
             bits += table[t, 5]
-        elif t != SKIP:
-            bad = 1
-    return coded, bits, bad
+    return coded, bits
 
 
 @_jit
-def _select(index, first, stop, tables, order):
-    """Lists the coded elements of first..stop in `order`; their number, or -1 for a bad index."""
-    count = np.uint64(0)
-    bad = False
+def _count(index, first, stop, tables):
+    """Number of coded elements among first..stop, or -1 if one asks for a table that is not there."""
+    coded, bad = 0, 0
     for i in range(first, stop):
         t = index[np.uint64(i)]
-        order[count] = i
-        count += np.uint64(t != SKIP)
-        bad |= (t >= tables) & (t != SKIP)
-    return -1 if bad else np.int64(count)
+        coded += t != SKIP
+        bad += (t >= tables) & (t != SKIP)
+    return -1 if bad else coded
 
 
 @_jit
@@ -220,36 +218,46 @@ def _encode(symbols, index, first, stop, lanes, words, position, table, divide, 
     Updates `lanes` uint64 [lanes], writes `words` downwards from `position`; returns the new
     position, or -1 for a bad index.
     """
-    order = np.empty(stop - first, np.uint32)
-    count = _select(index, first, stop, len(table), order)
-    if count < 0:
+    left = _count(index, first, stop, len(table))
+    if left < 0:
         return -1
+    order = np.empty(_BLOCK, np.uint32)
     mask = np.uint64(len(lanes) - 1)
     at = np.uint64(position)
-    for k in range(count - 1, -1, -1):
-        lane = np.uint64(k) & mask
-        x = lanes[lane]
-        i = np.uint64(order[np.uint64(k)])
-        t = np.uint64(index[i])
-        place = np.int64(symbols[i]) - table[t, 2]
-        last = np.int64(table[t, 1])
-        if place < 0 or place >= last:
-            place = last
+    done = stop
+    while left:
+        # Lists a block's coded elements first: cheap, where a branch below would not be.
+        count = np.uint64(0)
+        low = max(done - _BLOCK, first)
+        for j in range(done - 1, low - 1, -1):
+            order[count] = j
+            count += np.uint64(index[np.uint64(j)] != SKIP)
+        done = low
+        for k in range(count):
+            left -= 1
+            lane = np.uint64(left) & mask
+            x = lanes[lane]
+            i = np.uint64(order[np.uint64(k)])
+            t = np.uint64(index[i])
+            place = np.int64(symbols[i]) - table[t, 2]
+            last = np.int64(table[t, 1])
+            if place < 0 or place >= last:
+                place = last
+                words[at - _ONE] = np.uint32(x)
+                if x >= _ONE << _U47:
+                    at -= _ONE
+                    x >>= _U32
+                x = x << _U16 | np.uint64(np.uint16(symbols[i]))
+            e = np.uint64(table[t, 0] + place)
+            w = entry[e]
+            frequency = w >> _U16 & _LOW16
+            # Stored whether it counts or not: a branch here would often be mispredicted.
             words[at - _ONE] = np.uint32(x)
-            if x >= _ONE << _U47:
+            if x >= frequency << _U47:
                 at -= _ONE
                 x >>= _U32
-            x = x << _U16 | np.uint64(np.uint16(symbols[i]))
-        e = np.uint64(table[t, 0] + place)
-        w = entry[e]
-        frequency = w >> _U16 & _LOW16
-        # Stored whether it counts or not: a branch here would often be mispredicted.
-        words[at - _ONE] = np.uint32(x)
-        if x >= frequency << _U47:
-            at -= _ONE
-            x >>= _U32
-        quotient = _multiply_high(x << _ONE, divide[e, 0]) >> divide[e, 1]
-        lanes[lane] = x + (w & _LOW16) + quotient * (_TOTAL - frequency)
+            quotient = _multiply_high(x << _ONE, divide[e, 0]) >> divide[e, 1]
+            lanes[lane] = x + (w & _LOW16) + quotient * (_TOTAL - frequency)
     return np.int64(at)
 
 
@@ -259,11 +267,11 @@ def _decode(words, state, first_stream, stop_stream, index, symbols, table, entr
     streams = np.int64(state[_STREAMS])
     mask = np.uint64((state[_LANES] - 1) & (MAX_LANES - 1))
     n = len(index)
-    order = np.empty(n // streams + 1, np.uint32)
+    order = np.empty(_BLOCK, np.uint32)
     lanes = np.empty(MAX_LANES, np.uint64)
     for s in range(first_stream, stop_stream):
-        count = _select(index, s * n // streams, (s + 1) * n // streams, len(table), order)
-        if count < 0:
+        done, stop = s * n // streams, (s + 1) * n // streams
+        if _count(index, done, stop, len(table)) < 0:
             state[_STATUS] = BAD_INDEX
             return
         at = np.uint64(state[_RANGES + 2 * s])
@@ -271,35 +279,44 @@ def _decode(words, state, first_stream, stop_stream, index, symbols, table, entr
         home = _STATES + 2 * MAX_LANES * s
         for j in range(MAX_LANES):
             lanes[j] = np.uint64(state[home + 2 * j + 1]) << _U32 | np.uint64(state[home + 2 * j])
-        for k in range(count):
-            lane = np.uint64(k) & mask
-            x = lanes[lane]
-            i = np.uint64(order[np.uint64(k)])
-            t = np.uint64(index[i])
-            slot = x & _LOW16
-            w = cell[np.uint64(table[t, 3]) + (slot >> np.uint64(table[t, 4]))]
-            # The first test covers both sides: below the start, the difference wraps around.
-            if slot - (w & _LOW16) >= w >> _U16 & _LOW16:
-                e = np.uint64(table[t, 0]) + (w >> _U48 & _LOW15)
-                while slot < w & _LOW16:
-                    e -= _ONE
-                    w = entry[e]
-                while slot - (w & _LOW16) >= w >> _U16 & _LOW16:
-                    e += _ONE
-                    w = entry[e]
-            x = (w >> _U16 & _LOW16) * (x >> _U16) + slot - (w & _LOW16)
-            if x < _BOUND and at < end:
-                x = x << _U32 | np.uint64(words[at])
-                at += _ONE
-            value = np.int16(w >> _U32)
-            if w >> _U63:
-                value = np.int16(x)
-                x >>= _U16
+        next_lane = np.uint64(0)
+        while done < stop:
+            count = np.uint64(0)
+            high = min(done + _BLOCK, stop)
+            for j in range(done, high):
+                order[count] = j
+                count += np.uint64(index[np.uint64(j)] != SKIP)
+            done = high
+            for k in range(count):
+                lane = next_lane & mask
+                next_lane += _ONE
+                x = lanes[lane]
+                i = np.uint64(order[np.uint64(k)])
+                t = np.uint64(index[i])
+                slot = x & _LOW16
+                w = cell[np.uint64(table[t, 3]) + (slot >> np.uint64(table[t, 4]))]
+                # The first test covers both sides: below the start, the difference wraps around.
+                if slot - (w & _LOW16) >= w >> _U16 & _LOW16:
+                    e = np.uint64(table[t, 0]) + (w >> _U48 & _LOW15)
+                    while slot < w & _LOW16:
+                        e -= _ONE
+                        w = entry[e]
+                    while slot - (w & _LOW16) >= w >> _U16 & _LOW16:
+                        e += _ONE
+                        w = entry[e]
+                x = (w >> _U16 & _LOW16) * (x >> _U16) + slot - (w & _LOW16)
                 if x < _BOUND and at < end:
                     x = x << _U32 | np.uint64(words[at])
                     at += _ONE
-            symbols[i] = value
-            lanes[lane] = x
+                value = np.int16(w >> _U32)
+                if w >> _U63:
+                    value = np.int16(x)
+                    x >>= _U16
+                    if x < _BOUND and at < end:
+                        x = x << _U32 | np.uint64(words[at])
+                        at += _ONE
+                symbols[i] = value
+                lanes[lane] = x
         state[_RANGES + 2 * s] = at
         for j in range(MAX_LANES):
             state[home + 2 * j] = lanes[j] & np.uint64(0xFFFFFFFF)
@@ -383,23 +400,219 @@ def encode(
     for _, index in flat:
         # An odd distance visits every channel of the usual channel counts.
         distance = 1 if len(index) < _SAMPLES else len(index) // _SAMPLES | 1
-        step_coded, step_bits, bad = _survey(index, tables.table, distance)
+        step_coded, step_bits = _survey(index, tables.table, distance)
         coded, bits = coded + distance * step_coded, bits + distance * step_bits
     lanes, chosen = _layout(coded, bits >> 11)
     if streams is not None:
         lanes, chosen = _lanes(streams, bits >> 11), streams
     start = _START_ALONE if lanes == 1 else _START_SHARED
 
-    def code(first_stream: int, stop_stream: int) -> list[tuple[np.ndarray, list[int]]]:
-        return [_encode_stream(flat, tables, s, chosen, lanes, start) for s in range(first_stream, stop_stream)]
+    def code(first: int, stop: int) -> list[tuple[bytes, list[int]]]:
+        return [_encode_stream(flat, tables, s, chosen, lanes, start) for s in range(first, stop)]
 
-    coded_streams = sum(_share(code, chosen, coded, threads), [])
-    words = b"".join(w.tobytes() for w, _ in coded_streams)
-    if chosen == lanes == 1:
-        (high,) = coded_streams[0][1]
-        if not words and high == start:
-            return b""
-        return words + high.to_bytes(high.bit_length() // 8 + 1, "little")
-    numbers = [len(w) for w, _ in coded_streams[:-1]]
-    numbers += [high for _, highs in coded_streams for high in highs]
+    parts = [part for share in _share(code, chosen, coded, threads) for part in share]
+    words = b"".join(part for part, _ in parts)
+    if lanes == chosen == 1:
+        (high,) = parts[0][1]
+        return words + _lone_trailer(high) if words or high != start else b""
+    numbers = [len(part) // 4 for part, _ in parts[:-1]]
+    numbers += [high for _, highs in parts for high in highs]
     return words + _trailer(lanes, chosen, numbers)
+
+
+def _encode_stream(
+    steps: list, tables: PreparedTables, stream: int, streams: int, lane_count: int, start: int
+) -> tuple[bytes, list[int]]:
+    """(words, h of each lane) of one stream; arrays in `steps` are flat."""
+    lanes = np.full(lane_count, start, np.uint64)
+    edges = [(stream * len(i) // streams, (stream + 1) * len(i) // streams) for _, i in steps]
+    # At most 32 bits per element (an escape), the lanes' last words, and one that does not count.
+    words = np.empty(sum(stop - first for first, stop in edges) + 2 * lane_count + 1, np.uint32)
+    position = len(words)
+    for (symbols, index), (first, stop) in zip(reversed(steps), reversed(edges), strict=True):
+        position = _encode(
+            symbols, index, first, stop, lanes, words, position,
+            tables.table, tables.divide, tables.entry,
+        )  # fmt: skip
+        if position < 0:
+            table = int(index[(index != SKIP) & (index >= len(tables.table))][0])
+            raise NvcError(f"symbols use table {table}, but there are {len(tables.table)} tables")
+    highs = [int(x) for x in lanes]
+    for lane in reversed(range(lane_count)):
+        if highs[lane] >= _START_SHARED:
+            position -= 1
+            words[position] = highs[lane] & 0xFFFFFFFF
+            highs[lane] >>= 32
+    return words[position:].tobytes(), highs
+
+
+def _lone_trailer(high: int) -> bytes:
+    return high.to_bytes(high.bit_length() // 8 + 1, "little")
+
+
+def _trailer(lanes: int, streams: int, numbers: list[int]) -> bytes:
+    value, width = 1 << 5 | (lanes.bit_length() - 1) << 3 | streams - 1, 6
+    for number in numbers:
+        bits = number.bit_length()
+        value, width = (value << 5 | bits) << bits | number, width + 5 + bits
+    size = -(-width // 8)
+    return (value << 8 * size - width).to_bytes(size, "little")
+
+
+def _read_trailer(tail: bytes, payload_bytes: int) -> tuple[int, list[int], list[list[int]]]:
+    """(lanes, words of each stream, h of each stream's lanes) from the payload's last bytes.
+
+    Raises:
+      StreamError: it does not fit the payload's length.
+    """
+    if payload_bytes == 0:
+        return 1, [0], [[_START_ALONE]]
+    if tail[-1] < 0x80:
+        size = (payload_bytes - 1) % 4 + 1
+        return 1, [payload_bytes // 4 - (size == 4)], [[int.from_bytes(tail[-size:], "little")]]
+    value, left = int.from_bytes(tail, "little"), 8 * len(tail) - 1
+
+    def take(bits: int) -> int:
+        nonlocal left
+        left -= bits
+        if left < 0:
+            raise StreamError("a unit's trailer is cut off")
+        return value >> left & ((1 << bits) - 1)
+
+    lanes, streams = 1 << take(2), take(3) + 1
+    counts = [take(take(5)) for _ in range(streams - 1)]
+    highs = [[take(take(5)) for _ in range(lanes)] for _ in range(streams)]
+    words, rest = divmod(payload_bytes - len(tail) + left // 8, 4)
+    counts.append(words - sum(counts))
+    if rest or any(count < 0 or 0 < count < lanes for count in counts):
+        raise StreamError("a unit's trailer contradicts its length")
+    return lanes, counts, highs
+
+
+def _as_words(payload: np.ndarray) -> np.ndarray:
+    payload = np.ascontiguousarray(payload, np.uint8).reshape(-1)
+    words = payload[: payload.size & ~3].view("<u4")
+    return _frozen(words if words.flags.aligned else words.copy(), np.uint32)
+
+
+def begin_decode(payload: np.ndarray, payload_bytes: int) -> np.ndarray:
+    """The decoder's state before a unit's first step; never raises on bad data.
+
+    Args:
+      payload: uint8 [capacity], the payload and any padding; the same array is to be given to
+        `decode_step`.
+      payload_bytes: size of the payload.
+
+    Returns:
+      uint32 [STATE_WORDS].
+    """
+    state = np.zeros(STATE_WORDS, np.uint32)
+    state[_LANES] = state[_STREAMS] = 1
+    payload, payload_bytes = np.asarray(payload).reshape(-1), int(payload_bytes)
+    if not 0 <= payload_bytes <= min(payload.size, MAX_PAYLOAD_BYTES):
+        state[_STATUS] = BAD_PAYLOAD
+        return state
+    tail = payload[max(0, payload_bytes - _MAX_TRAILER_BYTES) : payload_bytes].tobytes()
+    try:
+        lanes, counts, highs = _read_trailer(tail, payload_bytes)
+    except StreamError:
+        state[_STATUS] = BAD_PAYLOAD
+        return state
+    state[_LANES], state[_STREAMS] = lanes, len(counts)
+    words, position = _as_words(payload), 0
+    for s, count in enumerate(counts):
+        taken = lanes if count else 0
+        state[_RANGES + 2 * s : _RANGES + 2 * s + 2] = position + taken, position + count
+        home = state[_STATES + 2 * MAX_LANES * s :][: 2 * lanes].reshape(lanes, 2)
+        if taken:
+            home[:, 0], home[:, 1] = words[position : position + taken], highs[s]
+        else:
+            home[:, 0] = highs[s]
+        position += count
+    return state
+
+
+def decode_step(
+    payload: np.ndarray,
+    state: np.ndarray,
+    index: np.ndarray,
+    tables: PreparedTables,
+    threads: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes one step; a pure function that never raises on bad data.
+
+    Args:
+      payload: uint8 [capacity], as for `begin_decode`; not copied if capacity is a multiple of 4.
+      state: uint32 [STATE_WORDS], from `begin_decode` or the step before.
+      index: uint16 [n], table of each element, or SKIP.
+      tables: from `prepare`.
+      threads: at most so many threads (default: one per core); no influence on the result.
+
+    Returns:
+      symbols int16 [n], zeros if the status is (or becomes) bad, and the new state.
+    """
+    words, index = _as_words(payload), _frozen(index, np.uint16)
+    state = np.array(state, np.uint32)
+    symbols = np.zeros(index.size, np.int16)
+    if state[_STATUS] == OK:
+
+        def decode(first: int, stop: int) -> None:
+            _decode(
+                words, state, first, stop, index, symbols, tables.table, tables.entry, tables.cell
+            )
+
+        _share(decode, int(state[_STREAMS]), index.size, threads)
+        if state[_STATUS] != OK:
+            symbols[:] = 0
+    return symbols, state
+
+
+def status(state: np.ndarray) -> int:
+    """OK, BAD_PAYLOAD or BAD_INDEX."""
+    return int(state[_STATUS])
+
+
+def finish_decode(payload: np.ndarray, state: np.ndarray) -> None:
+    """Checks that all steps of a unit were decoded and the payload was used up exactly.
+
+    Raises:
+      StreamError: the payload is damaged, or was decoded with other tables, indices or steps than
+        it was coded with.
+    """
+    state = np.asarray(state)
+    if status(state) == BAD_PAYLOAD:
+        raise StreamError(
+            "the coded data of a picture is damaged: its trailer contradicts its length "
+            f"(buffer of {np.size(payload)} bytes)"
+        )
+    if status(state) == BAD_INDEX:
+        raise StreamError(
+            "a picture asks for a probability table that its model does not have; "
+            "decode it with the model it was coded with"
+        )
+    lanes, streams = int(state[_LANES]), int(state[_STREAMS])
+    ranges = state[_RANGES:_STATES].reshape(MAX_STREAMS, 2)[:streams]
+    ends = state[_STATES:].reshape(MAX_STREAMS, MAX_LANES, 2)[:streams, :lanes]
+    start = _START_ALONE if lanes == 1 else _START_SHARED
+    if (ranges[:, 0] != ranges[:, 1]).any() or (ends != (start, 0)).any():
+        raise StreamError(
+            "the coded data of a picture does not end where its last symbol does: it is damaged, "
+            "or this machine computed other probabilities than the one that coded it "
+            "(re-encoding with a larger calibration margin helps against that)"
+        )
+
+
+def code_length_bits(
+    steps: Sequence[tuple[np.ndarray, np.ndarray]], tables: PreparedTables
+) -> float:
+    """Ideal code length of a unit in bits: -log2 of the frequencies, 16 more for each escape."""
+    bits = 0.0
+    for symbols, index in steps:
+        symbols, index = np.ravel(symbols), np.ravel(index)
+        coded = index != SKIP
+        first, last, offset = tables.table[index[coded], :3].T.astype(np.int64)
+        place = symbols[coded] - offset
+        escape = (place < 0) | (place >= last)
+        frequency = tables.entry[first + np.where(escape, last, place)] >> _U16 & _LOW16
+        bits += 16.0 * (place.size + np.count_nonzero(escape)) - np.log2(frequency).sum()
+    return float(bits)

@@ -38,7 +38,7 @@ class Anchor:
     quality: str  # what the numbers in `qualities` are called
     qualities: tuple[int, ...]  # from high to low quality, wide enough to cover any curve of ours
     arguments: str
-    suffix: str
+    suffix: str  # of the file, and FFmpeg's name of the format
     pixel_format: str = "yuv420p"  # what it decodes to
 
 
@@ -187,8 +187,9 @@ def code_clip(
     ]
     decode = [
         *base,
-        *f"-i coded{anchor.suffix} -fps_mode passthrough -f rawvideo".split(),
-        *f"-pix_fmt {anchor.pixel_format} decoded.yuv".split(),
+        # The format is named because FFmpeg cannot always guess it from a short stream.
+        *f"-f {anchor.suffix[1:]} -i coded{anchor.suffix} -fps_mode passthrough".split(),
+        *f"-f rawvideo -pix_fmt {anchor.pixel_format} decoded.yuv".split(),
     ]
     _, encode_seconds = _run([ffmpeg, *encode], scratch)
     _, decode_seconds = _run([ffmpeg, *decode], scratch)

@@ -395,13 +395,17 @@ def evaluate(config: Mapping, say: Callable[[str], None] = print, cli=CLI) -> di
     Returns:
       the results, as in the file: `machine`, `config`, `clips`, `points`, `bd_rates`, `notes`.
     Raises:
-      NvcError: bad config, missing clip. A codec that fails is no error: the point says why.
+      NvcError: bad config, missing clip, unusable work folder. A codec that fails is no error: its
+        point says why.
     """
     check_config(config)
     workdir = Path(config["workdir"])
     clips = [describe_clip(*found, config["frames"]) for found in find_clips(config["clips"])]
     for folder in ("streams", "crops"):
-        (workdir / folder).mkdir(parents=True, exist_ok=True)
+        try:
+            (workdir / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise NvcError(f"work folder {workdir}: cannot be made: {error.strerror}") from error
     results = {
         "format": "nvc-evaluation-1",
         "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),

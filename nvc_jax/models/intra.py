@@ -137,6 +137,10 @@ class Intra(nn.Module):
         self.decoder = Decoder(c, self.dtype)
         self.q_scale_dec = QpTable(QP_ROWS, c.width, self.dtype)
 
+    def blank_refs(self, height, width):
+        """`refs` of a unit without references: there are never any."""
+        return ()
+
     def __call__(self, frames, refs, qp, bottleneck):
         """Codes one picture.
 

@@ -125,13 +125,13 @@ def load(model: str | Path, dtype: Any = jnp.float32) -> Released:
     stored = metadata.pop("fingerprint", "")
     if stored != _fingerprint(tensors, metadata):
         raise NvcError(f"{path}: the file is damaged (its contents do not match its fingerprint)")
-    flat = {k[7:]: jnp.asarray(v, jnp.float32) for k, v in tensors.items() if k[:7] == "params/"}
+    flat = {k[7:]: v.astype(np.float32) for k, v in tensors.items() if k[:7] == "params/"}
     boundaries = tensors["scale_boundaries"]
     return Released(
         name=metadata["name"],
         codec=metadata["codec"],
         module=registry.build(metadata["codec"], json.loads(metadata["size"]), dtype),
-        params=traverse_util.unflatten_dict(flat, sep="/"),
+        params=jax.device_put(traverse_util.unflatten_dict(flat, sep="/")),
         tables=_unpack_tables(tensors),
         spec=CodingSpec(boundaries, int(metadata["skip_below"]), len(boundaries) + 1),
         fingerprint=bytes.fromhex(stored),

@@ -86,10 +86,13 @@ class Ref(NamedTuple):
     Attributes:
       frame: float32 [batch, height, width, 3] in [0, 1], or None.
       feature: float32 [batch, height/8, width/8, width], or None.
+      blank: bool [], disregard the feature and start from a blank frame. Lets one compiled program
+        serve both kinds of unit. None: no.
     """
 
     frame: jax.Array | None = None
     feature: jax.Array | None = None
+    blank: jax.Array | None = None
 
 
 class PairTable(nn.Module):
@@ -209,6 +212,28 @@ class UI2C(nn.Module):
         self.q_recon_0 = QpTable(QP_ROWS, c.recon, self.dtype)
         self.q_recon_1 = QpTable(QP_ROWS, c.recon, self.dtype)
 
+    def blank_refs(self, height, width):
+        """`refs` of a unit without references, in the form that the others have too."""
+        feature = jnp.zeros((1, height // 8, width // 8, self.cfg.width))
+        return (Ref(feature=feature, blank=jnp.bool_(True)),)
+
+    def _reference(self, ref, shape):
+        """Reference feature [batch, height/8, width/8, width]."""
+
+        def from_frame(m):
+            # Mid-grey is zero in the network's range; the paper's "blank frame".
+            frame = jnp.zeros(shape) if ref.frame is None else ref.frame - 0.5
+            return m.feature_adaptor_i(space_to_depth(frame, 8))
+
+        def from_feature(m):
+            return m.feature_adaptor_p(ref.feature)
+
+        if ref.feature is None:
+            return from_frame(self)
+        if ref.blank is None:
+            return from_feature(self)
+        return nn.cond(ref.blank, from_frame, from_feature, self)
+
     def __call__(self, frames, refs, qp, bottleneck):
         """Codes one pair.
 
@@ -225,12 +250,7 @@ class UI2C(nn.Module):
         """
         c = self.cfg
         batch, _, height, width, _ = frames.shape
-        if refs and refs[0].feature is not None:
-            reference = self.feature_adaptor_p(refs[0].feature)
-        else:
-            # Mid-grey is zero in the network's range; the paper's "blank frame".
-            frame = refs[0].frame - 0.5 if refs else jnp.zeros((batch, height, width, 3))
-            reference = self.feature_adaptor_i(space_to_depth(frame, 8))
+        reference = self._reference(refs[0] if refs else Ref(), (batch, height, width, 3))
         early = self.extractor_1(reference)
         ctx = self.extractor_2(early.astype(self.dtype))
 

@@ -1,5 +1,6 @@
 """The training loop: data in, checkpoints, numbers and pictures out."""
 
+import runpy
 import time
 from contextlib import closing, contextmanager
 from datetime import timedelta
@@ -39,10 +40,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> training.TrainStat
     logging.info("training data: %s", clip_data.stats(clips))
 
     ends = np.cumsum([stage.steps for stage in config.stages])
-    manager = ocp.CheckpointManager(
-        Path(workdir).absolute() / "checkpoints",
-        options=ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(2)),
-    )
+    manager = _checkpoints(workdir)
     state = resume(manager, model, config)
     parameter_overview.log_parameter_overview(state.params)
     writer = MetricWriter(workdir)
@@ -95,28 +93,60 @@ def resume(
     Raises:
       NvcError: the checkpoint belongs to another model.
     """
-    state = training.init_state(model, config, config.stages[0])
+    init = jax.jit(lambda: training.init_state(model, config, config.stages[0]))
     newest = manager.latest_step()
     if newest is not None:
+        state = jax.eval_shape(init)
         stage = config.stages[
             int(np.searchsorted(np.cumsum([s.steps for s in config.stages]), newest - 1, "right"))
         ]
-        state = state.replace(carry=training.empty_carry(model, stage))
+        carry = jax.eval_shape(lambda: training.empty_carry(model, stage))
         try:
-            state = manager.restore(newest, args=ocp.args.StandardRestore(state))
+            state = manager.restore(newest, args=ocp.args.StandardRestore(state.replace(carry=carry)))
         except ValueError as e:
             raise NvcError(
                 f"{manager.directory}: checkpoint {newest} does not fit this config's model; give "
                 f"another --workdir ({str(e).splitlines()[0]})"
             ) from None
         logging.info("going on from step %d", newest)
-    elif config.init_from:
+        return state
+    state = init()
+    if config.init_from:
         params = released.load(config.init_from).params
         if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, state.params):
             raise NvcError(f"{config.init_from}: its weights do not fit this config's model")
         state = state.replace(params=params, average=jax.tree.map(jnp.copy, params))
         logging.info("starting from the weights of %s", config.init_from)
     return state
+
+
+def release(config_file: str, workdir: str, output: str) -> Path:
+    """Writes the averaged weights of a run's newest checkpoint as a released model.
+
+    Raises:
+      NvcError: no such config, or no checkpoint in `workdir`.
+    """
+    output = Path(output)
+    if output.suffix != ".safetensors":
+        raise NvcError(f"{output}: give a name that ends in .safetensors")
+    if not Path(config_file).is_file():
+        raise NvcError(f"{config_file}: no such config file")
+    config = runpy.run_path(config_file)["get_config"]()
+    model = registry.build(config.model.name, config.model.size, config.model.dtype)
+    with closing(_checkpoints(workdir)) as manager:
+        if manager.latest_step() is None:
+            raise NvcError(f"{workdir}: no checkpoint there to release")
+        state = resume(manager, model, config)
+    tensors, metadata = released.freeze(output.stem, config.model.name, model, state.average)
+    released.save(output, tensors, metadata)
+    return output
+
+
+def _checkpoints(workdir: str) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+        Path(workdir).absolute() / "checkpoints",
+        options=ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(2)),
+    )
 
 
 def host_batch(config, number: int, per_unit: int, clips: clip_data.ClipSet, step: int):

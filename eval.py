@@ -1,0 +1,71 @@
+"""Measure codecs on clips and write a report.
+
+    python eval.py --config=configs/demo.py [--workdir=DIR] [--json=FILE] [--config.frames=17 ...]
+
+Encodes every clip with every model at every qp by the installed command line, decodes each file in
+a fresh process, checks the decoded pictures against the encoder's reconstruction, measures rate
+(file bytes), PSNR, MS-SSIM and speed, does the same with x264, x265, SVT-AV1 and VVenC, and writes
+`report.html` and `results.json` to the work folder.
+
+Exit status: 0; 1 when a stream of ours failed or did not decode to exactly what the encoder saw;
+2 with one line of explanation for a config or clip that is not usable.
+"""
+
+if __name__ == "__main__":
+    from nvc_jax.launch import setup
+
+    setup()  # before anything else: it may start this process anew
+
+import json
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+
+from nvc_jax.errors import NvcError
+from nvc_jax.evaluation.report import print_tables, write_report
+from nvc_jax.evaluation.runner import all_passed, evaluate
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "What to measure; see configs/demo.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results; instead of the config's.")
+_JSON = flags.DEFINE_string("json", None, "Write the results to this file, too.")
+flags.mark_flag_as_required("config")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with a sentence instead of a traceback for a config that does not load."""
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        _CONFIG.value.lock()  # a config file that could not be read raises only now
+    except (OSError, AttributeError, KeyError) as error:
+        reason = " ".join(str(error).replace("\\'", "'").split())
+        print(f"error: the config cannot be used: {reason}", file=sys.stderr)
+        sys.exit(2)
+    return rest
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(f"what is {argv[1]!r}? Only flags are understood")
+    config = _CONFIG.value.to_dict()
+    try:
+        if _WORKDIR.value:
+            config["workdir"] = _WORKDIR.value
+        if _JSON.value and not Path(_JSON.value).absolute().parent.is_dir():
+            raise NvcError(f"--json={_JSON.value}: its folder does not exist")
+        results = evaluate(config, say=lambda line: print(line, flush=True))
+        report = write_report(results, Path(config["workdir"]))
+    except NvcError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps(results, indent=1))
+    print_tables(results, Console())
+    print(f"report: {report}")
+    return 0 if all_passed(results) else 1
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,356 @@
+"""The `nvc` command: encode, decode, info, models, release."""
+
+from nvc_jax.launch import setup
+
+if __name__ == "__main__":  # the console script calls setup through main()
+    setup()
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, nullcontext
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nvc_jax import bitstream, video
+from nvc_jax.data.prefetch import read_ahead
+from nvc_jax.errors import NvcError, StreamError
+
+DEFAULT_MODEL = "ui2c-nano"
+PROBE_FRAMES = 16
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, or 2 for bad input or usage."""
+    setup()
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except NvcError as e:
+        print(f"nvc: {e}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 2
+    except KeyboardInterrupt:
+        print("nvc: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nvc", description="Neural video codec.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    p = commands.add_parser("encode", help="encode a video (or picture) into a .nvc file")
+    p.add_argument("input", help="anything FFmpeg reads, or raw 4:2:0 with --size")
+    p.add_argument("output", help="the .nvc file to write")
+    p.add_argument("--model", default=DEFAULT_MODEL, help="name or file (default: %(default)s)")
+    quality = p.add_mutually_exclusive_group()
+    quality.add_argument("--qp", type=int, help="0 (smallest) to 63 (best); default 32")
+    quality.add_argument("--target-bpp", type=float, help="bits per pixel not to exceed")
+    quality.add_argument("--target-psnr", type=float, help="6:1:1 PSNR in dB to reach")
+    p.add_argument("--frames", type=_positive, help="encode only the first frames")
+    p.add_argument("--intra-period", type=int, default=0,
+                   help="frames between points where decoding can start (default: only the first)")  # fmt: skip
+    p.add_argument("--size", type=_size, help="WIDTHxHEIGHT of raw input")
+    p.add_argument("--fps", type=Fraction, help="frame rate, for raw input or to override")
+    p.add_argument("--recon", help="also write the encoder's reconstruction to this video")
+    p.add_argument("--json", help="write machine-readable results to this file")
+    p.set_defaults(run=encode)
+
+    p = commands.add_parser("decode", help="decode a .nvc file")
+    p.add_argument("input", help="the .nvc file")
+    p.add_argument("output", help=f"the video to write: {', '.join(video.WRITABLE)}")
+    p.add_argument("--model", help="file of the weights, if they are not shipped")
+    p.add_argument("--json", help="write machine-readable results to this file")
+    p.set_defaults(run=decode)
+
+    p = commands.add_parser("info", help="describe a .nvc file")
+    p.add_argument("input")
+    p.add_argument("--json", action="store_true", help="everything, as JSON")
+    p.set_defaults(run=info)
+
+    p = commands.add_parser("models", help="list the models that come with the program")
+    p.set_defaults(run=models)
+
+    p = commands.add_parser("release", help="turn a training run into a model file")
+    p.add_argument("output", help="the .safetensors file to write; its name names the model")
+    p.add_argument("--config", required=True, help="the run's config file")
+    p.add_argument("--workdir", required=True, help="the run's directory")
+    p.set_defaults(run=release)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        width, height = (int(n) for n in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT") from None
+    return width, height
+
+
+def encode(args: argparse.Namespace) -> None:
+    begin = time.monotonic()
+    if Path(args.output).resolve() == Path(args.input).resolve():
+        raise NvcError(f"{args.output}: is the input; give another name for the output")
+    info, pictures = video.open_video(args.input, args.size, args.fps)
+
+    # JAX takes a second to import; errors in the arguments should not wait for it.
+    from nvc_jax import codec
+    from nvc_jax.models import released
+
+    model = released.load(args.model)
+    schedule = codec.schedule_for(model, args.intra_period)
+    unit_codec = codec.prepare(model, info.width, info.height)
+    if args.frames:
+        pictures = islice(pictures, args.frames)
+    qp = 32 if args.qp is None else args.qp
+    if args.target_bpp is not None or args.target_psnr is not None:
+        probe = list(islice(pictures, PROBE_FRAMES))
+        qp = _search(unit_codec, probe, schedule, args.target_bpp, args.target_psnr)
+        pictures = _chain_closing(probe, pictures)
+
+    total = min(filter(None, (info.frame_count, args.frames)), default=None)
+    header = codec.make_header(model, info, schedule)
+    clock, units, pixels = _Clock(begin), [], info.width * info.height
+    with ExitStack() as stack:
+        stream = stack.enter_context(bitstream.write_stream(args.output, header))
+        recon = stack.enter_context(
+            video.write_video(args.recon, info) if args.recon else nullcontext()
+        )
+        bar = stack.enter_context(_progress())
+        task = bar.add_task("encoding", total=total, note="")
+        ahead = stack.enter_context(closing(read_ahead(pictures, 4)))
+        coded_bytes = 0
+        for unit in codec.encode(unit_codec, ahead, qp, schedule, render=bool(args.recon)):
+            size = stream.write(unit.packet)
+            for picture in unit.recons or ():
+                recon.write(picture)
+            coded_bytes += size
+            clock.tick(len(unit.packet.frames))
+            units.append(
+                {
+                    "frames": list(unit.packet.frames),
+                    "qp": list(unit.packet.qps),
+                    "bytes": size,
+                    "payload_bytes": len(unit.packet.payload),
+                    "ideal_bits": unit.ideal_bits,
+                }
+            )
+            bpp = 8 * coded_bytes / (clock.frames * pixels)
+            bar.update(task, completed=clock.frames,
+                       note=f"{clock.fps():.1f} fps  {bpp:.4f} bpp")  # fmt: skip
+    file_bytes = Path(args.output).stat().st_size
+    result = {
+        "model": model.name,
+        "fingerprint": model.fingerprint.hex(),
+        "qp": qp,
+        "width": info.width,
+        "height": info.height,
+        "file_bytes": file_bytes,
+        "bpp": 8 * file_bytes / (clock.frames * pixels),
+        **clock.results(),
+        "units": units,
+    }
+    _finish(
+        args.json,
+        result,
+        f"{args.output}: {clock.frames} frames, {file_bytes} bytes, {result['bpp']:.4f} bpp, "
+        f"qp {qp}, {clock.summary()}",
+    )
+
+
+def decode(args: argparse.Namespace) -> None:
+    begin = time.monotonic()
+    with bitstream.open_stream(args.input) as stream:
+        header = stream.header
+
+        from nvc_jax import codec
+        from nvc_jax.models import released
+
+        known = released.shipped()
+        if args.model is None and header.model not in known:
+            raise NvcError(
+                f"{args.input}: needs the model '{header.model}' (weights "
+                f"{header.fingerprint.hex()}), which is not shipped; give its file with --model"
+            )
+        model = released.load(args.model or header.model)
+        codec.check_model(header, model)
+        unit_codec = codec.prepare(model, header.width, header.height)
+        info = video.VideoInfo(
+            header.width, header.height, header.fps, video.Colour(*header.colour)
+        )
+        clock, units, broken = _Clock(begin), [], None
+        with video.write_video(args.output, info) as out, _progress() as bar:
+            task = bar.add_task("decoding", total=stream.frame_count, note="")
+            try:
+                for packet, pictures in codec.decode(unit_codec, stream):
+                    for picture in pictures:
+                        out.write(picture)
+                    clock.tick(len(pictures))
+                    units.append({"frames": list(packet.frames), "checksum_ok": True})
+                    bar.update(task, completed=clock.frames, note=f"{clock.fps():.1f} fps")
+            except StreamError as e:
+                if not clock.frames:
+                    raise
+                broken = e  # what was decoded is kept
+    result = {"model": model.name, "frames": clock.frames, **clock.results(), "units": units}
+    _finish(args.json, result, f"{args.output}: {clock.frames} frames, {clock.summary()}")
+    if broken:
+        raise StreamError(f"{broken} {args.output} holds the {clock.frames} frames before.")
+
+
+def info(args: argparse.Namespace) -> None:
+    facts = bitstream.stream_info(args.input)
+    if args.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        units = facts["units"]
+        points = sum(unit["random_access"] for unit in units)
+        print(f"{facts['file']}: .nvc version {facts['version']}")
+        print(f"  pictures   {facts['width']}x{facts['height']}, {facts['frames']} frames, "
+              f"{facts['fps']} fps, {facts['seconds']:.2f} s")  # fmt: skip
+        print(f"  model      {facts['model']}, weights {facts['fingerprint']}")
+        print(f"  schedule   {facts['schedule']['name']}, {len(units)} units, "
+              f"{points} random-access points")  # fmt: skip
+        if units:
+            qps = [qp for unit in units for qp in unit["qp"]]
+            print(f"  size       {facts['file_bytes']} bytes ({facts['container_bytes']} of them "
+                  f"container), {facts['bpp']:.4f} bpp, {facts['bits_per_second'] / 1000:.1f} kbit/s")  # fmt: skip
+            print(f"  qp         {min(qps)} to {max(qps)}")
+    if facts["error"]:
+        raise StreamError(facts["error"])
+
+
+def models(args: argparse.Namespace) -> None:
+    from nvc_jax.models import released
+
+    for name, path in released.shipped().items():
+        model = released.load(path)
+        default = "  (default)" if name == DEFAULT_MODEL else ""
+        print(f"{name}: codec {model.codec}, {path.stat().st_size / 1e6:.1f} MB, "
+              f"weights {model.fingerprint.hex()}{default}")  # fmt: skip
+
+
+def release(args: argparse.Namespace) -> None:
+    from nvc_jax.training import loop
+
+    path = loop.release(args.config, args.workdir, args.output)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def _search(unit_codec, probe, schedule, target_bpp, target_psnr) -> int:
+    """The best qp on a probe: largest within `target_bpp`, or smallest reaching `target_psnr`.
+
+    Both bits and quality grow with qp, so bisection finds it in six trials. Raises NvcError when no
+    qp will do.
+    """
+    from nvc_jax import codec
+    from nvc_jax.evaluation.metrics import psnr
+
+    pixels = len(probe) * unit_codec.width * unit_codec.height
+
+    def enough(qp: int) -> bool:
+        """Is qp at the target or beyond?"""
+        coded = list(codec.encode(unit_codec, probe, qp, schedule, target_psnr is not None))
+        if target_bpp is not None:
+            return 8 * sum(len(u.packet.payload) + 14 for u in coded) / pixels > target_bpp
+        pairs = [p for u in coded for p in zip(u.pictures, u.recons, strict=True)]
+        total = sum(
+            weight * psnr(a, b) / 8
+            for pair in pairs
+            for weight, a, b in zip((6, 1, 1), *pair, strict=True)
+        )
+        return total / len(pairs) >= target_psnr
+
+    low, high = 0, codec.MAX_QP + 1  # the first qp that is enough lies in [low, high]
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle + 1, high)
+    if target_bpp is not None:
+        if low == 0:
+            raise NvcError(
+                f"even qp 0 needs more than {target_bpp} bpp here; allow more, or scale down"
+            )
+        return low - 1
+    if low > codec.MAX_QP:
+        raise NvcError(f"even qp {codec.MAX_QP} stays below {target_psnr} dB; ask for less")
+    return low
+
+
+def _chain_closing(first: list, rest: Iterator) -> Iterator:
+    yield from first
+    yield from rest
+
+
+class _Clock:
+    """Frames and seconds; the first unit, which compiles, is kept apart."""
+
+    def __init__(self, begin: float):
+        self.begin, self.frames, self.first = begin, 0, None
+
+    def tick(self, frames: int) -> None:
+        self.frames += frames
+        self.last = time.monotonic()
+        if self.first is None:
+            self.first = (self.last, self.frames)
+
+    def fps(self) -> float:
+        """Of all units after the first; of the first if it is the only one."""
+        when, frames = self.first
+        if self.frames == frames:
+            return self.frames / (self.last - self.begin)
+        return (self.frames - frames) / (self.last - when)
+
+    def results(self) -> dict:
+        seconds = time.monotonic() - self.begin
+        return {
+            "frames": self.frames,
+            "seconds": seconds,
+            "fps": self.frames / seconds,
+            "seconds_coding": self.frames / self.fps(),
+            "fps_coding": self.fps(),
+        }
+
+    def summary(self) -> str:
+        start = self.first[0] - self.begin
+        return f"{self.fps():.1f} fps after {start:.1f} s of start-up and compilation"
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def _finish(json_file: str | None, result: dict, line: str) -> None:
+    if json_file:
+        try:
+            Path(json_file).write_text(json.dumps(result, indent=1))
+        except OSError as e:
+            raise NvcError(f"{json_file}: cannot be written ({e.strerror})") from None
+    print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

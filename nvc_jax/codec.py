@@ -1,0 +1,399 @@
+"""Encodes a clip, decodes a stream: schedule x model x bottleneck x coder x container.
+
+One compiled program per picture size codes a unit in both directions (see
+`nvc_jax.entropy.bottleneck.Coded`): the encoder runs it with the picture as the source of symbols
+and hands symbols and indices to the host coder; the decoder runs the same machine code and pulls
+the symbols from the host coder through `jax.pure_callback`.
+"""
+
+import functools
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nvc_jax import schedule as schedules
+from nvc_jax.bitstream import Header, Packet, Stream
+from nvc_jax.entropy import coder
+from nvc_jax.entropy.bottleneck import FROM_CALLER, FROM_PICTURE, FROM_STREAM, Coded, Estimate
+from nvc_jax.errors import NvcError, StreamError, WeightsMismatch
+from nvc_jax.models import registry
+from nvc_jax.models.released import Released
+from nvc_jax.video import Planes, VideoInfo
+
+MAX_QP = 63
+# Bytes for a unit's payload in the usual program, in bytes per symbol; and what no unit can exceed
+# (an escape costs under four bytes). Two sizes, so that few shapes are compiled.
+CAPACITIES = (0.5, 6.0)
+
+
+class CodedUnit(NamedTuple):
+    """Result of one run of the unit program.
+
+    Attributes:
+      pictures: one `Planes` per frame of the unit; None when not rendered.
+      refs: what the next units refer to.
+      symbols: int16 arrays, one per coding step.
+      indices: uint16 arrays, one per coding step.
+      coder_state: of the host coder, uint32.
+    """
+
+    pictures: list[Planes] | None
+    refs: Any
+    symbols: list[np.ndarray]
+    indices: list[np.ndarray]
+    coder_state: np.ndarray
+
+
+class UnitCodec(NamedTuple):
+    """A released model prepared for one picture size: see `prepare`.
+
+    Attributes:
+      model: the released model.
+      tables: its tables, prepared for the host coder.
+      width, height: of the pictures.
+      step_sizes: symbols in each coding step of a unit.
+      program: jitted, see `_unit_program`.
+    """
+
+    model: Released
+    tables: coder.PreparedTables
+    width: int
+    height: int
+    step_sizes: tuple[int, ...]
+    program: Any
+
+
+def prepare(model: Released, width: int, height: int) -> UnitCodec:
+    """Gets a model ready for pictures of one size. Compilation happens at the first unit."""
+    module = model.module
+    sizes = []
+
+    def probe(params):
+        bottleneck = Estimate()
+        frames = jnp.zeros((1, module.frames_per_unit, _padded(height), _padded(width), 3))
+        qp = jnp.zeros((1, module.frames_per_unit), jnp.int32)
+        result = module.apply({"params": params}, frames, (), qp, bottleneck)
+        sizes.extend(bottleneck.sizes)
+        return result
+
+    jax.eval_shape(probe, model.params)
+    tables = coder.prepare(model.tables)
+    program = jax.jit(functools.partial(_unit_program, model, tables, width, height))
+    return UnitCodec(model, tables, width, height, tuple(sizes), program)
+
+
+def _unit_program(model, tables, width, height, params, planes, refs, qp, source, render, payload,
+                  coder_state, given):  # fmt: skip
+    """Codes one unit; traced once per payload capacity.
+
+    Args:
+      planes: uint8 (y [frames, height, width], u and v at half size): the encoder's pictures;
+        decoding ignores them.
+      refs: pytree of the model's references.
+      qp: int32 [1, frames].
+      source, render: see `Coded`.
+      payload: uint8 [capacity]; coder_state: uint32 [STATE_WORDS]; given: int16 [symbols].
+    """
+
+    def pull(state, index):
+        result = (
+            jax.ShapeDtypeStruct(index.shape, jnp.int16),
+            jax.ShapeDtypeStruct(state.shape, jnp.uint32),
+        )
+        return jax.pure_callback(_pull_on_host(tables), result, payload, state, index)
+
+    bottleneck = Coded(model.spec, source, render, pull, coder_state, given)
+    frames = planes_to_frames(planes, height, width)
+    recon, new_refs = model.module.apply({"params": params}, frames, refs, qp, bottleneck)
+    new_refs = tuple(ref._replace(blank=jnp.bool_(False)) for ref in new_refs)
+    pictures = jax.lax.cond(
+        render,
+        lambda: frames_to_planes(recon, height, width),
+        lambda: jax.tree.map(jnp.zeros_like, planes),
+    )
+    return pictures, new_refs, bottleneck.symbols, bottleneck.indices, bottleneck.state
+
+
+def _pull_on_host(tables: coder.PreparedTables):
+    def pull(payload, state, index):
+        # NumPy only: a callback that enters JAX can wait for itself.
+        return coder.decode_step(np.asarray(payload), np.asarray(state), np.asarray(index), tables)
+
+    return pull
+
+
+def _padded(side: int) -> int:
+    return -(-side // 16) * 16
+
+
+def planes_to_frames(planes, height: int, width: int) -> jax.Array:
+    """uint8 4:2:0 planes -> float32 [1, frames, height', width', 3] in [0, 1], sides padded to 16.
+
+    Chroma samples are repeated 2x2, borders replicated at the bottom and right (DCVC-RT).
+    """
+    y, u, v = planes
+
+    def full_size(chroma):
+        return chroma.repeat(2, axis=1).repeat(2, axis=2)[:, :height, :width]
+
+    frames = jnp.stack([y, full_size(u), full_size(v)], axis=-1).astype(jnp.float32) / 255
+    pad = ((0, 0), (0, -height % 16), (0, -width % 16), (0, 0))
+    return jnp.pad(frames, pad, mode="edge")[None]
+
+
+def frames_to_planes(frames: jax.Array, height: int, width: int):
+    """Inverse of `planes_to_frames`: chroma is averaged 2x2; rounded to uint8."""
+    frames = jnp.clip(frames[0], 0, 1) * 255
+    n, h, w, _ = frames.shape
+    chroma = frames[..., 1:].reshape(n, h // 2, 2, w // 2, 2, 2).mean((2, 4))
+    chroma = chroma[:, : -(-height // 2), : -(-width // 2)]
+    y = frames[:, :height, :width, 0]
+    return tuple(jnp.round(p).astype(jnp.uint8) for p in (y, chroma[..., 0], chroma[..., 1]))
+
+
+def _run(
+    codec: UnitCodec,
+    refs: Any,
+    qps: Sequence[int],
+    source: int,
+    render: bool,
+    *,
+    pictures: Sequence[Planes] = (),
+    payload: bytes = b"",
+    given: np.ndarray | None = None,
+    capacity: int,
+) -> CodedUnit:
+    """Runs the unit program once. A unit short of pictures or qps repeats its last one."""
+    n = codec.model.module.frames_per_unit
+    padded_qps = [*qps, *qps[-1:] * n][:n]
+    if pictures:
+        repeated = [*pictures, *[pictures[-1]] * n][:n]
+        planes = tuple(np.stack(p) for p in zip(*repeated, strict=True))
+    else:
+        chroma = (n, -(-codec.height // 2), -(-codec.width // 2))
+        shapes = (n, codec.height, codec.width), chroma, chroma
+        planes = tuple(np.zeros(s, np.uint8) for s in shapes)
+    buffer = np.zeros(capacity, np.uint8)
+    buffer[: len(payload)] = np.frombuffer(payload, np.uint8)
+    if given is None:
+        given = np.zeros(sum(codec.step_sizes), np.int16)
+    out, refs, symbols, indices, state = codec.program(
+        codec.model.params,
+        planes,
+        refs,
+        np.array([padded_qps], np.int32),
+        np.int32(source),
+        np.bool_(render),
+        buffer,
+        coder.begin_decode(buffer, len(payload)),
+        given,
+    )
+    symbols, indices, state = jax.device_get((symbols, indices, state))
+    if render:
+        out = jax.device_get(out)
+        out = [Planes(*(plane[i] for plane in out)) for i in range(len(qps))]
+    return CodedUnit(out if render else None, refs, symbols, indices, state)
+
+
+def _capacity(codec: UnitCodec, per_symbol: float) -> int:
+    return int(sum(codec.step_sizes) * per_symbol) + 64
+
+
+def symbols_crc(symbols: Sequence[np.ndarray]) -> int:
+    """CRC-32 of a unit's symbols as little-endian int16, in coding order."""
+    crc = 0
+    for s in symbols:
+        crc = zlib.crc32(s.astype("<i2", copy=False).tobytes(), crc)
+    return crc
+
+
+def encode_unit(
+    codec: UnitCodec, pictures: Sequence[Planes], refs: Any, qps: Sequence[int], render: bool
+) -> tuple[bytes, CodedUnit]:
+    """Codes pictures and returns (payload, what the program left)."""
+    for per_symbol in CAPACITIES:
+        # The decoder picks the program by the payload's size; the encoder has to use the same.
+        capacity = _capacity(codec, per_symbol)
+        unit = _run(codec, refs, qps, FROM_PICTURE, render, pictures=pictures, capacity=capacity)
+        payload = coder.encode(
+            list(zip(unit.symbols, unit.indices, strict=True)), codec.tables
+        )
+        if len(payload) <= capacity:
+            return payload, unit
+    raise AssertionError("a payload exceeds its bound")
+
+
+def decode_unit(codec: UnitCodec, payload: bytes, refs: Any, qps: Sequence[int]) -> CodedUnit:
+    """Decodes one unit inside one jitted program that calls the host coder back.
+
+    Raises:
+      StreamError: the payload is damaged, or was not consumed exactly.
+    """
+    capacity = _payload_capacity(codec, payload)
+    unit = _run(codec, refs, qps, FROM_STREAM, True, payload=payload, capacity=capacity)
+    coder.finish_decode(np.frombuffer(payload, np.uint8), unit.coder_state)
+    return unit
+
+
+def decode_unit_from_host(
+    codec: UnitCodec, payload: bytes, refs: Any, qps: Sequence[int]
+) -> CodedUnit:
+    """As `decode_unit`, without callbacks: the host drives.
+
+    The program is run once per coding step with the symbols known so far; each run yields the
+    indices of the next step. Slower, but needs nothing of the backend: a cross-check, and a way out
+    where callbacks are not available.
+    """
+    capacity = _payload_capacity(codec, payload)
+    buffer = np.frombuffer(payload, np.uint8)
+    state = coder.begin_decode(buffer, len(payload))
+    known = np.zeros(sum(codec.step_sizes), np.int16)
+    position = 0
+    for step, size in enumerate(codec.step_sizes):
+        unit = _run(codec, refs, qps, FROM_CALLER, False, given=known, capacity=capacity)
+        symbols, state = coder.decode_step(buffer, state, unit.indices[step], codec.tables)
+        known[position : position + size] = symbols
+        position += size
+    coder.finish_decode(buffer, state)
+    return _run(codec, refs, qps, FROM_CALLER, True, given=known, capacity=capacity)
+
+
+def _payload_capacity(codec: UnitCodec, payload: bytes) -> int:
+    for per_symbol in CAPACITIES:
+        if len(payload) <= _capacity(codec, per_symbol):
+            return _capacity(codec, per_symbol)
+    raise StreamError(f"a unit of {len(payload)} bytes is larger than any of this size can be")
+
+
+class EncodedUnit(NamedTuple):
+    """What `encode` yields per unit.
+
+    Attributes:
+      packet: for the container.
+      pictures: the originals.
+      recons: the decoder's pictures; None unless rendered.
+      ideal_bits: code length of the symbols under the integer tables.
+    """
+
+    packet: Packet
+    pictures: list[Planes]
+    recons: list[Planes] | None
+    ideal_bits: float
+
+
+def schedule_for(model: Released, intra_period: int = 0) -> schedules.Schedule:
+    """The coding order of a model. Raises NvcError for an impossible intra period."""
+    if registry.entry(model.codec).schedule == "all_intra":
+        return schedules.all_intra()
+    return schedules.two_frame(intra_period)
+
+
+def make_header(model: Released, info: VideoInfo, schedule: schedules.Schedule) -> Header:
+    """Header of a stream of `model` for pictures of `info`."""
+    c = info.colour
+    return Header(
+        model=model.name,
+        fingerprint=model.fingerprint,
+        width=info.width,
+        height=info.height,
+        fps=info.fps,
+        schedule=schedule,
+        colour=(c.primaries, c.transfer, c.matrix, c.full_range),
+    )
+
+
+def encode(
+    codec: UnitCodec,
+    pictures: Iterable[Planes],
+    qp: int,
+    schedule: schedules.Schedule,
+    render: bool = False,
+) -> Iterator[EncodedUnit]:
+    """Encodes pictures as they come, one group of the schedule in memory at a time.
+
+    Raises:
+      NvcError: qp out of range.
+    """
+    if not 0 <= qp <= MAX_QP:
+        raise NvcError(f"qp {qp} is out of range; give 0 (smallest file) to {MAX_QP} (best)")
+    pictures = iter(pictures)
+    slots, frame, number = {}, 0, 0
+    while group := list(islice(pictures, schedule.gop)):
+        for unit in schedules.units(schedule, frame, len(group), number):
+            originals = [group[f - frame] for f in unit.frames]
+            qps = tuple(qp + offset for offset in unit.qp_offset)
+            refs = _references(codec, unit, slots)
+            payload, coded = encode_unit(codec, originals, refs, qps, render)
+            slots[number] = coded.refs
+            for slot in unit.release:
+                del slots[slot]
+            steps = list(zip(coded.symbols, coded.indices, strict=True))
+            packet = Packet(unit.frames, qps, payload, symbols_crc(coded.symbols), not unit.refs)
+            bits = coder.code_length_bits(steps, codec.tables)
+            yield EncodedUnit(packet, originals, coded.pictures, bits)
+            number += 1
+        frame += len(group)
+
+
+def _references(codec: UnitCodec, unit: schedules.Unit, slots: dict) -> tuple:
+    """A unit's references as the model takes them."""
+    if not unit.refs:
+        return codec.model.module.blank_refs(_padded(codec.height), _padded(codec.width))
+    return tuple(ref for slot in unit.refs for ref in slots[slot])
+
+
+def check_model(header: Header, model: Released) -> None:
+    """Raises WeightsMismatch unless the stream was written with exactly this model."""
+    if header.fingerprint != model.fingerprint:
+        raise WeightsMismatch(
+            f"the stream was written with model '{header.model}', weights "
+            f"{header.fingerprint.hex()}; the model at hand is '{model.name}', weights "
+            f"{model.fingerprint.hex()}. Give the file of the right weights with --model."
+        )
+
+
+def decode(codec: UnitCodec, stream: Stream) -> Iterator[tuple[Packet, list[Planes]]]:
+    """Decodes a stream from its beginning, unit by unit; frames come in display order.
+
+    Raises:
+      StreamError: the file is damaged or cut off (after the last intact unit), or a unit's symbols
+        do not have the checksum that the encoder stored.
+    """
+    header = stream.header
+    slots = {}
+    try:
+        for number, packet in stream.packets():
+            (unit,) = schedules.units(
+                header.schedule, packet.frames[0], len(packet.frames), number
+            )
+            if unit.frames != packet.frames or packet.random_access != (not unit.refs):
+                raise StreamError(f"unit {number} does not follow the schedule in the header")
+            if max(packet.qps) >= codec.model.module.qp_rows:
+                raise StreamError(f"unit {number} has a qp of {max(packet.qps)}, beyond the model")
+            refs = _references(codec, unit, slots)
+            try:
+                decoded = decode_unit(codec, packet.payload, refs, packet.qps)
+            except StreamError as e:
+                raise _mismatch(number, packet, str(e)) from None
+            if symbols_crc(decoded.symbols) != packet.symbols_crc:
+                raise _mismatch(number, packet, "checksum of the decoded symbols")
+            slots[number] = decoded.refs
+            for slot in unit.release:
+                del slots[slot]
+            yield packet, decoded.pictures
+    except KeyError as e:
+        raise StreamError(f"a unit refers to slot {e}, which is empty") from None
+
+
+def _mismatch(number: int, packet: Packet, what: str) -> StreamError:
+    frames = ", ".join(map(str, packet.frames))
+    return StreamError(
+        f"unit {number} (frames {frames}) does not decode to what was encoded ({what}). The file "
+        "itself is intact: this machine's arithmetic differs from the encoder's. Decode on the kind "
+        "of machine that wrote the file."
+    )

