@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 import struct
 import zlib
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from nvc_jax.errors import NvcError, StreamError
+from nvc_jax.files import replacing, writing
 from nvc_jax.schedule import Schedule
 
 MAGIC = b"\x8bNVC"
@@ -169,13 +169,8 @@ def write_stream(path: str | os.PathLike, header: Header) -> Iterator[StreamWrit
         NvcError: if the file cannot be written, or no packet was.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise NvcError(f"{path}: is not a file and cannot be replaced by one; give a file name")
-    if not path.parent.is_dir():
-        raise NvcError(f"{path}: the directory {path.parent} does not exist; create it first")
-    hidden = path.parent / f".nvc-{secrets.token_hex(6)}.tmp"
-    try:
-        with _writing(path):
+    with replacing(path) as hidden:
+        with writing(path):
             file = open(hidden, "wb")  # noqa: SIM115 (a failing close must not hide the reason)
         try:
             writer = StreamWriter(file, path, header)
@@ -184,18 +179,6 @@ def write_stream(path: str | os.PathLike, header: Header) -> Iterator[StreamWrit
         finally:
             with suppress(OSError):
                 file.close()
-        with _writing(path):
-            hidden.replace(path)
-    finally:
-        hidden.unlink(missing_ok=True)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise NvcError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 class StreamWriter:
@@ -231,11 +214,11 @@ class StreamWriter:
             raise NvcError(f"{self._path}: not written, because there were no frames")
         index = Index(self._units, self._frames, tuple(self._points))
         self._append(_index_bytes(index, self._first))
-        with _writing(self._path):
+        with writing(self._path):
             self._file.flush()
 
     def _append(self, data: bytes) -> None:
-        with _writing(self._path):
+        with writing(self._path):
             self._file.write(data)
         self._size += len(data)
 

@@ -1,15 +1,10 @@
 """The `nvc` command: encode, decode, info, models, release."""
 
-from nvc_jax.launch import setup
-
-if __name__ == "__main__":  # the console script calls setup through main()
-    setup()
-
 import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, nullcontext
 from fractions import Fraction
 from itertools import islice
@@ -28,7 +23,6 @@ PROBE_FRAMES = 16
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, or 2 for bad input or usage."""
-    setup()
     args = _parser().parse_args(argv)
     try:
         args.run(args)
@@ -57,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--target-psnr", type=float, help="6:1:1 PSNR in dB to reach")
     p.add_argument("--frames", type=_positive, help="encode only the first frames")
     p.add_argument("--intra-period", type=int, default=0,
-                   help="frames between points where decoding can start (default: only the first)")  # fmt: skip
+                   help="frames between points where decoding can start (default: one)")  # fmt: skip
     p.add_argument("--size", type=_size, help="WIDTHxHEIGHT of raw input")
     p.add_argument("--fps", type=Fraction, help="frame rate, for raw input or to override")
     p.add_argument("--recon", help="also write the encoder's reconstruction to this video")
@@ -229,7 +223,8 @@ def info(args: argparse.Namespace) -> None:
         if units:
             qps = [qp for unit in units for qp in unit["qp"]]
             print(f"  size       {facts['file_bytes']} bytes ({facts['container_bytes']} of them "
-                  f"container), {facts['bpp']:.4f} bpp, {facts['bits_per_second'] / 1000:.1f} kbit/s")  # fmt: skip
+                  f"container), {facts['bpp']:.4f} bpp, "
+                  f"{facts['bits_per_second'] / 1000:.1f} kbit/s")  # fmt: skip
             print(f"  qp         {min(qps)} to {max(qps)}")
     if facts["error"]:
         raise StreamError(facts["error"])
@@ -350,7 +345,3 @@ def _finish(json_file: str | None, result: dict, line: str) -> None:
         except OSError as e:
             raise NvcError(f"{json_file}: cannot be written ({e.strerror})") from None
     print(line)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

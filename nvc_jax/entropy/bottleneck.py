@@ -1,8 +1,8 @@
 """The two bottlenecks: what happens to a latent depends on who asks.
 
 A codec's forward pass is written once and given a bottleneck. `Estimate` counts bits with gradients
-(training, rate-distortion estimates). `Coded` is the real thing, and serves the encoder, the decoder
-and the verifier with *one* compiled program: an integer input says whether the symbols come from
+(training, rate-distortion estimates). `Coded` is the real thing, and serves encoder, decoder and
+verifier with *one* compiled program: an integer input says whether the symbols come from
 the picture, from the stream, or from the caller. Encoder and decoder thus run the same machine code
 on the way from symbols to pictures and cannot drift apart on one machine, whatever the compiler
 does with floating-point sums.

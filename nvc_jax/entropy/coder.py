@@ -86,24 +86,27 @@ _LOW15, _LOW16, _BOUND = np.uint64(0x7FFF), np.uint64(0xFFFF), np.uint64(1 << 31
 
 
 class PreparedTables(NamedTuple):
-    """`CdfTables` arranged for the coder's inner loops.
-
-    An *entry word* is start | frequency << 16 | value << 32 | entry's place in its table << 48, and
-    bit 63 for an escape. The range 0..65535 of a table is divided into 2^k equal *cells*; a cell
-    holds the entry word of the entry in its middle, so most look-ups end there.
+    """`CdfTables` arranged for the coder's inner loops, each of which reads one array of them.
 
     Attributes:
-      table: int32 [tables, 6]: first entry, place of the escape, offset, first cell, 16 - k,
-        expected code length in 1/256 bit.
-      divide: uint64 [entries, 2]: multiplier and shift that divide by the frequency.
-      entry: uint64 [entries], entry words.
-      cell: uint64 [cells], entry words.
+      bits: int32 [tables], expected code length of a symbol in 1/256 bit.
+      encode: uint64; per table, a word
+          position of its first entry | place of its escape << 32 | (offset + 32768) << 48
+        then per entry two words, a multiplier and
+          start | frequency << 16 | shift << 32
+        which divide by the frequency (see `prepare`).
+      decode: uint64; per table, two words
+          position of its first cell << 6 | s
+          position of its first entry
+        then cells, then entries, both as words
+          start | frequency << 16 | value << 32 | place in its table << 48 | is escape << 63.
+        Cell c of a table is the entry that the middle of slots c 2^s to (c + 1) 2^s - 1 belongs to;
+        most look-ups end there, the others walk to a neighbour.
     """
 
-    table: np.ndarray
-    divide: np.ndarray
-    entry: np.ndarray
-    cell: np.ndarray
+    bits: np.ndarray
+    encode: np.ndarray
+    decode: np.ndarray
 
 
 def _jit(function: Callable) -> Callable:
@@ -122,52 +125,63 @@ def _frozen(array, dtype) -> np.ndarray:
 
 
 def prepare(tables: CdfTables) -> PreparedTables:
-    """Builds the look-up structures of both directions, once per model.
+    """Builds the look-up arrays of both directions, once per model.
 
     Raises:
       NvcError: the tables break a rule (see `tables.validate`).
     """
     cdf_tables.validate(tables)
-    cdf, size, offset = tables.cdf, tables.size.astype(np.int64), tables.offset.astype(np.int64)
+    count = len(tables.size)
+    size, offset = tables.size.astype(np.int64), tables.offset.astype(np.int64)
     first = np.cumsum(size) - size
-    of_entry = np.repeat(np.arange(len(size)), size)
-    place = np.arange(len(of_entry)) - first[of_entry]
-    escape = place == size[of_entry] - 1
-    start = cdf[of_entry, place].astype(np.int64)
-    frequency = cdf[of_entry, place + 1].astype(np.int64) - start
+    owner = np.repeat(np.arange(count), size)
+    place = np.arange(len(owner)) - first[owner]
+    escape = place == size[owner] - 1
+    start = tables.cdf[owner, place].astype(np.int64)
+    frequency = tables.cdf[owner, place + 1].astype(np.int64) - start
 
-    def unsigned(array):
-        return array.astype(np.uint64)
-
-    entry = unsigned(start) | unsigned(frequency) << _U16 | unsigned(place) << _U48
-    entry |= unsigned((offset[of_entry] + place) & 0xFFFF) << _U32 | unsigned(escape) << _U63
-
-    # x // f = (2 x * m >> 64) >> s for every x < 2^63, with s = ceil(log2 f) and
-    # m = ceil(2^(63 + s) / f) < 2^64: m is too large by less than f / 2^(63 + s), so the quotient
-    # is by less than 1 / f.
-    shift, divisor = unsigned(np.frexp(frequency - 1)[1]), unsigned(frequency)
-    whole, rest = np.divmod(np.uint64(1 << 63), divisor)
-    multiplier = (whole << shift) + ((rest << shift) + divisor - _ONE) // divisor
-
-    # Expected code length, for choosing lanes and streams; log2 is interpolated linearly between
-    # powers of two, to stay within integers.
+    # Only for choosing lanes and streams: log2 by linear interpolation between powers of two, which
+    # keeps to integers.
     exponent = np.frexp(frequency)[1].astype(np.int64) - 1
     cost = (17 - exponent << 8) - ((frequency << 8) >> exponent) + escape * (16 << 8)
     bits = np.add.reduceat(cost * frequency, first) >> 16
 
-    cell_bits = np.clip(np.frexp(size - 1)[1] + 1, 4, 9).astype(np.int64)
+    # x // f = (2 x m >> 64) >> s for x < 2^63, where s = ceil(log2 f), m = ceil(2^(63 + s) / f):
+    # m < 2^64, and m / 2^(63 + s) exceeds 1 / f by less than 1 / 2^(63 + s), the quotient by less
+    # than 2^-s <= 1 / f.
+    shift, divisor = _pack(np.frexp(frequency - 1)[1]), _pack(frequency)
+    whole, rest = np.divmod(np.uint64(1 << 63), divisor)
+    multiplier = (whole << shift) + ((rest << shift) + divisor - _ONE) // divisor
+    row = _pack(count + 2 * first, size - 1, offset + 32768, at=(0, 32, 48))
+    entry = _pack(start, frequency, shift, at=(0, 16, 32))
+    encode = np.concatenate([row, np.stack([multiplier, entry], axis=1).reshape(-1)])
+
+    cell_bits = np.clip(np.frexp(size - 1)[1] + 1, 6, 9).astype(np.int64)
     cells = 1 << cell_bits
     first_cell = np.cumsum(cells) - cells
-    of_cell = np.repeat(np.arange(len(size)), cells)
-    width = (1 << 16) >> cell_bits[of_cell]
-    middle = (np.arange(len(of_cell)) - first_cell[of_cell]) * width + width // 2
-    found = np.searchsorted((of_entry << 16) + start, (of_cell << 16) + middle, "right") - 1
+    owner_of_cell = np.repeat(np.arange(count), cells)
+    width = 1 << 16 - cell_bits
+    cell_start = (np.arange(len(owner_of_cell)) - first_cell[owner_of_cell]) * width[owner_of_cell]
+    middle = cell_start + width[owner_of_cell] // 2
+    found = np.searchsorted((owner << 16) + start, (owner_of_cell << 16) + middle, "right") - 1
+    entry = _pack(
+        start, frequency, (offset[owner] + place) & 0xFFFF, place, escape, at=(0, 16, 32, 48, 63)
+    )
+    rows = np.empty((count, 2), np.uint64)
+    rows[:, 0] = _pack(2 * count + first_cell, at=(6,)) | _pack(16 - cell_bits)
+    rows[:, 1] = 2 * count + len(owner_of_cell) + first
+    decode = np.concatenate([rows.reshape(-1), entry[found], entry])
+    return PreparedTables(
+        *(_frozen(*a) for a in ((bits, np.int32), (encode, np.uint64), (decode, np.uint64)))
+    )
 
-    table = np.stack([first, size - 1, offset, first_cell, 16 - cell_bits, bits], axis=1)
-    arrays = table.astype(np.int32), np.stack([multiplier, shift], axis=1), entry, entry[found]
-    for array in arrays:
-        array.flags.writeable = False
-    return PreparedTables(*arrays)
+
+def _pack(*fields: np.ndarray, at: tuple[int, ...] = (0,)) -> np.ndarray:
+    """Packs non-negative integer fields into uint64, field k shifted to bit at[k]."""
+    return functools.reduce(
+        np.bitwise_or,
+        (f.astype(np.uint64) << np.uint64(bit) for f, bit in zip(fields, at, strict=True)),
+    )
 
 
 @intrinsic
@@ -183,26 +197,27 @@ def _multiply_high(typing_context, a, b):
     return numba.uint64(numba.uint64, numba.uint64), generate
 
 
-# The loops are written out, without helpers that take arrays: numba counts references to arrays
-# that such helpers touch, which makes the loops eight times slower. Unsigned positions keep it from
-# looking for negative ones.
+# The loops are written out: for each array that a helper in them would take, numba counts
+# references, which makes them eight times slower. Unsigned positions keep numba from looking for
+# negative ones. Elements that are not coded are sorted out in blocks beforehand, because a branch
+# on them would often be mispredicted; a stream without any is spared that.
 
 
 @_jit
-def _survey(index, table, step):
-    """(coded elements, their expected bits in 1/256) among every step-th element."""
+def _survey(index, table_bits, distance):
+    """(coded elements, their expected code length in 1/256 bit), from a sample."""
     coded, bits = 0, 0
-    for i in range(0, len(index), step):
+    for i in range(0, len(index), distance):
         t = index[i]
-        if t < len(table):
+        if t < len(table_bits):
             coded += 1
-            bits += table[t, 5]
-    return coded, bits
+            bits += table_bits[t]
+    return coded * distance, bits * distance
 
 
 @_jit
 def _count(index, first, stop, tables):
-    """Number of coded elements among first..stop, or -1 if one asks for a table that is not there."""
+    """Number of coded elements among first..stop, or -1 if one names a table that is not there."""
     coded, bad = 0, 0
     for i in range(first, stop):
         t = index[np.uint64(i)]
@@ -212,57 +227,63 @@ def _count(index, first, stop, tables):
 
 
 @_jit
-def _encode(symbols, index, first, stop, lanes, words, position, table, divide, entry):
+def _encode(symbols, index, first, stop, lanes, words, position, tables, lookup):
     """Codes elements first..stop of a step, last one first, as rANS has to.
 
     Updates `lanes` uint64 [lanes], writes `words` downwards from `position`; returns the new
     position, or -1 for a bad index.
     """
-    left = _count(index, first, stop, len(table))
+    left = _count(index, first, stop, tables)
     if left < 0:
         return -1
     order = np.empty(_BLOCK, np.uint32)
+    sparse = left < stop - first
     mask = np.uint64(len(lanes) - 1)
     at = np.uint64(position)
     done = stop
     while left:
-        # Lists a block's coded elements first: cheap, where a branch below would not be.
-        count = np.uint64(0)
         low = max(done - _BLOCK, first)
-        for j in range(done - 1, low - 1, -1):
-            order[count] = j
-            count += np.uint64(index[np.uint64(j)] != SKIP)
+        count = np.uint64(done - low)
+        base = np.uint64(done - 1)
+        if sparse:
+            count = np.uint64(0)
+            for j in range(done - 1, low - 1, -1):
+                order[count] = j
+                count += np.uint64(index[np.uint64(j)] != SKIP)
         done = low
         for k in range(count):
             left -= 1
             lane = np.uint64(left) & mask
             x = lanes[lane]
-            i = np.uint64(order[np.uint64(k)])
+            i = base - np.uint64(k)
+            if sparse:
+                i = np.uint64(order[np.uint64(k)])
             t = np.uint64(index[i])
-            place = np.int64(symbols[i]) - table[t, 2]
-            last = np.int64(table[t, 1])
-            if place < 0 or place >= last:
+            r = lookup[t]
+            place = np.uint64(np.int64(symbols[i]) + 32768) - (r >> _U48)
+            last = r >> _U32 & _LOW16
+            if place >= last:
                 place = last
                 words[at - _ONE] = np.uint32(x)
                 if x >= _ONE << _U47:
                     at -= _ONE
                     x >>= _U32
                 x = x << _U16 | np.uint64(np.uint16(symbols[i]))
-            e = np.uint64(table[t, 0] + place)
-            w = entry[e]
+            e = (r & np.uint64(0xFFFFFFFF)) + (place << _ONE)
+            w = lookup[e + _ONE]
             frequency = w >> _U16 & _LOW16
-            # Stored whether it counts or not: a branch here would often be mispredicted.
+            # Stored whether it counts or not, which needs no branch.
             words[at - _ONE] = np.uint32(x)
             if x >= frequency << _U47:
                 at -= _ONE
                 x >>= _U32
-            quotient = _multiply_high(x << _ONE, divide[e, 0]) >> divide[e, 1]
+            quotient = _multiply_high(x << _ONE, lookup[e]) >> (w >> _U32)
             lanes[lane] = x + (w & _LOW16) + quotient * (_TOTAL - frequency)
     return np.int64(at)
 
 
 @_jit
-def _decode(words, state, first_stream, stop_stream, index, symbols, table, entry, cell):
+def _decode(words, state, first_stream, stop_stream, index, symbols, tables, lookup):
     """Decodes some streams' share of a step into `symbols` (zeros before), updating `state`."""
     streams = np.int64(state[_STREAMS])
     mask = np.uint64((state[_LANES] - 1) & (MAX_LANES - 1))
@@ -271,7 +292,9 @@ def _decode(words, state, first_stream, stop_stream, index, symbols, table, entr
     lanes = np.empty(MAX_LANES, np.uint64)
     for s in range(first_stream, stop_stream):
         done, stop = s * n // streams, (s + 1) * n // streams
-        if _count(index, done, stop, len(table)) < 0:
+        coded = _count(index, done, stop, tables)
+        sparse = coded < stop - done
+        if coded < 0:
             state[_STATUS] = BAD_INDEX
             return
         at = np.uint64(state[_RANGES + 2 * s])
@@ -281,29 +304,35 @@ def _decode(words, state, first_stream, stop_stream, index, symbols, table, entr
             lanes[j] = np.uint64(state[home + 2 * j + 1]) << _U32 | np.uint64(state[home + 2 * j])
         next_lane = np.uint64(0)
         while done < stop:
-            count = np.uint64(0)
             high = min(done + _BLOCK, stop)
-            for j in range(done, high):
-                order[count] = j
-                count += np.uint64(index[np.uint64(j)] != SKIP)
+            count = np.uint64(high - done)
+            base = np.uint64(done)
+            if sparse:
+                count = np.uint64(0)
+                for j in range(done, high):
+                    order[count] = j
+                    count += np.uint64(index[np.uint64(j)] != SKIP)
             done = high
             for k in range(count):
                 lane = next_lane & mask
                 next_lane += _ONE
                 x = lanes[lane]
-                i = np.uint64(order[np.uint64(k)])
+                i = np.uint64(k) + base
+                if sparse:
+                    i = np.uint64(order[np.uint64(k)])
                 t = np.uint64(index[i])
                 slot = x & _LOW16
-                w = cell[np.uint64(table[t, 3]) + (slot >> np.uint64(table[t, 4]))]
+                r = lookup[t << _ONE]
+                w = lookup[(r >> np.uint64(6)) + (slot >> (r & np.uint64(63)))]
                 # The first test covers both sides: below the start, the difference wraps around.
                 if slot - (w & _LOW16) >= w >> _U16 & _LOW16:
-                    e = np.uint64(table[t, 0]) + (w >> _U48 & _LOW15)
+                    e = lookup[(t << _ONE) + _ONE] + (w >> _U48 & _LOW15)
                     while slot < w & _LOW16:
                         e -= _ONE
-                        w = entry[e]
+                        w = lookup[e]
                     while slot - (w & _LOW16) >= w >> _U16 & _LOW16:
                         e += _ONE
-                        w = entry[e]
+                        w = lookup[e]
                 x = (w >> _U16 & _LOW16) * (x >> _U16) + slot - (w & _LOW16)
                 if x < _BOUND and at < end:
                     x = x << _U32 | np.uint64(words[at])
@@ -335,32 +364,23 @@ def _pool(process: int) -> ThreadPoolExecutor:
 
 def _share(job: Callable, streams: int, elements: int, threads: int | None) -> list:
     """[job(first, stop), ...] over ranges of streams, in parallel if there is enough to do."""
-    threads = min(threads or _cores(), streams)
-    if threads < 2 or elements < _MIN_STREAM_SYMBOLS:
+    if streams == 1 or threads == 1 or elements < _MIN_STREAM_SYMBOLS:
         return [job(0, streams)]
+    threads = min(threads or _cores(), streams)
     edges = [streams * k // threads for k in range(threads + 1)]
     pool = _pool(os.getpid())
     others = [pool.submit(job, *edges[k : k + 2]) for k in range(1, threads)]
     return [job(*edges[:2]), *(other.result() for other in others)]
 
 
-def _layout(coded: int, code_bytes: int) -> tuple[int, int]:
-    """(lanes, streams) for about so many elements and bytes: overhead stays below 0.1 %."""
-    streams = 1
-    while (
-        streams < MAX_STREAMS
-        and coded >= 2 * streams * _MIN_STREAM_SYMBOLS
-        and code_bytes >= 2 * streams * _MIN_STREAM_BYTES
-    ):
-        streams *= 2
-    return _lanes(streams, code_bytes), streams
+def _worthwhile_streams(coded: int, code_bytes: int) -> int:
+    streams = min(coded // _MIN_STREAM_SYMBOLS, code_bytes // _MIN_STREAM_BYTES, MAX_STREAMS)
+    return 1 << max(streams, 1).bit_length() - 1  # a power of two: as many for each thread
 
 
-def _lanes(streams: int, code_bytes: int) -> int:
-    lanes = 1
-    while lanes < MAX_LANES and code_bytes >= 2 * lanes * streams * _MIN_LANE_BYTES:
-        lanes *= 2
-    return lanes
+def _worthwhile_lanes(stream_bytes: int) -> int:
+    lanes = min(stream_bytes // _MIN_LANE_BYTES, MAX_LANES)
+    return 1 << max(lanes, 1).bit_length() - 1
 
 
 def encode(
@@ -400,11 +420,11 @@ def encode(
     for _, index in flat:
         # An odd distance visits every channel of the usual channel counts.
         distance = 1 if len(index) < _SAMPLES else len(index) // _SAMPLES | 1
-        step_coded, step_bits = _survey(index, tables.table, distance)
-        coded, bits = coded + distance * step_coded, bits + distance * step_bits
-    lanes, chosen = _layout(coded, bits >> 11)
-    if streams is not None:
-        lanes, chosen = _lanes(streams, bits >> 11), streams
+        step_coded, step_bits = _survey(index, tables.bits, distance)
+        coded, bits = coded + step_coded, bits + step_bits
+    code_bytes = bits >> 11
+    chosen = streams or _worthwhile_streams(coded, code_bytes)
+    lanes = _worthwhile_lanes(code_bytes // chosen)
     start = _START_ALONE if lanes == 1 else _START_SHARED
 
     def code(first: int, stop: int) -> list[tuple[bytes, list[int]]]:
@@ -432,11 +452,11 @@ def _encode_stream(
     for (symbols, index), (first, stop) in zip(reversed(steps), reversed(edges), strict=True):
         position = _encode(
             symbols, index, first, stop, lanes, words, position,
-            tables.table, tables.divide, tables.entry,
+            len(tables.bits), tables.encode,
         )  # fmt: skip
         if position < 0:
-            table = int(index[(index != SKIP) & (index >= len(tables.table))][0])
-            raise NvcError(f"symbols use table {table}, but there are {len(tables.table)} tables")
+            table = int(index[(index != SKIP) & (index >= len(tables.bits))][0])
+            raise NvcError(f"symbols use table {table}, but there are {len(tables.bits)} tables")
     highs = [int(x) for x in lanes]
     for lane in reversed(range(lane_count)):
         if highs[lane] >= _START_SHARED:
@@ -557,9 +577,7 @@ def decode_step(
     if state[_STATUS] == OK:
 
         def decode(first: int, stop: int) -> None:
-            _decode(
-                words, state, first, stop, index, symbols, tables.table, tables.entry, tables.cell
-            )
+            _decode(words, state, first, stop, index, symbols, len(tables.bits), tables.decode)
 
         _share(decode, int(state[_STREAMS]), index.size, threads)
         if state[_STATUS] != OK:
@@ -610,9 +628,11 @@ def code_length_bits(
     for symbols, index in steps:
         symbols, index = np.ravel(symbols), np.ravel(index)
         coded = index != SKIP
-        first, last, offset = tables.table[index[coded], :3].T.astype(np.int64)
-        place = symbols[coded] - offset
+        row = tables.encode[index[coded]]
+        first, last = row & np.uint64(0xFFFFFFFF), row >> _U32 & _LOW16
+        place = symbols[coded].astype(np.int64) + 32768 - (row >> _U48).astype(np.int64)
         escape = (place < 0) | (place >= last)
-        frequency = tables.entry[first + np.where(escape, last, place)] >> _U16 & _LOW16
+        place = np.where(escape, last, place).astype(np.uint64)
+        frequency = tables.encode[first + _ONE + (place << _ONE)] >> _U16 & _LOW16
         bits += 16.0 * (place.size + np.count_nonzero(escape)) - np.log2(frequency).sum()
     return float(bits)

@@ -24,7 +24,9 @@ def quantize_pmf(pmf: np.ndarray) -> np.ndarray:
     frequency = np.maximum(1, np.round(pmf * TOTAL)).astype(np.int64)
     while (error := int(frequency.sum()) - TOTAL) != 0:
         if error > 0:
-            cost = np.where(frequency > 1, pmf * np.log2(frequency / np.maximum(frequency - 1, 1)), np.inf)
+            cost = np.where(
+                frequency > 1, pmf * np.log2(frequency / np.maximum(frequency - 1, 1)), np.inf
+            )
             frequency[np.argmin(cost)] -= 1
         else:
             gain = pmf * np.log2((frequency + 1) / frequency)

@@ -108,8 +108,10 @@ ANCHORS = {
             structure="bidirectional (default), one intra picture",
             quality="qp",
             qualities=(18, 24, 30, 36, 42, 48),
-            # VVenC works in 10 bit; what it decodes to is rounded to 8 bit before measuring.
-            arguments="-c:v libvvenc -preset {preset} -qp {quality} -qpa 0 "
+            # VVenC works in 10 bit; what it decodes to is rounded to 8 bit before measuring. One
+            # thread: with more, FFmpeg gives up waiting for the last pictures now and then, and
+            # the file ends early or stays empty, with exit status 0.
+            arguments="-c:v libvvenc -threads 1 -preset {preset} -qp {quality} -qpa 0 "
             "-vvenc-params intraperiod=-1",
             suffix=".vvc",
             pixel_format="yuv420p10le",
@@ -192,9 +194,11 @@ def code_clip(
         *f"-f rawvideo -pix_fmt {anchor.pixel_format} decoded.yuv".split(),
     ]
     _, encode_seconds = _run([ffmpeg, *encode], scratch)
-    _, decode_seconds = _run([ffmpeg, *decode], scratch)
     data = (scratch / ("coded" + anchor.suffix)).read_bytes()
+    if not data:
+        raise NvcError(f"{anchor.name} wrote an empty file")
     coded.write_bytes(data)
+    _, decode_seconds = _run([ffmpeg, *decode], scratch)
     _check_length(scratch / "decoded.yuv", frames, width, height, anchor)
     facts = {
         "setting": f"{anchor.quality} {quality}",
@@ -243,7 +247,7 @@ def _write_raw(source: Iterable[Planes], width: int, height: int, path: Path) ->
 def _check_length(path: Path, frames: int, width: int, height: int, anchor: Anchor) -> None:
     picture_bytes = width * height * 3 // 2 * (2 if anchor.pixel_format.endswith("10le") else 1)
     decoded, rest = divmod(path.stat().st_size, picture_bytes)
-    if rest or decoded != frames:
+    if rest or decoded != frames:  # FFmpeg does not call a stream that ends early an error
         raise NvcError(f"{anchor.name} coded {frames} pictures but {decoded} came back")
 
 

@@ -46,7 +46,7 @@ def write_report(results: dict, folder: Path) -> Path:
 
 def html_report(results: dict, folder: Path) -> str:
     """The page as a string; see `write_report`."""
-    models = ", ".join(results["config"]["models"])
+    models = ", ".join(_codecs([p for p in results["points"] if p["kind"] == "nvc"]))
     hardware = results["machine"]
     parts = [
         f"<h1>Evaluation of {escape(models)}</h1>",
@@ -216,7 +216,7 @@ def _speed_section(results: dict) -> str:
         "<p>All frames of all points divided by the wall time of all runs. Whole process: "
         "start, compilation, reading and writing uncompressed files and entropy coding included "
         "(our encoder writes its reconstruction besides). Steady state: as our codec reports it, "
-        "without start and compilation. Threads are each program's default on "
+        "without start, compilation and the first unit. Threads are each program's default (VVenC: one) on "
         f"{_count(hardware['cores'], 'core')} of {escape(hardware['cpu'])}; clips are short, so "
         "whole-process figures are mostly start-up.</p>"
     )
@@ -598,9 +598,12 @@ def _codecs(points: list[dict]) -> list[str]:
 
 def _colours(results: dict) -> dict[str, int]:
     """Index of the colour and marker of each codec."""
-    ours = {model: i % 2 for i, model in enumerate(results["config"]["models"])}
-    anchors = _codecs([p for p in results["points"] if p["kind"] == "anchor"])
-    return {name: _FAMILIES[name.removesuffix("-lowdelay")] for name in anchors} | ours
+    ours, anchors = (
+        _codecs([p for p in results["points"] if p["kind"] == kind]) for kind in ("nvc", "anchor")
+    )
+    return {name: _FAMILIES[name.removesuffix("-lowdelay")] for name in anchors} | {
+        name: i % 2 for i, name in enumerate(ours)
+    }
 
 
 def _reference(points: list[dict], point: dict) -> dict | None:

@@ -64,15 +64,24 @@ class Job:
     """One point: a clip coded by one codec at one setting."""
 
     clip: Clip
-    codec: str  # a model of ours, or a name in `anchors.ANCHORS`
+    codec: str  # a model of ours (its name or weights file), or a name in `anchors.ANCHORS`
     setting: int  # our qp, or the anchor's quality parameter
     preset: str | None  # of an anchor; None for a model of ours
     workdir: str
     cli: tuple[str, ...] = CLI
 
     @property
+    def label(self) -> str:
+        """What the codec is called in results: weights files go by their name."""
+        return _label(self.codec)
+
+    @property
     def name(self) -> str:
-        return f"{self.clip.name}__{self.codec}__{self.setting}"
+        return f"{self.clip.name}__{self.label}__{self.setting}"
+
+
+def _label(codec: str) -> str:
+    return Path(codec).name.removesuffix(".safetensors")
 
 
 def check_config(config: Mapping) -> None:
@@ -94,8 +103,9 @@ def check_config(config: Mapping) -> None:
     for qp in config["qps"]:
         if not _is_int(qp) or not 0 <= qp <= 63:
             raise NvcError(f"config.qps: {qp!r} is not a whole number from 0 to 63")
-    for key in ("models", "qps", "anchors"):
-        if len(set(config[key])) < len(config[key]):
+    names = {key: config[key] for key in ("qps", "anchors")}
+    for key, value in (names | {"models": [_label(model) for model in config["models"]]}).items():
+        if len(set(value)) < len(value):
             raise NvcError(f"config.{key}={config[key]!r} names something twice")
     for name in (*config["anchors"], *config["presets"]):
         if name not in ANCHORS:
@@ -233,7 +243,7 @@ def run_job(job: Job) -> dict:
     ours = job.preset is None
     point = {
         "clip": job.clip.name,
-        "codec": job.codec,
+        "codec": job.label,
         "kind": "nvc" if ours else "anchor",
         "setting": f"qp {job.setting}" if ours else f"{ANCHORS[job.codec].quality} {job.setting}",
     }
@@ -264,7 +274,8 @@ def _code_ours(job: Job, scratch: Path) -> tuple[dict, Iterator[Planes]]:
     options = ["--model", job.codec, "--qp", str(job.setting), "--frames", str(job.clip.frames)]
     options += ["--recon", str(recon)]
     encoded, encode_seconds = _run_cli(job, "encode", job.clip.path, stream, options, scratch)
-    report, decode_seconds = _run_cli(job, "decode", stream, decoded, [], scratch)
+    weights = ["--model", job.codec] if job.codec != job.label else []  # not a shipped model
+    report, decode_seconds = _run_cli(job, "decode", stream, decoded, weights, scratch)
     checks = {
         "checksums_ok": sum(unit["checksum_ok"] for unit in report["units"]),
         "units": len(encoded["units"]),
@@ -302,7 +313,8 @@ def _run_cli(job, verb, source, target, options, scratch) -> tuple[dict, float]:
     seconds = time.perf_counter() - start
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        raise NvcError(f"nvc {verb} ended with status {done.returncode}: {lines[-1]}")
+        reason = lines[-1].removeprefix("nvc: ")
+        raise NvcError(f"nvc {verb} ended with status {done.returncode}: {reason}")
     return json.loads(report.read_text()), seconds
 
 

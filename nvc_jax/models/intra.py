@@ -42,6 +42,7 @@ class Config:
     `encoder` and `decoder` count the blocks between the first (last) one and the latent; `spatial`
     those of the spatial prior that its three later steps share, `spatial_width` their width.
     `offset` is subtracted from the input (0.5: signed networks; DCVC-RT feeds [0, 1]).
+    `latent_gain`: as in `nvc_jax.models.ui2c.Config`.
     """
 
     width: int = 368
@@ -55,13 +56,14 @@ class Config:
     spatial: int = 3
     offset: float = 0.0
     form: str = "rt"
+    latent_gain: bool = False
 
 
 SIZES = {
     "full": Config(),
     "nano": Config(
         width=112, y=80, z=32, prior=128, spatial_width=112, encoder=3, decoder=5, fusion=2,
-        spatial=1, offset=0.5, form="uf2",
+        spatial=1, offset=0.5, form="uf2", latent_gain=True,
     ),
 }  # fmt: skip
 
@@ -125,6 +127,8 @@ class Intra(nn.Module):
         c = self.cfg
         self.encoder = Encoder(c, self.dtype)
         self.q_scale_enc = QpTable(QP_ROWS, c.width, self.dtype)
+        if c.latent_gain:
+            self.q_latent = QpTable(QP_ROWS, c.y, ramp=True)
         self.hyper_encoder = HyperEncoder(c.z, c.form)
         self.z_prior = FactorizedPrior(QP_ROWS, c.z)
         self.hyper_decoder = HyperDecoder(c.y, c.form)
@@ -159,10 +163,11 @@ class Intra(nn.Module):
         del refs
         batch, _, height, width, _ = frames.shape
         qp = qp[:, 0]
+        gain = self.q_latent(qp) if c.latent_gain else 1.0
 
         def analysis(m):
             frame = (frames[:, 0] - c.offset).astype(m.dtype)
-            y = m.encoder(frame, m.q_scale_enc(qp)).astype(jnp.float32)
+            y = m.encoder(frame, m.q_scale_enc(qp)).astype(jnp.float32) * gain
             return y, m.hyper_encoder(pad_to_multiple(y, 4))
 
         h, w = height // 16, width // 16
@@ -187,7 +192,7 @@ class Intra(nn.Module):
                 scale, mean = jnp.split(self.spatial_prior(x), 2, axis=-1)
             packed = [pack_step(a, group(s), STEPS) for a in (y, mean, scale)]
             y_hat = y_hat + unpack_step(bottleneck.gaussian(*packed), group(s), STEPS)
-        y_hat = y_hat * q_dec
+        y_hat = y_hat * q_dec / gain
 
         def render(m):
             recon = m.decoder(y_hat.astype(m.dtype), m.q_scale_dec(qp))

@@ -82,9 +82,7 @@ def freeze(
         gaussian_tables(edges * np.exp(step / 2)),
         factorized_tables(chain.reshape(-1, chain.shape[-1])),
     )
-    tensors = {
-        f"params/{k}": v for k, v in traverse_util.flatten_dict(params, sep="/").items()
-    }
+    tensors = {f"params/{k}": v for k, v in traverse_util.flatten_dict(params, sep="/").items()}
     frequencies = np.diff(tables.cdf.astype(np.int64), axis=1)
     coded = np.arange(frequencies.shape[1]) < tables.size[:, None]
     tensors["tables/frequency"] = frequencies[coded].astype(np.uint16)

@@ -47,7 +47,9 @@ class Config:
 
     `prior` is the width of the blocks of the prior fusion and the spatial prior, `temporal` that of
     the temporal prior. `subpixel` is the kernel of the decoder's first layer (3 or 1). Block forms:
-    see `nvc_jax.nn.blocks.DepthConvBlock`.
+    see `nvc_jax.nn.blocks.DepthConvBlock`. `latent_gain` adds a quality table that scales the
+    latent before quantisation and back after it, from a start that spans the whole range of rates:
+    our addition, without which short trainings do not get the qualities apart.
     """
 
     width: int = 384
@@ -64,6 +66,7 @@ class Config:
     spatial: int = 4
     subpixel: int = 3
     form: str = "rt"
+    latent_gain: bool = False
 
 
 SIZES = {
@@ -76,6 +79,7 @@ SIZES = {
     "nano": Config(
         width=160, y=96, z=64, recon=112, prior=176, temporal=128, extractor=(2, 2),
         encoder=2, decoder=2, recon_blocks=2, fusion=2, spatial=1, subpixel=1, form="uf2",
+        latent_gain=True,
     ),
 }  # fmt: skip
 
@@ -100,13 +104,16 @@ class PairTable(nn.Module):
 
     channels: int
     dtype: Any = jnp.float32
+    ramp: bool = False
 
     @nn.compact
     def __call__(self, qp):
         half = self.channels // 2
-        return jnp.concatenate(
-            [QpTable(QP_ROWS, half, self.dtype, name=f"frame{i}")(qp[:, i]) for i in range(2)], -1
-        )
+        tables = [
+            QpTable(QP_ROWS, half, self.dtype, self.ramp, name=f"frame{i}")(qp[:, i])
+            for i in range(2)
+        ]
+        return jnp.concatenate(tables, axis=-1)
 
 
 class Encoder(nn.Module):
@@ -194,7 +201,9 @@ class UI2C(nn.Module):
         self.feature_adaptor_i = DepthConvBlock(c.width, c.form)
         self.feature_adaptor_p = Pointwise(c.width)
         self.extractor_1 = Blocks(c.width, c.extractor[0], c.form)
-        self.q_feature = PairTable(c.width)
+        self.q_feature = PairTable(c.width, ramp=c.latent_gain)
+        if c.latent_gain:
+            self.q_latent = PairTable(c.y, ramp=True)
         self.temporal_prior_encoder = Down(c.temporal, c.form)
         self.hyper_decoder = HyperDecoder(c.y, c.form)
         self.prior_fusion = Fusion(c)
@@ -254,9 +263,11 @@ class UI2C(nn.Module):
         early = self.extractor_1(reference)
         ctx = self.extractor_2(early.astype(self.dtype))
 
+        gain = self.q_latent(qp) if c.latent_gain else 1.0
+
         def analysis(m):
             y = m.encoder((frames - 0.5).astype(m.dtype), ctx, m.q_encoder(qp))
-            y = y.astype(jnp.float32)
+            y = y.astype(jnp.float32) * gain
             return y, m.hyper_encoder(pad_to_multiple(y, 4))
 
         h, w = height // 16, width // 16
@@ -284,7 +295,7 @@ class UI2C(nn.Module):
                 scale, mean = jnp.split(self.spatial_prior(prior_input), 2, axis=-1)
             packed = [pack_step(a, group(s), 2) for a in (y, mean, scale)]
             y_hat = y_hat + unpack_step(bottleneck.gaussian(*packed), group(s), 2)
-        y_hat = y_hat * step_size
+        y_hat = y_hat * step_size / gain
 
         feature = self.decoder(y_hat.astype(self.dtype), ctx, self.q_decoder(qp))
 

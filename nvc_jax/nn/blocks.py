@@ -55,9 +55,7 @@ def depth_to_space(x: jax.Array, block: int) -> jax.Array:
 def _shifted_sum(x: jax.Array, kernel: jax.Array) -> jax.Array:
     h, w = x.shape[1:3]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return sum(
-        padded[:, i : i + h, j : j + w] * kernel[i, j] for i in range(3) for j in range(3)
-    )
+    return sum(padded[:, i : i + h, j : j + w] * kernel[i, j] for i in range(3) for j in range(3))
 
 
 @jax.custom_vjp
@@ -169,11 +167,11 @@ class DepthConvBlock(nn.Module):
 
     A depth-wise branch and a point-wise branch, each added to its input. Three forms:
 
-    | form  | depth-wise branch     | point-wise branch                   | MAC per position (o = i) |
-    | ----- | --------------------- | ----------------------------------- | ------------------------ |
-    | `rt`  | o -> o, 3x3, o -> o   | o -> 4o, fold to 2o, 2o -> o        | 8o^2 + 9o                |
-    | `uf`  | the same              | o -> 4o, fold to o, o -> o          | 7o^2 + 9o                |
-    | `uf2` | o -> o/2, 3x3, -> o   | o -> 2o, fold to o/2, o/2 -> o      | 3.5o^2 + 4.5o            |
+    | form  | depth-wise branch    | point-wise branch              | MAC per position (o = i) |
+    | ----- | -------------------- | ------------------------------ | ------------------------ |
+    | `rt`  | o -> o, 3x3, o -> o  | o -> 4o, fold to 2o, 2o -> o   | 8o^2 + 9o                |
+    | `uf`  | the same             | o -> 4o, fold to o, o -> o     | 7o^2 + 9o                |
+    | `uf2` | o -> o/2, 3x3, -> o  | o -> 2o, fold to o/2, o/2 -> o | 3.5o^2 + 4.5o            |
 
     "Fold" adds equal contiguous parts of the activated channels. (The released DCVC-UF weights add
     interleaved channels: the same function after permuting the rows of two matrices.)
@@ -254,17 +252,32 @@ class Up(nn.Module):
 
 
 class QpTable(nn.Module):
-    """One learned row of channel-wise factors per quality point, initially 1.
+    """One learned row of channel-wise factors per quality point.
 
     `__call__(qp)`: int [batch] -> [batch, 1, 1, channels] in `dtype`. Rows beyond 63 serve frames
-    with a quality offset.
+    with a quality offset. All factors start at 1, or with `ramp` at `quality_ramp`.
     """
 
     rows: int
     channels: int
     dtype: Dtype = jnp.float32
+    ramp: bool = False
 
     @nn.compact
     def __call__(self, qp):
-        table = self.param("table", nn.initializers.ones, (self.rows, self.channels))
+        def init(key, shape):
+            del key
+            start = quality_ramp(jnp.arange(self.rows)) if self.ramp else jnp.ones(self.rows)
+            return jnp.broadcast_to(start[:, None], shape)
+
+        table = self.param("table", init, (self.rows, self.channels))
         return table[qp][:, None, None, :].astype(self.dtype)
+
+
+def quality_ramp(qp: jax.Array) -> jax.Array:
+    """A precision that grows as the square root of lambda over 768:1, 2 in the middle of 0..63.
+
+    The step size that is best for a Lagrangian weight goes with its inverse square root, so tables
+    that start here need not travel far: a row is only trained when its quality point is drawn.
+    """
+    return 2.0 * jnp.exp(0.5 * jnp.log(768.0) * (qp / 63.0 - 0.5))

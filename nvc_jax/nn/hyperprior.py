@@ -58,9 +58,7 @@ class FactorizedPrior(nn.Module):
 
     @nn.compact
     def __call__(self, qp):
-        return self.param(
-            "chain", nn.initializers.normal(0.01), (self.rows, self.channels, 11)
-        )[qp]
+        return self.param("chain", nn.initializers.normal(0.01), (self.rows, self.channels, 11))[qp]
 
 
 def factorized_logits(chain: jax.Array, x: jax.Array) -> jax.Array:

@@ -102,7 +102,9 @@ def resume(
         ]
         carry = jax.eval_shape(lambda: training.empty_carry(model, stage))
         try:
-            state = manager.restore(newest, args=ocp.args.StandardRestore(state.replace(carry=carry)))
+            state = manager.restore(
+                newest, args=ocp.args.StandardRestore(state.replace(carry=carry))
+            )
         except ValueError as e:
             raise NvcError(
                 f"{manager.directory}: checkpoint {newest} does not fit this config's model; give "

@@ -94,7 +94,7 @@ def unroll(model: nn.Module, params: Any, clip: Clip, first_refs: tuple, key: ja
       recon: like clip.frames.
       refs: what the next unit would refer to.
     """
-    batch, count, height, width, _ = clip.frames.shape
+    _, count, height, width, _ = clip.frames.shape
     per_unit = model.frames_per_unit
     inter = per_unit > 1
     offsets, weights = jnp.asarray(QP_OFFSETS), jnp.asarray(losses.FRAME_WEIGHTS)

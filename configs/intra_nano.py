@@ -1,0 +1,36 @@
+"""Intra nano: every picture on its own, about 10 kMAC per pixel each way, trained on a CPU.
+
+  python train.py --config=configs/intra_nano.py --workdir=runs/intra_nano \
+      --config.data.folder=FOLDER_OF_VIDEOS_AND_PHOTOS
+  nvc release --workdir=runs/intra_nano --config=configs/intra_nano.py OUT.safetensors
+
+The model card of the released weights (nvc_jax/weights/intra-nano.md) says what this reaches.
+"""
+
+from ml_collections import ConfigDict
+
+
+def stage(steps, units, walk, batch, crop, lr, end_lr):
+    """units: pictures per sample. walk: 1, there is nothing to carry on."""
+    return ConfigDict(
+        dict(steps=steps, units=units, walk=walk, batch=batch, crop=crop, lr=lr, end_lr=end_lr)
+    )
+
+
+def get_config():
+    c = ConfigDict()
+    c.seed = 0
+    c.model = ConfigDict(dict(name="intra", size="nano", dtype="float32"))
+    c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.6))
+    c.init_from = ""  # a released model to start from
+    c.stages = (stage(steps=7_000, units=1, walk=1, batch=8, crop=128, lr=1e-3, end_lr=1e-5),)
+    c.warmup_steps = 200
+    c.clip_norm = 1.0
+    c.weight_decay = 1e-4
+    c.rate_balance = 0.5
+    c.average_decay = 0.999
+    c.max_skipped_in_row = 50
+    c.log_every = 100
+    c.sample_every = 1_000
+    c.checkpoint_every_seconds = 300.0
+    return c
