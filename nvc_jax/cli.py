@@ -49,10 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--qp", type=int, help="0 (smallest) to 63 (best); default 32")
     quality.add_argument("--target-bpp", type=float, help="bits per pixel not to exceed")
     quality.add_argument("--target-psnr", type=float, help="6:1:1 PSNR in dB to reach")
-    p.add_argument("--frames", type=_positive, help="encode only the first frames")
+    p.add_argument("--frames", type=positive, help="encode only the first frames")
     p.add_argument("--intra-period", type=int, default=0,
                    help="frames between points where decoding can start (default: one)")  # fmt: skip
-    p.add_argument("--size", type=_size, help="WIDTHxHEIGHT of raw input")
+    p.add_argument("--size", type=picture_size, help="WIDTHxHEIGHT of raw input")
     p.add_argument("--fps", type=Fraction, help="frame rate, for raw input or to override")
     p.add_argument("--recon", help="also write the encoder's reconstruction to this video")
     p.add_argument("--json", help="write machine-readable results to this file")
@@ -81,14 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
 
 
-def _size(text: str) -> tuple[int, int]:
+def picture_size(text: str) -> tuple[int, int]:
     try:
         width, height = (int(n) for n in text.lower().split("x"))
     except ValueError:

@@ -338,10 +338,15 @@ def encode(
         frame += len(group)
 
 
+def blank_references(codec: UnitCodec) -> tuple:
+    """What a unit without references refers to."""
+    return codec.model.module.blank_refs(_padded(codec.height), _padded(codec.width))
+
+
 def _references(codec: UnitCodec, unit: schedules.Unit, slots: dict) -> tuple:
     """A unit's references as the model takes them."""
     if not unit.refs:
-        return codec.model.module.blank_refs(_padded(codec.height), _padded(codec.width))
+        return blank_references(codec)
     return tuple(ref for slot in unit.refs for ref in slots[slot])
 
 

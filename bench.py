@@ -1,0 +1,70 @@
+"""Benchmarks that print ratios against a peer in the same run.
+
+  python bench.py coder [--symbols N] [--repeats N] [--json FILE]
+  python bench.py codec [--model NAME] [--size WxH] [--frames N] [--qp Q] [--json FILE]
+  python bench.py complexity [--json FILE]
+"""
+
+from nvc_jax.launch import setup
+
+if __name__ == "__main__":
+    setup()
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from nvc_jax.errors import NvcError
+
+
+def coder(args: argparse.Namespace) -> dict:
+    from nvc_jax.benchmarks.coder import benchmark
+
+    return benchmark(args.symbols, args.repeats)
+
+
+def codec(args: argparse.Namespace) -> dict:
+    from nvc_jax.benchmarks.codec import benchmark
+
+    return benchmark(args.model, *args.size, args.frames, args.qp)
+
+
+def complexity(args: argparse.Namespace) -> dict:
+    from nvc_jax.models import complexity
+
+    return complexity.report()
+
+
+def main() -> int:
+    from nvc_jax.cli import DEFAULT_MODEL, picture_size, positive
+
+    parser = argparse.ArgumentParser(prog="bench.py", description="Benchmarks.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    p = commands.add_parser("coder", help="the host coder beside constriction")
+    p.add_argument("--symbols", type=positive, default=2_000_000)
+    p.add_argument("--repeats", type=positive, default=5)
+    p.set_defaults(run=coder)
+    p = commands.add_parser("codec", help="encoding and decoding in memory")
+    p.add_argument("--model", default=DEFAULT_MODEL)
+    p.add_argument("--size", type=picture_size, default=(352, 288))
+    p.add_argument("--frames", type=positive, default=64)
+    p.add_argument("--qp", type=int, default=32)
+    p.set_defaults(run=codec)
+    p = commands.add_parser("complexity", help="parameters and MACs of every model and size")
+    p.set_defaults(run=complexity)
+    for p in commands.choices.values():
+        p.add_argument("--json", help="write the results to this file")
+    args = parser.parse_args()
+    try:
+        results = args.run(args)
+        if args.json:
+            Path(args.json).write_text(json.dumps(results, indent=1))
+    except (NvcError, OSError) as e:
+        print(f"bench.py: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

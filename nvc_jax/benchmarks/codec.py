@@ -1,0 +1,88 @@
+"""Frames per second of a codec's parts: the compiled program, the host coder, both together."""
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from nvc_jax import codec as coding
+from nvc_jax.entropy import coder
+from nvc_jax.models import released
+from nvc_jax.video import Planes
+
+
+def moving_texture(width: int, height: int, frames: int) -> list[Planes]:
+    """A smooth random texture that drifts, with a little noise: content without a file."""
+    rng = np.random.default_rng(0)
+    rows, cols = np.arange(height)[:, None], np.arange(width)[None, :]
+    waves = [(rng.normal(0, 0.15, 2), rng.uniform(0, 6.28), rng.uniform(4, 25)) for _ in range(8)]
+    pictures = []
+    for t in range(frames):
+        luma = 128 + sum(
+            amplitude * np.sin(f[0] * (rows + t) + f[1] * (cols + 2 * t) + phase)
+            for f, phase, amplitude in waves
+        )
+        luma = np.clip(luma + rng.normal(0, 1, luma.shape), 0, 255).astype(np.uint8)
+        half = luma[::2, ::2]
+        pictures.append(Planes(luma, half // 2 + 64, 191 - half // 2))
+    return pictures
+
+
+def benchmark(model: str, width: int, height: int, frames: int, qp: int) -> dict[str, Any]:
+    """Encodes and decodes a synthetic clip in memory, prints and returns the speed.
+
+    The first unit, which compiles, does not count. "program" is the jitted unit program (when
+    decoding with its callbacks), "coder" the host coder alone on the same symbols.
+    """
+    loaded = released.load(model)
+    codec = coding.prepare(loaded, width, height)
+    schedule = coding.schedule_for(loaded)
+    per_unit = loaded.module.frames_per_unit
+    pictures = moving_texture(width, height, frames + per_unit)
+
+    begin = time.perf_counter()
+    encoder = coding.encode(codec, pictures, qp, schedule)
+    units = [next(encoder)]
+    compile_seconds = time.perf_counter() - begin
+    begin = time.perf_counter()
+    units += encoder
+    encode_seconds = time.perf_counter() - begin
+
+    refs = coding.blank_references(codec)
+    seconds = {"decode": 0.0, "coder_encode": 0.0, "coder_decode": 0.0}
+    for number, unit in enumerate(units):
+        packet = unit.packet
+        begin = time.perf_counter()
+        decoded = coding.decode_unit(codec, packet.payload, refs, packet.qps)
+        refs = jax.block_until_ready(decoded.refs)
+        middle = time.perf_counter()
+        steps = list(zip(decoded.symbols, decoded.indices, strict=True))
+        payload = coder.encode(steps, codec.tables)
+        encoded = time.perf_counter()
+        buffer = np.frombuffer(payload, np.uint8)
+        state = coder.begin_decode(buffer, len(payload))
+        for _, index in steps:
+            _, state = coder.decode_step(buffer, state, index, codec.tables)
+        if number:
+            seconds["decode"] += middle - begin
+            seconds["coder_encode"] += encoded - middle
+            seconds["coder_decode"] += time.perf_counter() - encoded
+    coded_bytes = sum(len(unit.packet.payload) for unit in units[1:])
+    results = {
+        "model": loaded.name,
+        "device": jax.devices()[0].device_kind,
+        "width": width,
+        "height": height,
+        "frames": frames,
+        "qp": qp,
+        "compile_seconds": compile_seconds,
+        "encode_fps": frames / encode_seconds,
+        "decode_fps": frames / seconds["decode"],
+        "coder_encode_ms_per_frame": 1e3 * seconds["coder_encode"] / frames,
+        "coder_decode_ms_per_frame": 1e3 * seconds["coder_decode"] / frames,
+        "bpp": 8 * coded_bytes / (frames * width * height),
+    }
+    for key, value in results.items():
+        print(f"{key:28} {value:.3f}" if isinstance(value, float) else f"{key:28} {value}")
+    return results
