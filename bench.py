@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def coder(args: argparse.Namespace) -> dict:
 
 
 def codec(args: argparse.Namespace) -> dict:
+    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")  # as in the nvc command
     from nvc_jax.benchmarks.codec import benchmark
 
     return benchmark(args.model, *args.size, args.frames, args.qp)

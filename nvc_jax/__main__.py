@@ -1,5 +1,6 @@
 """Entry point of the `nvc` command and of `python -m nvc_jax`."""
 
+import os
 import sys
 
 from nvc_jax.launch import setup
@@ -8,6 +9,9 @@ from nvc_jax.launch import setup
 def main() -> int:
     """Settings that must precede JAX first, then the command line."""
     setup()
+    # Programs that call back to the host are safest when nothing runs behind their back (jax issues
+    # 24255 and 25861); coding waits for every unit anyway.
+    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
     from nvc_jax import cli
 
     return cli.main()

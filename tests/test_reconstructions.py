@@ -1,0 +1,89 @@
+"""Encoder and decoder give the same pictures: real clips, every size of picture, all qualities.
+
+Also: files are as large as the rate estimate says.
+"""
+
+from itertools import islice
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from nvc_jax import bitstream, codec, video
+from nvc_jax.entropy.bottleneck import Estimate
+from nvc_jax.models import registry, released
+
+CLIPS = sorted((Path(__file__).parents[1].parent / "shared/data/eval").glob("*.mkv"))
+QPS = (0, 21, 42, 63)
+FRAMES = 5  # two pairs and an odd one
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The shipped models, and dev with random weights: it is not trained, but it has to agree."""
+    module = registry.build("ui2c", "dev")
+    params = registry.init(module, jax.random.key(0))
+    path = tmp_path_factory.mktemp("models") / "dev.safetensors"
+    released.save(path, *released.freeze("dev", "ui2c", module, params))
+    return [released.load(p) for p in (*released.shipped(), path)]
+
+
+def estimated_bits(unit_codec, picture, refs, qps):
+    """The rate that training would report for these pictures and references."""
+
+    @jax.jit
+    def estimate(params, planes, refs, qp):
+        bottleneck = Estimate()
+        frames = codec.planes_to_frames(planes, unit_codec.height, unit_codec.width)
+        unit_codec.model.module.apply({"params": params}, frames, refs, qp, bottleneck)
+        return bottleneck.bits
+
+    planes = tuple(np.stack(p) for p in zip(*picture, strict=True))
+    bits = estimate(unit_codec.model.params, planes, refs, np.array([qps], np.int32))
+    return float(bits["y"].sum() + bits["z"].sum())
+
+
+@pytest.mark.skipif(not CLIPS, reason="the evaluation clips are not on this machine")
+@pytest.mark.parametrize("clip", CLIPS, ids=lambda p: p.stem)
+def test_decoder_repeats_the_encoder_on_real_clips(models, clip, tmp_path):
+    info, pictures = video.open_video(clip)
+    pictures = list(islice(pictures, FRAMES))
+    for model in models:
+        unit_codec = codec.prepare(model, info.width, info.height)
+        schedule = codec.schedule_for(model)
+        for qp in QPS:
+            path = tmp_path / "clip.nvc"
+            recons = []
+            with bitstream.write_stream(path, codec.make_header(model, info, schedule)) as out:
+                for unit in codec.encode(unit_codec, pictures, qp, schedule, render=True):
+                    out.write(unit.packet)
+                    recons += unit.recons
+            with bitstream.open_stream(path) as stream:
+                decoded = [p for _, ps in codec.decode(unit_codec, stream) for p in ps]
+            assert len(decoded) == len(recons) == FRAMES
+            for ours, theirs in zip(decoded, recons, strict=True):
+                for a, b in zip(ours, theirs, strict=True):
+                    np.testing.assert_array_equal(a, b, err_msg=f"{model.name} qp {qp}")
+
+
+@pytest.mark.skipif(not CLIPS, reason="the evaluation clips are not on this machine")
+def test_files_are_as_large_as_the_estimate_says():
+    """Within 1 % per unit for units above 10 kB (the header comes on top)."""
+    model = released.load("ui2c-nano")
+    info, pictures = video.open_video(next(c for c in CLIPS if c.stem.startswith("city")))
+    pictures = list(islice(pictures, 4))
+    unit_codec = codec.prepare(model, info.width, info.height)
+    refs = codec.blank_references(unit_codec)
+    large = 0
+    for start, qps in ((0, (60, 68)), (2, (60, 64))):
+        pair = pictures[start : start + 2]
+        payload, unit = codec.encode_unit(unit_codec, pair, refs, qps, False)
+        estimate = estimated_bits(unit_codec, pair, refs, qps) / 8
+        if len(payload) > 10_000:
+            large += 1
+            assert abs(len(payload) - estimate) <= 0.01 * estimate, (len(payload), estimate)
+        refs = unit.refs
+    assert large
