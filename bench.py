@@ -1,8 +1,8 @@
 """Benchmarks that print ratios against a peer in the same run.
 
-  python bench.py coder [--symbols N] [--repeats N] [--json FILE]
-  python bench.py codec [--model NAME] [--size WxH] [--frames N] [--qp Q] [--json FILE]
-  python bench.py complexity [--json FILE]
+python bench.py coder [--symbols N] [--repeats N] [--json FILE]
+python bench.py codec [--model NAME] [--size WxH] [--frames N] [--qp Q] [--json FILE]
+python bench.py complexity [--json FILE]
 """
 
 from nvc_jax.launch import setup

@@ -2,6 +2,7 @@
 
 import runpy
 import time
+from collections.abc import Callable
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from functools import partial
@@ -47,6 +48,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> training.TrainStat
     train_step = jax.jit(
         training.make_train_step(model, config), donate_argnums=0, static_argnums=2
     )
+    sample = make_sampler(model)
     step, last_save, window = int(state.step), time.monotonic(), Window()
     while step < ends[-1]:
         number = int(np.searchsorted(ends, step, side="right"))
@@ -73,7 +75,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> training.TrainStat
                             "train again: it resumes from the newest checkpoint"
                         )
                 if step % config.sample_every == 0:
-                    write_samples(writer, model, state, clip, step)
+                    writer.write_images(step, {"samples": sample(state, clip)})
                 if step == ends[-1] or (
                     time.monotonic() - last_save > config.checkpoint_every_seconds
                 ):
@@ -223,16 +225,21 @@ def print_line(step: int, steps: int, values: dict[str, float]) -> None:
     )
 
 
-def write_samples(writer, model, state, clip, step) -> None:
-    """Originals above reconstructions of the first clips of a batch, one picture per frame."""
+def make_sampler(model: nn.Module) -> Callable[[training.TrainState, training.Clip], np.ndarray]:
+    """A function (state, clip) -> uint8 RGB sheet: originals above reconstructions, first clips."""
 
-    def reconstruct(params, clip):
-        refs = training.first_refs(model, state, clip, False, jax.random.key(0))
-        recon = training.unroll(model, params, clip, refs, jax.random.key(0))[2]
+    @jax.jit
+    def reconstruct(state, clip):
+        key = jax.random.key(0)
+        refs = training.first_refs(model, state, clip, False, key)
+        recon = training.unroll(model, state.average, clip, refs, key)[2]
         both = jnp.concatenate([clip.frames, recon], axis=2)  # one above the other
         return jnp.clip(losses.yuv_to_rgb(both), 0, 1)
 
-    rgb = np.asarray(jax.jit(reconstruct)(state.average, clip))[:4]
-    batch, frames, height, width, _ = rgb.shape
-    sheet = rgb.transpose(0, 2, 1, 3, 4).reshape(batch * height, frames * width, 3)
-    writer.write_images(step, {"samples": (255 * sheet + 0.5).astype(np.uint8)})
+    def sample(state, clip):
+        rgb = np.asarray(reconstruct(state, clip))[:4]
+        batch, frames, height, width, _ = rgb.shape
+        sheet = rgb.transpose(0, 2, 1, 3, 4).reshape(batch * height, frames * width, 3)
+        return (255 * sheet + 0.5).astype(np.uint8)
+
+    return sample
