@@ -23,11 +23,12 @@ def get_config():
     c.model = ConfigDict(dict(name="ui2c", size="nano", dtype="float32"))
     c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.25))
     c.init_from = ""  # a released model to start from
+    c.transform_start = True  # see nvc_jax.training.transform_start
     c.stages = (
         # Intra and short-range prediction first, then long walks against drift.
-        stage(steps=6_000, units=2, walk=1, batch=4, crop=128, lr=1e-3, end_lr=6e-4),
-        stage(steps=6_000, units=2, walk=8, batch=4, crop=128, lr=6e-4, end_lr=1e-4),
-        stage(steps=2_000, units=3, walk=5, batch=4, crop=128, lr=1e-4, end_lr=1e-5),
+        stage(steps=4_500, units=2, walk=1, batch=4, crop=128, lr=1e-3, end_lr=6e-4),
+        stage(steps=5_000, units=2, walk=8, batch=4, crop=128, lr=6e-4, end_lr=1e-4),
+        stage(steps=1_500, units=3, walk=5, batch=4, crop=128, lr=1e-4, end_lr=1e-5),
     )
     c.warmup_steps = 200
     c.clip_norm = 1.0

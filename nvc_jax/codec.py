@@ -28,7 +28,7 @@ from nvc_jax.video import Planes, VideoInfo
 MAX_QP = 63
 # Bytes for a unit's payload in the usual program, in bytes per symbol; and what no unit can exceed
 # (an escape costs under four bytes). Two sizes, so that few shapes are compiled.
-CAPACITIES = (0.5, 6.0)
+CAPACITIES = (2.0, 6.0)
 
 
 class CodedUnit(NamedTuple):

@@ -2,9 +2,9 @@
 
 Symbols are drawn from 64 Gaussian tables, scales 0.11 to 32 in equal ratios, under two mixes of
 tables: all equally often (about 3.1 bits per symbol), and mostly narrow ones, as in a P picture at
-a low rate (about 0.45). constriction (Bamler, arXiv 2201.01741) is run twice: with its own per-symbol
-`QuantizedGaussian`, the way neural codecs use it, and with one `Categorical` model per table on
-symbols grouped by table beforehand (the grouping is not timed, so this flatters it).
+a low rate (about 0.45). constriction (Bamler, arXiv 2201.01741) is run twice: with its own
+per-symbol `QuantizedGaussian`, the way neural codecs use it, and with one `Categorical` model per
+table on symbols grouped by table beforehand (the grouping is not timed, so this flatters it).
 """
 
 import statistics
@@ -127,10 +127,11 @@ def benchmark(symbols: int = 2_000_000, repeats: int = 5) -> dict:
       repeats: runs of each measurement.
 
     Returns:
-      {"symbols", "repeats", "mixes": {"uniform": numbers, "narrow": numbers}}, where the numbers are
-      "bits_per_symbol" (ideal), "overhead_percent" (of our size over the ideal), for each
-      measurement "<name>_msymbols_per_s" (best run) and "<name>_median_msymbols_per_s", and, with
-      constriction, its sizes and "<direction>_1_thread_over_constriction_gaussian" (ratios).
+      {"symbols", "repeats", "mixes": {"uniform": numbers, "narrow": numbers}}; the numbers are
+      "bits_per_symbol" (ideal), "payload_bytes", "overhead_percent" (of the payload over the
+      ideal), for each measurement "<name>_msymbols_per_s" (best run) and
+      "<name>_median_msymbols_per_s", and, with constriction, its sizes and
+      "<direction>_1_thread_over_constriction_gaussian" (ratios of best runs).
     """
     tables = gaussian_tables(SCALES)
     prepared = coder.prepare(tables)

@@ -39,7 +39,7 @@ little redundancy: the container's checksums are what guarantees integrity.
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ from nvc_jax.errors import NvcError, StreamError
 
 SKIP = 0xFFFF
 MAX_STREAMS = 8
-MAX_LANES = 8
+MAX_LANES = 4
 MAX_PAYLOAD_BYTES = 1 << 31
 
 # What `status` returns.
@@ -62,27 +62,26 @@ OK = 0
 BAD_PAYLOAD = 1  # the payload's trailer contradicts its length
 BAD_INDEX = 2  # a table index that no table has
 
-# The decoder's state, uint32: these three, then (position, end) of each stream in words, then
-# (low, high) of each lane, MAX_LANES per stream.
-_STATUS, _LANES, _STREAMS, _RANGES = 0, 1, 2, 3
-_STATES = _RANGES + 2 * MAX_STREAMS
-STATE_WORDS = _STATES + 2 * MAX_LANES * MAX_STREAMS
+# The decoder's state, uint32: status, number of lanes, number of streams, one unused, then a record
+# per stream: position and end in the payload's words, and low and high half of each lane.
+_STATUS, _LANES, _STREAMS, _HEADER = 0, 1, 2, 4
+STATE_WORDS = _HEADER + MAX_STREAMS * (2 + 2 * MAX_LANES)
 
 # A lane starts (and, decoded, ends) here. Starting a lone lane low saves two bytes, which matters
 # in a unit of fifty; below 2^12 a lane's first symbol costs what the low start saves. Several lanes
 # share one sequence of words, and must not be below the bound at which words are taken.
 _START_ALONE, _START_SHARED = 1 << 12, 1 << 31
-# One more lane or stream costs 5 bytes: at most 0.1 % of what it carries.
+# One more lane or stream costs about 5 bytes: less than 0.1 % of what it carries.
 _MIN_LANE_BYTES = 6 << 10
-_MIN_STREAM_BYTES = 4 * _MIN_LANE_BYTES
+_MIN_STREAM_BYTES = MAX_LANES * _MIN_LANE_BYTES
 _MIN_STREAM_SYMBOLS = 1 << 16
 _SAMPLES = 4096
-_BLOCK = 2048
 _MAX_TRAILER_BYTES = (6 + 36 * (MAX_STREAMS - 1 + MAX_STREAMS * MAX_LANES) + 7) // 8
 
-_U16, _U32, _U47, _U48, _U63 = (np.uint64(n) for n in (16, 32, 47, 48, 63))
-_ONE, _TOTAL = np.uint64(1), np.uint64(1 << 16)
-_LOW15, _LOW16, _BOUND = np.uint64(0x7FFF), np.uint64(0xFFFF), np.uint64(1 << 31)
+_U6, _U16, _U32, _U47, _U48, _U63 = (np.uint64(n) for n in (6, 16, 32, 47, 48, 63))
+_LOW6, _LOW15, _LOW16, _LOW32 = (np.uint64((1 << n) - 1) for n in (6, 15, 16, 32))
+_ONE, _TWO, _THREE = (np.uint64(n) for n in (1, 2, 3))
+_TOTAL, _BOUND = np.uint64(1 << 16), np.uint64(1 << 31)
 
 
 class PreparedTables(NamedTuple):
@@ -91,10 +90,10 @@ class PreparedTables(NamedTuple):
     Attributes:
       bits: int32 [tables], expected code length of a symbol in 1/256 bit.
       encode: uint64; per table, a word
-          position of its first entry | place of its escape << 32 | (offset + 32768) << 48
-        then per entry two words, a multiplier and
-          start | frequency << 16 | shift << 32
-        which divide by the frequency (see `prepare`).
+          position of its first entry | place of its escape << 32 | offset << 48 (signed)
+        then per entry four words,
+          multiplier, frequency << 47, 65536 - frequency, start | shift << 32
+        where multiplier and shift divide by the frequency (see `prepare`).
       decode: uint64; per table, two words
           position of its first cell << 6 | s
           position of its first entry
@@ -143,7 +142,7 @@ def prepare(tables: CdfTables) -> PreparedTables:
     # Only for choosing lanes and streams: log2 by linear interpolation between powers of two, which
     # keeps to integers.
     exponent = np.frexp(frequency)[1].astype(np.int64) - 1
-    cost = (17 - exponent << 8) - ((frequency << 8) >> exponent) + escape * (16 << 8)
+    cost = ((17 - exponent) << 8) - ((frequency << 8) >> exponent) + escape * (16 << 8)
     bits = np.add.reduceat(cost * frequency, first) >> 16
 
     # x // f = (2 x m >> 64) >> s for x < 2^63, where s = ceil(log2 f), m = ceil(2^(63 + s) / f):
@@ -152,9 +151,11 @@ def prepare(tables: CdfTables) -> PreparedTables:
     shift, divisor = _pack(np.frexp(frequency - 1)[1]), _pack(frequency)
     whole, rest = np.divmod(np.uint64(1 << 63), divisor)
     multiplier = (whole << shift) + ((rest << shift) + divisor - _ONE) // divisor
-    row = _pack(count + 2 * first, size - 1, offset + 32768, at=(0, 32, 48))
-    entry = _pack(start, frequency, shift, at=(0, 16, 32))
-    encode = np.concatenate([row, np.stack([multiplier, entry], axis=1).reshape(-1)])
+    row = _pack(count + 4 * first, size - 1, offset & 0xFFFF, at=(0, 32, 48))
+    entry = np.stack(
+        [multiplier, divisor << _U47, _TOTAL - divisor, _pack(start, shift, at=(0, 32))], axis=1
+    )
+    encode = np.concatenate([row, entry.reshape(-1)])
 
     cell_bits = np.clip(np.frexp(size - 1)[1] + 1, 6, 9).astype(np.int64)
     cells = 1 << cell_bits
@@ -199,8 +200,9 @@ def _multiply_high(typing_context, a, b):
 
 # The loops are written out: for each array that a helper in them would take, numba counts
 # references, which makes them eight times slower. Unsigned positions keep numba from looking for
-# negative ones. Elements that are not coded are sorted out in blocks beforehand, because a branch
-# on them would often be mispredicted; a stream without any is spared that.
+# negative ones. Elements that are not coded are taken out beforehand, because a branch on them
+# would often be mispredicted. The lanes are a tuple that rotates, so they live in registers; its
+# length is part of its type, so each number of lanes gets its own machine code.
 
 
 @_jit
@@ -216,10 +218,10 @@ def _survey(index, table_bits, distance):
 
 
 @_jit
-def _count(index, first, stop, tables):
-    """Number of coded elements among first..stop, or -1 if one names a table that is not there."""
+def _count(index, tables):
+    """Number of coded elements, or -1 if one names a table that is not there."""
     coded, bad = 0, 0
-    for i in range(first, stop):
+    for i in range(len(index)):
         t = index[np.uint64(i)]
         coded += t != SKIP
         bad += (t >= tables) & (t != SKIP)
@@ -227,129 +229,101 @@ def _count(index, first, stop, tables):
 
 
 @_jit
-def _encode(symbols, index, first, stop, lanes, words, position, tables, lookup):
-    """Codes elements first..stop of a step, last one first, as rANS has to.
-
-    Updates `lanes` uint64 [lanes], writes `words` downwards from `position`; returns the new
-    position, or -1 for a bad index.
-    """
-    left = _count(index, first, stop, tables)
-    if left < 0:
-        return -1
-    order = np.empty(_BLOCK, np.uint32)
-    sparse = left < stop - first
-    mask = np.uint64(len(lanes) - 1)
-    at = np.uint64(position)
-    done = stop
-    while left:
-        low = max(done - _BLOCK, first)
-        count = np.uint64(done - low)
-        base = np.uint64(done - 1)
-        if sparse:
-            count = np.uint64(0)
-            for j in range(done - 1, low - 1, -1):
-                order[count] = j
-                count += np.uint64(index[np.uint64(j)] != SKIP)
-        done = low
-        for k in range(count):
-            left -= 1
-            lane = np.uint64(left) & mask
-            x = lanes[lane]
-            i = base - np.uint64(k)
-            if sparse:
-                i = np.uint64(order[np.uint64(k)])
-            t = np.uint64(index[i])
-            r = lookup[t]
-            place = np.uint64(np.int64(symbols[i]) + 32768) - (r >> _U48)
-            last = r >> _U32 & _LOW16
-            if place >= last:
-                place = last
-                words[at - _ONE] = np.uint32(x)
-                if x >= _ONE << _U47:
-                    at -= _ONE
-                    x >>= _U32
-                x = x << _U16 | np.uint64(np.uint16(symbols[i]))
-            e = (r & np.uint64(0xFFFFFFFF)) + (place << _ONE)
-            w = lookup[e + _ONE]
-            frequency = w >> _U16 & _LOW16
-            # Stored whether it counts or not, which needs no branch.
-            words[at - _ONE] = np.uint32(x)
-            if x >= frequency << _U47:
-                at -= _ONE
-                x >>= _U32
-            quotient = _multiply_high(x << _ONE, lookup[e]) >> (w >> _U32)
-            lanes[lane] = x + (w & _LOW16) + quotient * (_TOTAL - frequency)
-    return np.int64(at)
+def _compact(values, index, compact):
+    """Copies the coded elements' values; compact has one element more, which is overwritten."""
+    k = np.uint64(0)
+    for i in range(len(index)):
+        compact[k] = values[np.uint64(i)]
+        k += np.uint64(index[np.uint64(i)] != SKIP)
 
 
 @_jit
-def _decode(words, state, first_stream, stop_stream, index, symbols, tables, lookup):
-    """Decodes some streams' share of a step into `symbols` (zeros before), updating `state`."""
-    streams = np.int64(state[_STREAMS])
-    mask = np.uint64((state[_LANES] - 1) & (MAX_LANES - 1))
-    n = len(index)
-    order = np.empty(_BLOCK, np.uint32)
-    lanes = np.empty(MAX_LANES, np.uint64)
-    for s in range(first_stream, stop_stream):
-        done, stop = s * n // streams, (s + 1) * n // streams
-        coded = _count(index, done, stop, tables)
-        sparse = coded < stop - done
-        if coded < 0:
-            state[_STATUS] = BAD_INDEX
-            return
-        at = np.uint64(state[_RANGES + 2 * s])
-        end = np.uint64(min(np.int64(state[_RANGES + 2 * s + 1]), len(words)))
-        home = _STATES + 2 * MAX_LANES * s
-        for j in range(MAX_LANES):
-            lanes[j] = np.uint64(state[home + 2 * j + 1]) << _U32 | np.uint64(state[home + 2 * j])
-        next_lane = np.uint64(0)
-        while done < stop:
-            high = min(done + _BLOCK, stop)
-            count = np.uint64(high - done)
-            base = np.uint64(done)
-            if sparse:
-                count = np.uint64(0)
-                for j in range(done, high):
-                    order[count] = j
-                    count += np.uint64(index[np.uint64(j)] != SKIP)
-            done = high
-            for k in range(count):
-                lane = next_lane & mask
-                next_lane += _ONE
-                x = lanes[lane]
-                i = np.uint64(k) + base
-                if sparse:
-                    i = np.uint64(order[np.uint64(k)])
-                t = np.uint64(index[i])
-                slot = x & _LOW16
-                r = lookup[t << _ONE]
-                w = lookup[(r >> np.uint64(6)) + (slot >> (r & np.uint64(63)))]
-                # The first test covers both sides: below the start, the difference wraps around.
-                if slot - (w & _LOW16) >= w >> _U16 & _LOW16:
-                    e = lookup[(t << _ONE) + _ONE] + (w >> _U48 & _LOW15)
-                    while slot < w & _LOW16:
-                        e -= _ONE
-                        w = lookup[e]
-                    while slot - (w & _LOW16) >= w >> _U16 & _LOW16:
-                        e += _ONE
-                        w = lookup[e]
-                x = (w >> _U16 & _LOW16) * (x >> _U16) + slot - (w & _LOW16)
-                if x < _BOUND and at < end:
-                    x = x << _U32 | np.uint64(words[at])
-                    at += _ONE
-                value = np.int16(w >> _U32)
-                if w >> _U63:
-                    value = np.int16(x)
-                    x >>= _U16
-                    if x < _BOUND and at < end:
-                        x = x << _U32 | np.uint64(words[at])
-                        at += _ONE
-                symbols[i] = value
-                lanes[lane] = x
-        state[_RANGES + 2 * s] = at
-        for j in range(MAX_LANES):
-            state[home + 2 * j] = lanes[j] & np.uint64(0xFFFFFFFF)
-            state[home + 2 * j + 1] = lanes[j] >> _U32
+def _spread(compact, index, values):
+    """The reverse, with 0 for the other elements; compact has one element more here too."""
+    k = np.uint64(0)
+    for i in range(len(index)):
+        values[np.uint64(i)] = compact[k]
+        k += np.uint64(index[np.uint64(i)] != SKIP)
+    # By itself, or the compiler puts a branch into the first loop.
+    for i in range(len(index)):
+        values[np.uint64(i)] *= np.int16(index[np.uint64(i)] != SKIP)
+
+
+@_jit
+def _encode(symbols, index, lanes, words, position, lookup):
+    """Codes some elements of a step, last one first, as rANS has to.
+
+    lanes is a tuple of uint64. Writes `words` downwards from `position`; returns the new position
+    and lanes.
+    """
+    for _ in range(-len(index) % len(lanes)):
+        lanes = lanes[-1:] + lanes[:-1]
+    at = np.uint64(position)
+    for j in range(len(index) - 1, -1, -1):
+        i = np.uint64(j)
+        x = lanes[-1]
+        row = lookup[np.uint64(index[i])]
+        place = np.uint64(symbols[i] - (np.int64(row) >> 48))
+        escape = row >> _U32 & _LOW16
+        # Words are stored whether they count or not, which needs no branch.
+        if place >= escape:
+            place = escape
+            words[at - _ONE] = np.uint32(x)
+            if x >= _ONE << _U47:
+                at -= _ONE
+                x >>= _U32
+            x = x << _U16 | np.uint64(np.uint16(symbols[i]))
+        e = (row & _LOW32) + (place << _TWO)
+        words[at - _ONE] = np.uint32(x)
+        if x >= lookup[e + _ONE]:
+            at -= _ONE
+            x >>= _U32
+        w = lookup[e + _THREE]
+        quotient = _multiply_high(x << _ONE, lookup[e]) >> (w >> _U32)
+        x += (w & _LOW16) + quotient * lookup[e + _TWO]
+        lanes = (x,) + lanes[:-1]  # noqa: RUF005 (numba cannot unpack)
+    return np.int64(at), lanes
+
+
+@_jit
+def _decode(words, position, end, lanes, index, symbols, lookup):
+    """Decodes some elements of a step into `symbols`.
+
+    lanes is a tuple of uint64. Reads words[position:end]; returns the new position and lanes.
+    """
+    at, end = np.uint64(position), np.uint64(min(end, len(words)))
+    for j in range(len(index)):
+        i = np.uint64(j)
+        x = lanes[0]
+        slot = x & _LOW16
+        t = np.uint64(index[i]) << _ONE
+        row = lookup[t]
+        w = lookup[(row >> _U6) + (slot >> (row & _LOW6))]
+        start, frequency = w & _LOW16, w >> _U16 & _LOW16
+        # Unsigned: this covers both sides, and `step` may be 2^64 - 1.
+        if slot - start >= frequency:
+            e = lookup[t + _ONE] + (w >> _U48 & _LOW15)
+            step = _ONE if slot > start else ~np.uint64(0)
+            while slot - start >= frequency:
+                e += step
+                w = lookup[e]
+                start, frequency = w & _LOW16, w >> _U16 & _LOW16
+        x = frequency * (x >> _U16) + slot - start
+        if x < _BOUND and at < end:
+            x = x << _U32 | np.uint64(words[at])
+            at += _ONE
+        value = np.int16(w >> _U32)
+        if w >> _U63:
+            value = np.int16(x)
+            x >>= _U16
+            if x < _BOUND and at < end:
+                x = x << _U32 | np.uint64(words[at])
+                at += _ONE
+        symbols[i] = value
+        lanes = lanes[1:] + (x,)  # noqa: RUF005
+    for _ in range(-len(index) % len(lanes)):
+        lanes = lanes[1:] + lanes[:1]
+    return np.int64(at), lanes
 
 
 def _cores() -> int:
@@ -427,43 +401,61 @@ def encode(
     lanes = _worthwhile_lanes(code_bytes // chosen)
     start = _START_ALONE if lanes == 1 else _START_SHARED
 
-    def code(first: int, stop: int) -> list[tuple[bytes, list[int]]]:
+    def code(first: int, stop: int) -> list[tuple[np.ndarray, list[int]]]:
         return [_encode_stream(flat, tables, s, chosen, lanes, start) for s in range(first, stop)]
 
     parts = [part for share in _share(code, chosen, coded, threads) for part in share]
-    words = b"".join(part for part, _ in parts)
+    words = [part for part, _ in parts]
     if lanes == chosen == 1:
         (high,) = parts[0][1]
-        return words + _lone_trailer(high) if words or high != start else b""
-    numbers = [len(part) // 4 for part, _ in parts[:-1]]
-    numbers += [high for _, highs in parts for high in highs]
-    return words + _trailer(lanes, chosen, numbers)
+        trailer = _lone_trailer(high) if len(words[0]) or high != start else b""
+    else:
+        highs = [high for _, highs in parts for high in highs]
+        trailer = _trailer(lanes, chosen, [len(part) for part in words[:-1]] + highs)
+    return b"".join([*words, trailer])
+
+
+def _part(step: np.ndarray, stream: int, streams: int) -> np.ndarray:
+    """What a stream codes of a step, a view."""
+    return step[stream * len(step) // streams : (stream + 1) * len(step) // streams]
 
 
 def _encode_stream(
     steps: list, tables: PreparedTables, stream: int, streams: int, lane_count: int, start: int
-) -> tuple[bytes, list[int]]:
+) -> tuple[np.ndarray, list[int]]:
     """(words, h of each lane) of one stream; arrays in `steps` are flat."""
-    lanes = np.full(lane_count, start, np.uint64)
-    edges = [(stream * len(i) // streams, (stream + 1) * len(i) // streams) for _, i in steps]
+    lanes = (start,) * lane_count
+    parts = [(_part(s, stream, streams), _part(i, stream, streams)) for s, i in steps]
     # At most 32 bits per element (an escape), the lanes' last words, and one that does not count.
-    words = np.empty(sum(stop - first for first, stop in edges) + 2 * lane_count + 1, np.uint32)
+    words = np.empty(sum(len(index) for _, index in parts) + 2 * lane_count + 1, "<u4")
     position = len(words)
-    for (symbols, index), (first, stop) in zip(reversed(steps), reversed(edges), strict=True):
-        position = _encode(
-            symbols, index, first, stop, lanes, words, position,
-            len(tables.bits), tables.encode,
-        )  # fmt: skip
-        if position < 0:
+    for symbols, index in reversed(parts):
+        coded = _count(index, len(tables.bits))
+        if coded < 0:
             table = int(index[(index != SKIP) & (index >= len(tables.bits))][0])
             raise NvcError(f"symbols use table {table}, but there are {len(tables.bits)} tables")
-    highs = [int(x) for x in lanes]
+        if coded < len(index):
+            symbols, index = _coded(symbols, index, coded), _coded(index, index, coded)
+        position, lanes = _encode(symbols, index, _unsigned(lanes), words, position, tables.encode)
+    highs = list(lanes)
     for lane in reversed(range(lane_count)):
         if highs[lane] >= _START_SHARED:
             position -= 1
             words[position] = highs[lane] & 0xFFFFFFFF
             highs[lane] >>= 32
-    return words[position:].tobytes(), highs
+    return words[position:], highs
+
+
+def _coded(values: np.ndarray, index: np.ndarray, coded: int) -> np.ndarray:
+    """The values of the `coded` elements whose index is not SKIP."""
+    compact = np.empty(coded + 1, values.dtype)
+    _compact(values, index, compact)
+    return _frozen(compact[:coded], values.dtype)
+
+
+def _unsigned(lanes: Iterable[int]) -> tuple[np.uint64, ...]:
+    """What numba takes for unsigned: it returns Python's integers, and takes those for signed."""
+    return tuple(np.uint64(x) for x in lanes)
 
 
 def _lone_trailer(high: int) -> bytes:
@@ -500,6 +492,8 @@ def _read_trailer(tail: bytes, payload_bytes: int) -> tuple[int, list[int], list
         return value >> left & ((1 << bits) - 1)
 
     lanes, streams = 1 << take(2), take(3) + 1
+    if lanes > MAX_LANES:
+        raise StreamError(f"a unit claims {lanes} lanes")
     counts = [take(take(5)) for _ in range(streams - 1)]
     highs = [[take(take(5)) for _ in range(lanes)] for _ in range(streams)]
     words, rest = divmod(payload_bytes - len(tail) + left // 8, 4)
@@ -540,16 +534,24 @@ def begin_decode(payload: np.ndarray, payload_bytes: int) -> np.ndarray:
         return state
     state[_LANES], state[_STREAMS] = lanes, len(counts)
     words, position = _as_words(payload), 0
-    for s, count in enumerate(counts):
-        taken = lanes if count else 0
-        state[_RANGES + 2 * s : _RANGES + 2 * s + 2] = position + taken, position + count
-        home = state[_STATES + 2 * MAX_LANES * s :][: 2 * lanes].reshape(lanes, 2)
-        if taken:
-            home[:, 0], home[:, 1] = words[position : position + taken], highs[s]
-        else:
-            home[:, 0] = highs[s]
-        position += count
+    for record, count, high in zip(_records(state), counts, highs, strict=True):
+        end = position + count
+        low = words[position : position + lanes].astype(np.uint64) if count else None
+        record[:2] = position + lanes if count else position, end
+        high = np.array(high, np.uint64)
+        _lanes(state, record)[:] = high << _U32 | low if count else high
+        position = end
     return state
+
+
+def _records(state: np.ndarray) -> np.ndarray:
+    """The streams' records, a view: [streams, 2 + 2 * MAX_LANES]."""
+    return state[_HEADER:].reshape(MAX_STREAMS, -1)[: state[_STREAMS]]
+
+
+def _lanes(state: np.ndarray, record: np.ndarray) -> np.ndarray:
+    """The lanes in a stream's record, a view: uint64 [lanes]."""
+    return record[2:].view("<u8")[: state[_LANES]]
 
 
 def decode_step(
@@ -575,14 +577,35 @@ def decode_step(
     state = np.array(state, np.uint32)
     symbols = np.zeros(index.size, np.int16)
     if state[_STATUS] == OK:
+        streams = len(_records(state))
 
         def decode(first: int, stop: int) -> None:
-            _decode(words, state, first, stop, index, symbols, len(tables.bits), tables.decode)
+            for s in range(first, stop):
+                part = _part(symbols, s, streams)
+                _decode_stream(words, state, s, _part(index, s, streams), part, tables)
 
-        _share(decode, int(state[_STREAMS]), index.size, threads)
+        _share(decode, streams, index.size, threads)
         if state[_STATUS] != OK:
             symbols[:] = 0
     return symbols, state
+
+
+def _decode_stream(words, state, stream, index, symbols, tables) -> None:
+    """Decodes one stream's part of a step into `symbols` and updates its record in `state`."""
+    coded = _count(index, len(tables.bits))
+    if coded < 0:
+        state[_STATUS] = BAD_INDEX
+        return
+    record = _records(state)[stream]
+    lanes = _lanes(state, record)
+    skips = coded < len(index)
+    values = np.zeros(coded + 1, np.int16) if skips else symbols
+    coded_index = _coded(index, index, coded) if skips else index
+    record[0], lanes[:] = _decode(
+        words, int(record[0]), int(record[1]), _unsigned(lanes), coded_index, values, tables.decode
+    )
+    if skips:
+        _spread(values, index, symbols)
 
 
 def status(state: np.ndarray) -> int:
@@ -597,7 +620,7 @@ def finish_decode(payload: np.ndarray, state: np.ndarray) -> None:
       StreamError: the payload is damaged, or was decoded with other tables, indices or steps than
         it was coded with.
     """
-    state = np.asarray(state)
+    state = np.ascontiguousarray(state, np.uint32)
     if status(state) == BAD_PAYLOAD:
         raise StreamError(
             "the coded data of a picture is damaged: its trailer contradicts its length "
@@ -608,11 +631,8 @@ def finish_decode(payload: np.ndarray, state: np.ndarray) -> None:
             "a picture asks for a probability table that its model does not have; "
             "decode it with the model it was coded with"
         )
-    lanes, streams = int(state[_LANES]), int(state[_STREAMS])
-    ranges = state[_RANGES:_STATES].reshape(MAX_STREAMS, 2)[:streams]
-    ends = state[_STATES:].reshape(MAX_STREAMS, MAX_LANES, 2)[:streams, :lanes]
-    start = _START_ALONE if lanes == 1 else _START_SHARED
-    if (ranges[:, 0] != ranges[:, 1]).any() or (ends != (start, 0)).any():
+    start = _START_ALONE if state[_LANES] == 1 else _START_SHARED
+    if any(r[0] != r[1] or (_lanes(state, r) != start).any() for r in _records(state)):
         raise StreamError(
             "the coded data of a picture does not end where its last symbol does: it is damaged, "
             "or this machine computed other probabilities than the one that coded it "
@@ -630,9 +650,9 @@ def code_length_bits(
         coded = index != SKIP
         row = tables.encode[index[coded]]
         first, last = row & np.uint64(0xFFFFFFFF), row >> _U32 & _LOW16
-        place = symbols[coded].astype(np.int64) + 32768 - (row >> _U48).astype(np.int64)
+        place = symbols[coded] - (row.astype(np.int64) >> 48)
         escape = (place < 0) | (place >= last)
         place = np.where(escape, last, place).astype(np.uint64)
-        frequency = tables.encode[first + _ONE + (place << _ONE)] >> _U16 & _LOW16
+        frequency = tables.encode[first + (place << _TWO) + _ONE] >> _U47
         bits += 16.0 * (place.size + np.count_nonzero(escape)) - np.log2(frequency).sum()
     return float(bits)

@@ -12,6 +12,7 @@ from fractions import Fraction
 from html import escape
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -67,10 +68,12 @@ def html_report(results: dict, folder: Path) -> str:
 
 def print_tables(results: dict, console: Console) -> None:
     """Print our points and the BD-rates to a terminal."""
-    table = Table(title="Our points (rate from file bytes; fps: whole process / steady)")
-    for name in ("clip", "model", "setting"):
+    table = Table(
+        title="Our points (rate from file bytes; fps: encode / decode, steady state)", box=SIMPLE
+    )
+    for name in ("clip", "model", "at"):
         table.add_column(name)
-    for name in ("bpp", "PSNR dB", "MS-SSIM", "encode fps", "decode fps"):
+    for name in ("bpp", "PSNR", "MS-SSIM", "fps"):
         table.add_column(name, justify="right")
     table.add_column("checks")
     for point in results["points"]:
@@ -78,7 +81,7 @@ def print_tables(results: dict, console: Console) -> None:
             continue
         start = [point["clip"], point["codec"], point["setting"]]
         if "error" in point:
-            table.add_row(*start, *["n/a"] * 5, "[red]FAILED[/red]")
+            table.add_row(*start, *["n/a"] * 4, "[red]FAILED[/red]")
             continue
         passed = point["checks"]["passed"]
         table.add_row(
@@ -86,8 +89,7 @@ def print_tables(results: dict, console: Console) -> None:
             f"{point['bpp']:.4f}",
             f"{point['psnr']:.2f}",
             f"{point['ms_ssim']:.4f}",
-            f"{point['encode_fps']:.1f} / {_fps(point['encode_fps_steady'])}",
-            f"{point['decode_fps']:.1f} / {_fps(point['decode_fps_steady'])}",
+            f"{_fps(point['encode_fps_steady'])} / {_fps(point['decode_fps_steady'])}",
             "passed" if passed else "[red]FAILED[/red]",
         )
     console.print(table)
@@ -98,7 +100,8 @@ def print_tables(results: dict, console: Console) -> None:
     if not results["bd_rates"]:
         return
     clips = [clip["name"] for clip in results["clips"]]
-    table = Table(title="BD-rate by PSNR 6:1:1, percent (negative: fewer bits than the anchor)")
+    title = "BD-rate by PSNR 6:1:1 (negative: fewer bits than the anchor)"
+    table = Table(title=title, box=SIMPLE)
     for name in ("model", "anchor"):
         table.add_column(name)
     for name in (*clips, "mean"):
@@ -148,8 +151,7 @@ def _bd_section(results: dict) -> str:
         return ""
     parts = ["<h2>BD-rate</h2>"]
     clips = [clip["name"] for clip in results["clips"]]
-    reasons = []
-    for quality, label in (("psnr", "PSNR"), ("ms_ssim_db", "MS-SSIM (in dB)")):
+    for quality, label in (("psnr", "PSNR"), ("ms_ssim_db", "MS-SSIM")):
         rows = [row for row in results["bd_rates"] if row["quality"] == quality]
         heads = "".join(f"<th>{escape(clip)}</th>" for clip in clips)
         body = ""
@@ -158,9 +160,7 @@ def _bd_section(results: dict) -> str:
             for clip in clips:
                 result = row["clips"].get(clip, {"percent": None, "reason": "not measured"})
                 if result["percent"] is None:
-                    reason = f"{clip}, {row['anchor']}, {label}: {result['reason']}"
-                    reasons.append(f"<li>{escape(reason)}</li>")
-                    cells += "<td>n/a</td>"
+                    cells += f"<td>n/a<small>{escape(result['reason'])}</small></td>"
                 else:
                     cells += (
                         f"<td>{_percent(result['percent'])}"
@@ -172,8 +172,9 @@ def _bd_section(results: dict) -> str:
                 f"<td><b>{_percent(row['mean_percent'])}</b></td></tr>"
             )
         parts.append(
-            f'<div class="scroll"><table><caption>At equal {label}</caption><thead><tr><th></th>'
-            f"{heads}<th>mean</th></tr></thead><tbody>{body}</tbody></table></div>"
+            f'<div class="scroll"><table class="rates"><caption>At equal {label}</caption>'
+            f"<thead><tr><th></th>{heads}<th>mean</th></tr></thead>"
+            f"<tbody>{body}</tbody></table></div>"
         )
     parts.append(
         "<p>Positive: more bits than the anchor needs for the same quality; negative: fewer. "
@@ -183,8 +184,6 @@ def _bd_section(results: dict) -> str:
         "each figure. The mean is over the clips that have a figure. Presets and "
         'structures of the anchors are <a href="#method">below</a>.</p>'
     )
-    if reasons:
-        parts.append(f"<p>No figure for:</p><ul>{''.join(reasons)}</ul>")
     return "".join(parts)
 
 
@@ -235,7 +234,7 @@ def _clip_section(clip: dict, results: dict, folder: Path) -> str:
         return head + "<p>None of our streams could be measured.</p>"
     plots = "".join(
         f"<figure>{_rate_plot(points, key, colours)}<figcaption>{label} over bits per pixel "
-        "(logarithmic)</figcaption></figure>"
+        "(logarithmic), the part around our own range</figcaption></figure>"
         for key, label in _QUALITIES.items()
     )
     parts = [head, f'<div class="plots">{plots}</div>', _legend(_codecs(points), colours)]
@@ -346,17 +345,17 @@ def _method_section(results: dict) -> str:
         points = [p for p in results["points"] if p["codec"] == codec]
         good = next((p for p in points if "error" not in p), None)
         if good:
-            settings = ", ".join(p["setting"] for p in points)
+            settings = ", ".join(dict.fromkeys(p["setting"] for p in points))
             rows += (
                 f"<tr><th scope='row'>{escape(codec)}</th><td>{escape(good['preset'])}</td>"
                 f"<td>{escape(good['structure'])}</td><td>{escape(settings)}</td>"
                 f"<td><code>{escape(good['command'])}</code></td></tr>"
             )
-        errors = {p["error"]: p["setting"] for p in points if "error" in p}
-        for error, setting in errors.items():
+        errors = {p["error"]: f"{p['clip']}, {p['setting']}" for p in points if "error" in p}
+        for error, where in errors.items():
             rows += (
                 f"<tr><th scope='row'>{escape(codec)}</th>"
-                f"<td colspan='4'>not available ({escape(setting)}): {escape(error)}</td></tr>"
+                f"<td colspan='4'>failed ({escape(where)}): {escape(error)}</td></tr>"
             )
     anchors = (
         (
@@ -366,8 +365,8 @@ def _method_section(results: dict) -> str:
             f"<p>{escape(results.get('ffmpeg', ''))}.</p>"
             "<p>Anchors code the same frames from a raw 8-bit 4:2:0 file into a raw elementary "
             "stream (IVF for AV1), whose bytes are counted. They are tuned for PSNR where the "
-            "encoder offers it. Bidirectional structures delay pictures by more than our codec "
-            "does; low delay ones do not.</p>"
+            "encoder offers it. Bidirectional structures delay pictures, by up to tens of frames, "
+            "which makes the task easier; low delay ones do not.</p>"
         )
         if rows
         else ""
@@ -667,6 +666,8 @@ thead th { color: var(--soft); font-weight: 500; }
 tbody th, th:first-child { text-align: left; font-weight: 500; }
 td:not(:first-child), th:not(:first-child) { padding-left: .9rem; }
 small { display: block; color: var(--soft); font-size: .78rem; font-weight: 400; }
+.rates small { white-space: normal; max-width: 11rem; margin-left: auto; }
+.rates th small { white-space: nowrap; max-width: none; }
 .text td, .text th { text-align: left; white-space: normal; }
 .points { font-size: .85rem; } .points td:nth-child(-n+3) { text-align: left; }
 code { font: .8rem/1.4 ui-monospace, Consolas, monospace; overflow-wrap: anywhere; }

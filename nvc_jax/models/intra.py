@@ -62,7 +62,7 @@ class Config:
 SIZES = {
     "full": Config(),
     "nano": Config(
-        width=112, y=80, z=32, prior=128, spatial_width=112, encoder=3, decoder=5, fusion=2,
+        width=112, y=128, z=32, prior=112, spatial_width=96, encoder=3, decoder=5, fusion=2,
         spatial=1, offset=0.5, form="uf2", latent_gain=True,
     ),
 }  # fmt: skip
@@ -101,7 +101,18 @@ class Fusion(nn.Module):
     def __call__(self, x):
         c = self.cfg
         x = Blocks(c.prior, c.fusion, c.form, name="blocks")(x)
-        return Pointwise(2 * c.y + 2, name="params")(x)
+        return Pointwise(2 * c.y + 2, bias_init=_neutral_start(c.y), name="params")(x)
+
+
+def _neutral_start(channels: int):
+    """Bias that starts both step-size maps and the scales at 1."""
+
+    def init(key, shape, dtype=jnp.float32):
+        del key
+        bias = jnp.zeros(shape, dtype).at[:2].set(-jnp.log(2.0))
+        return bias.at[2 : 2 + channels].set(1.0)
+
+    return init
 
 
 class SpatialPrior(nn.Module):

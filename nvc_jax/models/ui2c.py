@@ -77,7 +77,7 @@ SIZES = {
         encoder=2, decoder=2, recon_blocks=2, fusion=2, spatial=2,
     ),
     "nano": Config(
-        width=160, y=96, z=64, recon=112, prior=176, temporal=128, extractor=(2, 2),
+        width=144, y=160, z=48, recon=112, prior=160, temporal=128, extractor=(2, 2),
         encoder=2, decoder=2, recon_blocks=2, fusion=2, spatial=1, subpixel=1, form="uf2",
         latent_gain=True,
     ),

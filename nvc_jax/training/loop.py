@@ -24,6 +24,7 @@ from nvc_jax.errors import NvcError
 from nvc_jax.models import registry, released
 from nvc_jax.training import losses
 from nvc_jax.training import step as training
+from nvc_jax.training.transform_start import transform_start
 from nvc_jax.training.writers import MetricWriter
 
 
@@ -115,13 +116,23 @@ def resume(
         logging.info("going on from step %d", newest)
         return state
     state = init()
+    if config.transform_start:
+        params = transform_start(config.model.name, model.cfg, state.params)
+        state = with_params(state, params)
     if config.init_from:
         params = released.load(config.init_from).params
         if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, state.params):
             raise NvcError(f"{config.init_from}: its weights do not fit this config's model")
-        state = state.replace(params=params, average=jax.tree.map(jnp.copy, params))
+        state = with_params(state, params)
         logging.info("starting from the weights of %s", config.init_from)
     return state
+
+
+def with_params(state: training.TrainState, params) -> training.TrainState:
+    """A fresh state with other weights."""
+    return state.replace(
+        params=jax.tree.map(jnp.asarray, params), average=jax.tree.map(jnp.array, params)
+    )
 
 
 def release(config_file: str, workdir: str, output: str) -> Path:

@@ -1,0 +1,216 @@
+"""Parameters and multiply-accumulates of the codecs, counted from what they really compute.
+
+A count is taken from a traced program (shapes only, nothing is computed), so it cannot disagree
+with the networks as a table kept by hand would. What is counted: matrix products, convolutions and
+the depth-wise 3x3 convolution. What is not: activations, additions, quality tables, likelihoods and
+the prior of z, which cost nothing beside them. Positions of zero padding count like any other, as
+everywhere in the literature.
+
+Counts are per pixel of the *padded* picture (sides multiples of 64, so that nothing is lost to
+rounding). Published figures are often per pixel of the picture itself: at 1920x1080, coded as
+1920x1088, they are 1088/1080 times ours.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nvc_jax.errors import NvcError
+from nvc_jax.models.registry import init
+from nvc_jax.nn.blocks import depthwise3x3
+
+# Any multiple of 64 gives the same counts per pixel: the hyper-latent is 64 times smaller.
+SIDE = 64
+
+
+class SubNetwork(NamedTuple):
+    """A row of `subnetworks`.
+
+    Attributes:
+      name: of the sub-network in the parameter tree.
+      parameters: number of values.
+      kmac_per_pixel: thousand multiply-accumulates of all its uses in one unit, per pixel of one
+        picture (a unit of two pictures counts once, not per picture).
+    """
+
+    name: str
+    parameters: int
+    kmac_per_pixel: float
+
+
+def macs(fn, *args: Any) -> int:
+    """Multiply-accumulates of fn(*args), a forward pass: gradients are not recognised.
+
+    Args:
+      fn: function that JAX can trace.
+      *args: pytrees of arrays or `jax.ShapeDtypeStruct`; only shapes and types count.
+
+    Raises:
+      NvcError: products in a `while` loop, whose number of rounds nobody knows beforehand.
+    """
+    return _macs(jax.make_jaxpr(fn)(*args))
+
+
+def _macs(jaxpr) -> int:
+    # A closed jaxpr holds the open one; in newer JAX they are one type.
+    return sum(_equation_macs(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+
+
+def _equation_macs(eqn) -> int:
+    name, params = eqn.primitive.name, eqn.params
+    out = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return out * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+    if name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval.shape
+        output_channels = kernel[params["dimension_numbers"].rhs_spec[0]]
+        return out * math.prod(kernel) // output_channels
+    if name == "custom_vjp_call" and _is_depthwise(params["call_jaxpr"]):
+        return 9 * out
+    if name == "cond":
+        return max(_macs(branch) for branch in params["branches"])
+    inner = sum(_macs(j) for j in _inner_programs(params))
+    if name == "scan":
+        return params["length"] * inner
+    if name == "while" and inner:
+        raise NvcError("cannot count the products of a while loop: it may run any number of times")
+    return inner
+
+
+def _is_depthwise(jaxpr) -> bool:
+    """Whether a program is the body of `depthwise3x3`, told by the name it was traced under."""
+    return getattr(jaxpr, "jaxpr", jaxpr).debug_info.func_name == depthwise3x3.__name__
+
+
+def _inner_programs(params):
+    """The programs among an equation's parameters: of a jit, a loop, a custom derivative, ..."""
+    for value in jax.tree.leaves(list(params.values())):
+        if hasattr(getattr(value, "jaxpr", value), "eqns"):
+            yield value
+
+
+class _Everything:
+    """A bottleneck that passes on what it is given and runs the whole codec."""
+
+    def encoder_only(self, module, fn, *shapes):
+        return fn(module)
+
+    def decoder_only(self, module, fn, *shapes):
+        return fn(module)
+
+    def factorized(self, z, chain, qp):
+        return z
+
+    def gaussian(self, y, mean, scale):
+        return y
+
+
+class _Encode(_Everything):
+    """What an encoder runs: everything but what only pictures need."""
+
+    def decoder_only(self, module, fn, *shapes):
+        return tuple(jnp.zeros(s.shape, s.dtype) for s in shapes)
+
+
+class _Decode(_Everything):
+    """What a decoder runs: everything but what only coding a picture needs."""
+
+    def encoder_only(self, module, fn, *shapes):
+        return tuple(jnp.zeros(s.shape, s.dtype) for s in shapes)
+
+
+class _Units(NamedTuple):
+    """Abstract arguments of a codec's first unit and of one that refers to it."""
+
+    params: dict
+    frames: jax.ShapeDtypeStruct
+    qp: jax.ShapeDtypeStruct
+    refs: tuple
+
+
+@functools.cache
+def _units(model: nn.Module) -> _Units:
+    n = model.frames_per_unit
+    params = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
+    frames = jax.ShapeDtypeStruct((1, n, SIDE, SIDE, 3), jnp.float32)
+    qp = jax.ShapeDtypeStruct((1, n), jnp.int32)
+    _, refs = jax.eval_shape(_forward(model, _Everything()), params, frames, (), qp)
+    return _Units(params, frames, qp, refs)
+
+
+def _forward(model, bottleneck):
+    return lambda params, frames, refs, qp: model.apply(
+        {"params": params}, frames, refs, qp, bottleneck
+    )
+
+
+class _Alone(nn.Module):
+    """A sub-network outside of its codec; its parameters lie under "network"."""
+
+    network: nn.Module
+
+    def __call__(self, *args):
+        return self.network(*args)
+
+
+def _macs_by_subnetwork(model: nn.Module, units: _Units, refs: tuple) -> dict[str, int]:
+    """Multiply-accumulates of each sub-network that a unit with these references calls."""
+    calls = []
+
+    def record(next_fun, args, kwargs, context):
+        if context.method_name == "__call__" and len(context.module.path) == 1:
+            shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+            alone = _Alone(context.module.clone(parent=None, name="network"))
+            calls.append((context.module.name, alone, shapes))
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(_forward(model, _Everything()), units.params, units.frames, refs, units.qp)
+
+    totals = {}
+    for name, module, args in calls:
+        variables = {"params": {"network": units.params[name]}}
+        count = macs(module.apply, variables, *args)
+        totals[name] = totals.get(name, 0) + count
+    return totals
+
+
+def subnetworks(model: nn.Module) -> list[SubNetwork]:
+    """Every sub-network of a codec, in the order of its parameter tree.
+
+    A sub-network that only some units use (the adaptor of a first frame) has the count of those.
+    """
+    units = _units(model)
+    count = _macs_by_subnetwork(model, units, ()) | _macs_by_subnetwork(model, units, units.refs)
+    return [
+        SubNetwork(
+            name,
+            sum(math.prod(p.shape) for p in jax.tree.leaves(tree)),
+            count.get(name, 0) / (1000 * SIDE * SIDE),
+        )
+        for name, tree in units.params.items()
+    ]
+
+
+def coding_cost(model: nn.Module) -> dict[str, float]:
+    """Thousand multiply-accumulates per pixel and frame, on each side.
+
+    Encoding goes without what turns features into pictures, decoding without analysis transform
+    and hyper-encoder, as in `nvc_jax.codec`. Units refer to an earlier one if the codec does that.
+    """
+    units = _units(model)
+
+    def cost(bottleneck):
+        args = units.params, units.frames, units.refs, units.qp
+        pixels = model.frames_per_unit * SIDE * SIDE
+        return macs(_forward(model, bottleneck), *args) / (1000 * pixels)
+
+    return {
+        "encode_kmac_per_pixel": cost(_Encode()),
+        "decode_kmac_per_pixel": cost(_Decode()),
+    }

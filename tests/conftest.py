@@ -1,0 +1,58 @@
+"""Shared by the tests: small codecs that nobody trained but that code something, and clips."""
+
+import functools
+import os
+
+# As in the commands, and before anything imports JAX: compiled programs are kept, and nothing runs
+# behind a program's back that calls back to the host.
+os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
+from nvc_jax.launch import setup  # noqa: E402
+
+setup()
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from flax import traverse_util  # noqa: E402
+
+from nvc_jax import codec  # noqa: E402
+from nvc_jax.benchmarks.codec import moving_texture  # noqa: E402
+from nvc_jax.models import registry, released  # noqa: E402
+from nvc_jax.nn.blocks import quality_ramp  # noqa: E402
+from nvc_jax.video import Planes  # noqa: E402
+
+SIZES = {
+    "ui2c": dict(
+        width=16, y=16, z=8, recon=16, prior=16, temporal=16, extractor=(1, 1), encoder=1,
+        decoder=1, recon_blocks=1, fusion=1, spatial=1, subpixel=1, form="uf2", latent_gain=True,
+    ),
+    "intra": dict(
+        width=16, y=16, z=8, prior=16, spatial_width=16, encoder=1, decoder=1, fusion=1, spatial=1,
+        offset=0.5, form="uf", latent_gain=True,
+    ),
+}  # fmt: skip
+
+
+def random_parameters(module, seed: int = 0) -> dict:
+    """Parameters under which latents fill several tables, and at high qp leave them all."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: registry.init(module, jax.random.key(0)))
+    params = {}
+    for path, leaf in traverse_util.flatten_dict(shapes).items():
+        name = "/".join(path)
+        if path[-1] == "kernel":
+            spread = 0.06 if path[-2:] == ("dense", "kernel") and path[-3][-4:] == "_out" else 1.0
+            spread *= 2 / (leaf.shape[-1] + np.prod(leaf.shape[:-1]))
+            value = rng.normal(0, spread**0.5, leaf.shape)
+            louder = {"latent": 4.0, "params": 0.3, "pixels": 0.15, "feature": 0.5}
+            value *= np.prod([louder.get(part, 1.0) for part in path])
+        elif path[-1] == "table":
+            value = rng.uniform(0.8, 1.2, leaf.shape)
+            if "latent" in name:
+                value *= np.asarray(quality_ramp(np.arange(leaf.shape[0])))[:, None]
+        elif path[-1] == "chain":
+            value = rng.normal(0.5, 0.3, leaf.shape)
+        else:
+            value = rng.normal(0, 0.1, leaf.shape) + ("params" in name)
+        params[path] = np.asarray(value, np.float32)
+    return traverse_util.unflatten_dict(params)

@@ -1,0 +1,195 @@
+"""Complexity: the counter on hand-counted programs, the codecs against their published tables.
+
+Counts are per pixel of the padded picture. The totals published for 1080p are per pixel of the
+picture itself, which is coded with 8 more lines: 1088/1080 times as much.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nvc_jax.errors import NvcError
+from nvc_jax.models import registry
+from nvc_jax.models.complexity import coding_cost, macs, subnetworks
+from nvc_jax.nn.blocks import depthwise3x3
+
+PADDED_1080P = 1088 / 1080
+
+
+def array(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def conv(x, kernel, stride=1, groups=1):
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        ((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+X = array(2, 10, 6, 8)
+W = array(8, 16)
+WEIGHTS = X, W
+
+PROGRAMS = {
+    "matrix product": (jnp.dot, WEIGHTS, 120 * 8 * 16),
+    "batched product": (
+        lambda a, b: jnp.einsum("bik,bkj->bij", a, b),
+        (array(3, 4, 5), array(3, 5, 6)),
+        3 * 4 * 5 * 6,
+    ),
+    "nothing but sums": (lambda x: (x + x).sum(), (X,), 0),
+    "3x3, borders count": (conv, (X, array(3, 3, 8, 5)), 120 * 9 * 8 * 5),
+    "3x3 stride 2": (lambda x, k: conv(x, k, 2), (X, array(3, 3, 8, 5)), 30 * 9 * 8 * 5),
+    "grouped": (lambda x, k: conv(x, k, 1, 4), (X, array(3, 3, 2, 12)), 120 * 9 * 2 * 12),
+    "depth-wise": (depthwise3x3, (X, array(3, 3, 8)), 9 * 120 * 8),
+    "in a jit": (jax.jit(lambda x, k: depthwise3x3(x, k) @ jnp.ones((8, 3))),
+                 (X, array(3, 3, 8)), 9 * 120 * 8 + 120 * 8 * 3),
+    "under remat": (jax.checkpoint(lambda x, w: jnp.sin(x) @ w), WEIGHTS, 120 * 8 * 16),
+    "the dearer branch": (
+        lambda x, w: jax.lax.cond(x[0, 0, 0, 0] > 0, lambda: x @ w, lambda: x @ w @ w.T @ w),
+        WEIGHTS,
+        3 * 120 * 8 * 16,
+    ),
+    "a switch": (
+        lambda i, x, w: jax.lax.switch(i, [lambda: x, lambda: x @ w @ w.T, lambda: -x]),
+        (jax.ShapeDtypeStruct((), jnp.int32), X, W),
+        2 * 120 * 8 * 16,
+    ),
+    "a scan": (
+        lambda x, w: jax.lax.scan(lambda c, _: (c @ w @ w.T, None), x, length=7)[0],
+        WEIGHTS,
+        7 * 2 * 120 * 8 * 16,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fn, args, expected", PROGRAMS.values(), ids=PROGRAMS)
+def test_programs_counted_by_hand(fn, args, expected):
+    assert macs(fn, *args) == expected
+
+
+def test_another_custom_derivative_is_not_a_convolution():
+    @jax.custom_vjp
+    def product(x, w):
+        return x @ w
+
+    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda res, g: (g @ res[1].T, g))
+    assert macs(product, *WEIGHTS) == 120 * 8 * 16
+
+
+def test_a_loop_of_unknown_length_is_refused_only_with_products_in_it():
+    def loop(step):
+        return lambda x: jax.lax.while_loop(lambda v: v.sum() < 9, step, x)
+
+    assert macs(loop(lambda v: v + 1), array(4, 4)) == 0
+    with pytest.raises(NvcError, match="while"):
+        macs(loop(lambda v: v @ v), array(4, 4))
+
+
+# name -> parameters, MAC per pixel of the padded picture (of the pair), rounded.
+# DCVC-RT's intra model; its counts are those of the released weights.
+INTRA_FULL = {
+    "encoder": (8_546_688, 123_274),
+    "hyper_encoder": (563_968, 886),
+    "hyper_decoder": (960_256, 2_911),
+    "prior_fusion": (6_712_834, 26_170),
+    "spatial_prior_reduction": (131_840, 514),
+    "spatial_prior_adaptors_0": (2_368_512, 9_234),
+    "spatial_prior_adaptors_1": (2_368_512, 9_234),
+    "spatial_prior_adaptors_2": (2_368_512, 9_234),
+    "spatial_prior": (6_580_224, 3 * 25_654),  # three uses
+    "decoder": (14_912_752, 227_948),
+    "q_scale_enc": (64 * 368, 0),
+    "q_scale_dec": (64 * 368, 0),
+    "z_prior": (64 * 128 * 11, 0),
+}
+# UI2C: MAC per pixel of a pair, the picture's area counted once.
+UI2C_BASE = {
+    "feature_adaptor_i": (1_260_288, 19_638),  # first unit only
+    "feature_adaptor_p": (147_840, 2_304),  # all others
+    "extractor_1": (2_372_352, 129_402 * 2 / 7),  # two of seven equal blocks
+    "extractor_2": (5_930_880, 129_402 * 5 / 7),
+    "encoder": (4_444_160, 64_098),
+    "hyper_encoder": (531_072, 758),
+    "hyper_decoder": (531_840, 1_242),
+    "temporal_prior_encoder": (922_112, 3_593),
+    "prior_fusion": (6_078_720, 23_684),
+    "spatial_prior": (5_040_256, 19_638),
+    "decoder": (5_772_672, 69_282),
+    "recon_head_0": (13_423_360 / 2, 209_272 / 2),
+    "recon_head_1": (13_423_360 / 2, 209_272 / 2),
+    "q_feature": (72 * 384, 0),
+    "q_encoder": (72 * 384, 0),
+    "q_decoder": (72 * 384, 0),
+    "q_recon_0": (72 * 448, 0),
+    "q_recon_1": (72 * 448, 0),
+    "z_prior": (72 * 128 * 11, 0),
+}
+
+
+@functools.cache
+def rows(name, size):
+    return {row.name: row for row in subnetworks(registry.build(name, size))}
+
+
+@functools.cache
+def cost(name, size):
+    return coding_cost(registry.build(name, size))
+
+
+@pytest.mark.parametrize(
+    "codec, size, table, total",
+    [("intra", "full", INTRA_FULL, 45_651_314), ("ui2c", "base", UI2C_BASE, 46_704_384)],
+    ids=["intra-full", "ui2c-base"],
+)
+def test_sub_networks_match_the_published_table(codec, size, table, total):
+    counted = rows(codec, size)
+    assert {k: v.parameters for k, v in counted.items()} == {k: v[0] for k, v in table.items()}
+    for name, (_, expected) in table.items():
+        # The tables are rounded to whole numbers, per use.
+        assert 1000 * counted[name].kmac_per_pixel == pytest.approx(expected, abs=0.51), name
+    assert sum(row.parameters for row in counted.values()) == total
+
+
+@pytest.mark.parametrize(
+    "codec, size, parameters, encode, decode",
+    [
+        # Published for the whole codecs, UI2C by its paper as 46.7 M, 157 / 233.
+        ("intra", "full", 45_651_314, 258.4 * PADDED_1080P, 362.2 * PADDED_1080P),
+        ("ui2c", "base", 46_704_384, 158.2, 230.9),
+        ("ui2c", "plain", 40_773_504, 139.5, 212.3),
+        ("ui2c", "dev", 9_191_520, 29.8, 33.4),
+    ],
+    ids=["intra-full", "ui2c-base", "ui2c-plain", "ui2c-dev"],
+)
+def test_totals_per_frame_at_1080p(codec, size, parameters, encode, decode):
+    model = registry.build(codec, size)
+    shapes = jax.eval_shape(functools.partial(registry.init, model), jax.random.key(0))
+    assert sum(math.prod(p.shape) for p in jax.tree.leaves(shapes)) == parameters
+    counted = cost(codec, size)
+    assert counted["encode_kmac_per_pixel"] * PADDED_1080P == pytest.approx(encode, abs=0.05)
+    assert counted["decode_kmac_per_pixel"] * PADDED_1080P == pytest.approx(decode, abs=0.05)
+
+
+@pytest.mark.parametrize("codec", ["intra", "ui2c"])
+def test_nano_sizes_stay_small(codec):
+    counted = cost(codec, "nano")
+    assert 5 < counted["encode_kmac_per_pixel"] < 14
+    assert 5 < counted["decode_kmac_per_pixel"] < 14
+
+
+def test_both_sides_are_made_of_whole_sub_networks():
+    kmac = {name: row.kmac_per_pixel for name, row in rows("ui2c", "base").items()}
+    both = sum(kmac.values()) - kmac["feature_adaptor_i"]  # a first unit's alternative to adaptor_p
+    pictures = kmac["recon_head_0"] + kmac["recon_head_1"]
+    analysis = kmac["encoder"] + kmac["hyper_encoder"]
+    assert 2 * cost("ui2c", "base")["encode_kmac_per_pixel"] == pytest.approx(both - pictures)
+    assert 2 * cost("ui2c", "base")["decode_kmac_per_pixel"] == pytest.approx(both - analysis)
