@@ -201,7 +201,7 @@ def _run(
 
 
 def _capacity(codec: UnitCodec, per_symbol: float) -> int:
-    return int(sum(codec.step_sizes) * per_symbol) + 64
+    return int(sum(codec.step_sizes) * per_symbol) + 512
 
 
 def symbols_crc(symbols: Sequence[np.ndarray]) -> int:

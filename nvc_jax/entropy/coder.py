@@ -373,7 +373,8 @@ def encode(
       threads: at most so many threads (default: one per core); no influence on the result.
 
     Returns:
-      The payload; its layout is in the module's documentation.
+      The payload; its layout is in the module's documentation. At most 4 bytes per coded element
+      (an escape, at its worst) and 512 more.
 
     Raises:
       NvcError: wrong dtypes or lengths, or an index that no table has.
@@ -564,7 +565,8 @@ def decode_step(
     """Decodes one step; a pure function that never raises on bad data.
 
     Args:
-      payload: uint8 [capacity], as for `begin_decode`; not copied if capacity is a multiple of 4.
+      payload: uint8 [capacity], as for `begin_decode`; copied each time if it does not start at a
+        multiple of 4 in memory (arrays of their own always do).
       state: uint32 [STATE_WORDS], from `begin_decode` or the step before.
       index: uint16 [n], table of each element, or SKIP.
       tables: from `prepare`.
