@@ -94,6 +94,8 @@ def freeze(
         "name": name,
         "codec": codec,
         "size": json.dumps(registry.size_as_dict(module), sort_keys=True),
+        # The compute type is part of the model: encoder and decoder must not differ in it.
+        "dtype": jnp.dtype(module.dtype).name,
         "skip_below": str(int(np.searchsorted(edges[1:], skip_scale, side="right"))),
     }
     return tensors, metadata
@@ -105,7 +107,7 @@ def save(path: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, s
     safetensors.numpy.save_file(tensors, path, {**metadata, "fingerprint": fingerprint})
 
 
-def load(model: str | Path, dtype: Any = jnp.float32) -> Released:
+def load(model: str | Path) -> Released:
     """Reads a released model: the name of a shipped one, or a file.
 
     Raises:
@@ -128,7 +130,7 @@ def load(model: str | Path, dtype: Any = jnp.float32) -> Released:
     return Released(
         name=metadata["name"],
         codec=metadata["codec"],
-        module=registry.build(metadata["codec"], json.loads(metadata["size"]), dtype),
+        module=registry.build(metadata["codec"], json.loads(metadata["size"]), metadata["dtype"]),
         params=jax.device_put(traverse_util.unflatten_dict(flat, sep="/")),
         tables=_unpack_tables(tensors),
         spec=CodingSpec(boundaries, int(metadata["skip_below"]), len(boundaries) + 1),
