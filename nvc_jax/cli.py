@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--target-psnr", type=float, help="6:1:1 PSNR in dB to reach")
     p.add_argument("--frames", type=positive, help="encode only the first frames")
     p.add_argument("--intra-period", type=int, default=0,
-                   help="frames between points to start decoding at (default: only one)")  # fmt: skip
+                   help="frames between random-access points (default: only one)")  # fmt: skip
     p.add_argument("--size", type=picture_size, help="WIDTHxHEIGHT of raw input")
     p.add_argument("--fps", type=Fraction, help="frame rate, for raw input or to override")
     p.add_argument("--recon", help="also write the encoder's reconstruction to this video")
