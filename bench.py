@@ -33,9 +33,19 @@ def codec(args: argparse.Namespace) -> dict:
 
 
 def complexity(args: argparse.Namespace) -> dict:
-    from nvc_jax.models import complexity
+    from nvc_jax.models import complexity, registry
 
-    return complexity.report()
+    results = {}
+    print(f"{'model':12} {'parameters':>12} {'encode':>8} {'decode':>8}  kMAC per pixel and frame")
+    for name, codec in registry.CODECS.items():
+        for size in codec.sizes:
+            model = registry.build(name, size)
+            parameters = sum(row.parameters for row in complexity.subnetworks(model))
+            cost = complexity.coding_cost(model)
+            results[f"{name}-{size}"] = {"parameters": parameters, **cost}
+            print(f"{name + '-' + size:12} {parameters:12,} {cost['encode_kmac_per_pixel']:8.2f} "
+                  f"{cost['decode_kmac_per_pixel']:8.2f}")  # fmt: skip
+    return results
 
 
 def main() -> int:

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, nullcontext
-from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from nvc_jax.errors import NvcError, StreamError
 
 DEFAULT_MODEL = "ui2c-nano"
 PROBE_FRAMES = 16
+# What the container takes at most around the clip and around each unit's payload.
+CLIP_BYTES, UNIT_BYTES = 160, 17
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,13 +48,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default=DEFAULT_MODEL, help="name or file (default: %(default)s)")
     quality = p.add_mutually_exclusive_group()
     quality.add_argument("--qp", type=int, help="0 (smallest) to 63 (best); default 32")
-    quality.add_argument("--target-bpp", type=float, help="bits per pixel not to exceed")
-    quality.add_argument("--target-psnr", type=float, help="6:1:1 PSNR in dB to reach")
+    quality.add_argument("--target-bpp", type=float,
+                         help=f"bits per pixel not to exceed, in the first {PROBE_FRAMES} frames")
+    quality.add_argument("--target-psnr", type=float,
+                         help=f"6:1:1 PSNR in dB to reach, in the first {PROBE_FRAMES} frames")  # fmt: skip
     p.add_argument("--frames", type=positive, help="encode only the first frames")
     p.add_argument("--intra-period", type=int, default=0,
                    help="frames between random-access points (default: only one)")  # fmt: skip
     p.add_argument("--size", type=picture_size, help="WIDTHxHEIGHT of raw input")
-    p.add_argument("--fps", type=Fraction, help="frame rate, for raw input or to override")
+    p.add_argument("--fps", help="frame rate, for raw input or to override")
     p.add_argument("--recon", help="also write the encoder's reconstruction to this video")
     p.add_argument("--json", help="write machine-readable results to this file")
     p.set_defaults(run=encode)
@@ -98,8 +101,7 @@ def picture_size(text: str) -> tuple[int, int]:
 
 def encode(args: argparse.Namespace) -> None:
     begin = time.monotonic()
-    if Path(args.output).resolve() == Path(args.input).resolve():
-        raise NvcError(f"{args.output}: is the input; give another name for the output")
+    _check_distinct(args.input, args.output, args.recon, args.json)
     info, pictures = video.open_video(args.input, args.size, args.fps)
 
     # JAX takes a second to import; errors in the arguments should not wait for it.
@@ -169,6 +171,7 @@ def encode(args: argparse.Namespace) -> None:
 
 def decode(args: argparse.Namespace) -> None:
     begin = time.monotonic()
+    _check_distinct(args.input, args.output, args.json)
     with bitstream.open_stream(args.input) as stream:
         header = stream.header
 
@@ -262,7 +265,8 @@ def _search(unit_codec, probe, schedule, target_bpp, target_psnr) -> int:
         """Is qp at the target or beyond?"""
         coded = list(codec.encode(unit_codec, probe, qp, schedule, target_psnr is not None))
         if target_bpp is not None:
-            return 8 * sum(len(u.packet.payload) + 14 for u in coded) / pixels > target_bpp
+            coded_bytes = CLIP_BYTES + sum(len(u.packet.payload) + UNIT_BYTES for u in coded)
+            return 8 * coded_bytes / pixels > target_bpp
         pairs = [p for u in coded for p in zip(u.pictures, u.recons, strict=True)]
         total = sum(
             weight * psnr(a, b) / 8
@@ -284,6 +288,16 @@ def _search(unit_codec, probe, schedule, target_bpp, target_psnr) -> int:
     if low > codec.MAX_QP:
         raise NvcError(f"even qp {codec.MAX_QP} stays below {target_psnr} dB; ask for less")
     return low
+
+
+def _check_distinct(*names: str | None) -> None:
+    """Raises NvcError if two of the command's files are one: outputs replace what is there."""
+    seen = set()
+    for name in filter(None, names):
+        path = Path(name).resolve()
+        if path in seen:
+            raise NvcError(f"{name}: is named twice; every input and output needs its own name")
+        seen.add(path)
 
 
 def _chain_closing(first: list, rest: Iterator) -> Iterator:

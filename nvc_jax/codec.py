@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nvc_jax import schedule as schedules
-from nvc_jax.bitstream import Header, Packet, Stream
+from nvc_jax.bitstream import AccessPoint, Header, Packet, Stream
 from nvc_jax.entropy import coder
 from nvc_jax.entropy.bottleneck import FROM_CALLER, FROM_PICTURE, FROM_STREAM, Coded, Estimate
 from nvc_jax.errors import NvcError, StreamError, WeightsMismatch
@@ -351,26 +351,41 @@ def _references(codec: UnitCodec, unit: schedules.Unit, slots: dict) -> tuple:
 
 
 def check_model(header: Header, model: Released) -> None:
-    """Raises WeightsMismatch unless the stream was written with exactly this model."""
+    """Makes sure that a stream was written with exactly this model.
+
+    Raises:
+      WeightsMismatch: it was not.
+      StreamError: its frames come in an order that this model cannot have coded.
+    """
     if header.fingerprint != model.fingerprint:
         raise WeightsMismatch(
             f"the stream was written with model '{header.model}', weights "
             f"{header.fingerprint.hex()}; the model at hand is '{model.name}', weights "
             f"{model.fingerprint.hex()}. Give the file of the right weights with --model."
         )
+    if header.schedule.name != registry.entry(model.codec).schedule:
+        raise StreamError(
+            f"the stream's schedule '{header.schedule.name}' is not that of its model "
+            f"'{header.model}'; the header is damaged"
+        )
 
 
-def decode(codec: UnitCodec, stream: Stream) -> Iterator[tuple[Packet, list[Planes]]]:
-    """Decodes a stream from its beginning, unit by unit; frames come in display order.
+def decode(
+    codec: UnitCodec, stream: Stream, start: AccessPoint | None = None
+) -> Iterator[tuple[Packet, list[Planes]]]:
+    """Decodes a stream unit by unit; frames come in display order.
+
+    Begins at the first unit, or at `start`, which `stream.access_point(frame)` finds.
 
     Raises:
       StreamError: the file is damaged or cut off (after the last intact unit), or a unit's symbols
         do not have the checksum that the encoder stored.
     """
+    first_unit, first_frame, _ = start or (0, 0, 0)
     packets, slots = [], {}
 
     def planned():
-        for number, packet in stream.packets():
+        for number, packet in stream.packets(start):
             (unit,) = schedules.units(
                 stream.header.schedule, packet.frames[0], len(packet.frames), number
             )
@@ -380,7 +395,8 @@ def decode(codec: UnitCodec, stream: Stream) -> Iterator[tuple[Packet, list[Plan
             yield unit
 
     try:
-        for number, unit in enumerate(schedules.validate(planned())):
+        units = schedules.validate(planned(), first_unit, first_frame)
+        for number, unit in enumerate(units, first_unit):
             packet = packets.pop()
             if max(packet.qps) >= codec.model.module.qp_rows:
                 raise StreamError(f"unit {number} has a qp of {max(packet.qps)}, beyond the model")

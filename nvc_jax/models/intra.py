@@ -167,7 +167,7 @@ class Intra(nn.Module):
           bottleneck: see `nvc_jax.entropy.bottleneck`.
 
         Returns:
-          recon: float32 [batch, 1, height, width, 3] in [0, 1].
+          recon: float32 [batch, 1, height, width, 3], 0..1 and possibly a little beyond.
           new_refs: ().
         """
         c = self.cfg

@@ -24,6 +24,7 @@ from nvc_jax.entropy.bottleneck import CodingSpec
 from nvc_jax.entropy.freeze import concatenate, factorized_tables, gaussian_tables
 from nvc_jax.entropy.tables import CdfTables
 from nvc_jax.errors import NvcError
+from nvc_jax.files import replacing, writing
 from nvc_jax.models import registry
 
 FORMAT = "nvc-model-1"
@@ -63,7 +64,7 @@ def freeze(
     scale_range: tuple[float, float] = (0.11, 32.0),
     skip_scale: float = 0.15,
     weights_dtype: Any = np.float16,
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Turns trained parameters into a released model's tensors and metadata.
 
     Args:
@@ -73,8 +74,17 @@ def freeze(
 
     Returns:
       (tensors, metadata) for `save`.
+
+    Raises:
+      NvcError: a weight is not finite in `weights_dtype`.
     """
-    params = jax.tree.map(lambda p: np.asarray(p, weights_dtype), params)
+    with np.errstate(over="ignore"):
+        params = jax.tree.map(lambda p: np.asarray(p, weights_dtype), params)
+    if not all(np.isfinite(p).all() for p in jax.tree.leaves(params)):
+        raise NvcError(
+            f"the model has weights that are infinite or not numbers as {np.dtype(weights_dtype)}; "
+            "it cannot be released"
+        )
     step = np.log(scale_range[1] / scale_range[0]) / (levels - 1)
     edges = scale_range[0] * np.exp(step * np.arange(levels))
     chain = np.asarray(params["z_prior"]["chain"], np.float64)
@@ -102,9 +112,15 @@ def freeze(
 
 
 def save(path: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Writes a released model, fingerprint included."""
-    fingerprint = _fingerprint(tensors, metadata)
-    safetensors.numpy.save_file(tensors, path, {**metadata, "fingerprint": fingerprint})
+    """Writes a released model, fingerprint included.
+
+    Raises:
+      NvcError: the file cannot be written.
+    """
+    metadata = {**metadata, "fingerprint": _fingerprint(tensors, metadata)}
+    data = safetensors.numpy.save(tensors, metadata)
+    with replacing(path) as hidden, writing(path):
+        hidden.write_bytes(data)
 
 
 def load(model: str | Path) -> Released:

@@ -187,7 +187,11 @@ def _unit_scales(start: int, stop: int, channels: int):
 
 
 class UI2C(nn.Module):
-    """The codec. `dtype` is the compute type of everything but the entropy path (float32)."""
+    """The codec. `dtype` is the compute type of everything but the entropy path (float32).
+
+    The entropy path is what lies between a unit's decoded symbols and its scales. References come
+    out of the decoder in `dtype` arithmetic, so across units only float32 models keep it entirely.
+    """
 
     cfg: Config
     dtype: Any = jnp.float32
@@ -254,7 +258,7 @@ class UI2C(nn.Module):
           bottleneck: see `nvc_jax.entropy.bottleneck`.
 
         Returns:
-          recon: float32 [batch, 2, height, width, 3] in [0, 1].
+          recon: float32 [batch, 2, height, width, 3], 0..1 and possibly a little beyond.
           new_refs: (Ref,) to be kept for the next pair.
         """
         c = self.cfg

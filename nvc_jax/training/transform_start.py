@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from nvc_jax.models.registry import entry
+from nvc_jax.errors import NvcError
 
 RANDOM_SHARE = 0.03
 RESIDUAL_SHARE = 0.1
@@ -145,14 +145,18 @@ def transform_start(codec: str, cfg: Any, params: dict) -> dict:
     """Params with the pixel path's kernels replaced; for configs with 1x1 sub-pixel layers.
 
     Raises:
-      NvcError: unknown codec.
+      NvcError: a codec or size for which there is no transform.
     """
-    entry(codec)
+    if codec not in KERNELS:
+        raise NvcError(f"transform_start does not know '{codec}'; switch it off in the config")
     flat = traverse_util.flatten_dict(params, sep="/")
     for name, kernel in KERNELS[codec](cfg).items():
         old = flat[f"{name}/kernel"]
         if old.shape != kernel.shape:
-            raise ValueError(f"{name}: {old.shape} in the model, {kernel.shape} in the transform")
+            raise NvcError(
+                f"transform_start cannot serve this size: {name} is {old.shape} in the model, "
+                f"{kernel.shape} in the transform; switch it off in the config"
+            )
         flat[f"{name}/kernel"] = (kernel + RANDOM_SHARE * np.asarray(old)).astype(np.float32)
     if codec == "intra":  # its step-size maps start neutral at every quality
         kernel = np.array(flat["prior_fusion/params/dense/kernel"])
