@@ -21,6 +21,17 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and logs go."
 flags.mark_flags_as_required(["config", "workdir"])
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with a sentence instead of a traceback for a config that does not load."""
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        _CONFIG.value.lock()  # a config file that could not be read raises only now
+    except (OSError, AttributeError, KeyError, SyntaxError) as e:
+        print(f"train.py: the config cannot be used: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+    return rest
+
+
 def main(_):
     from nvc_jax.training.loop import train
 
@@ -33,4 +44,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -26,9 +26,9 @@ def get_config():
     c.transform_start = True  # see nvc_jax.training.transform_start
     c.stages = (
         # Intra and short-range prediction first, then long walks against drift.
-        stage(steps=4_500, units=2, walk=1, batch=4, crop=128, lr=1e-3, end_lr=6e-4),
-        stage(steps=5_000, units=2, walk=8, batch=4, crop=128, lr=6e-4, end_lr=1e-4),
-        stage(steps=1_500, units=3, walk=5, batch=4, crop=128, lr=1e-4, end_lr=1e-5),
+        stage(steps=7_000, units=2, walk=1, batch=4, crop=128, lr=1e-3, end_lr=6e-4),
+        stage(steps=8_000, units=2, walk=8, batch=4, crop=128, lr=6e-4, end_lr=1e-4),
+        stage(steps=2_000, units=3, walk=5, batch=4, crop=128, lr=1e-4, end_lr=1e-5),
     )
     c.warmup_steps = 200
     c.clip_norm = 1.0

@@ -48,10 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default=DEFAULT_MODEL, help="name or file (default: %(default)s)")
     quality = p.add_mutually_exclusive_group()
     quality.add_argument("--qp", type=int, help="0 (smallest) to 63 (best); default 32")
-    quality.add_argument("--target-bpp", type=float,
-                         help=f"bits per pixel not to exceed, in the first {PROBE_FRAMES} frames")
-    quality.add_argument("--target-psnr", type=float,
-                         help=f"6:1:1 PSNR in dB to reach, in the first {PROBE_FRAMES} frames")  # fmt: skip
+    first = f"on the first {PROBE_FRAMES} frames"
+    quality.add_argument("--target-bpp", type=float, help=f"bits per pixel not to exceed {first}")
+    quality.add_argument("--target-psnr", type=float, help=f"6:1:1 PSNR in dB to reach {first}")
     p.add_argument("--frames", type=positive, help="encode only the first frames")
     p.add_argument("--intra-period", type=int, default=0,
                    help="frames between random-access points (default: only one)")  # fmt: skip

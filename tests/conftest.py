@@ -2,6 +2,7 @@
 
 import functools
 import os
+from pathlib import Path
 
 # As in the commands, and before anything imports JAX: compiled programs are kept, and nothing runs
 # behind a program's back that calls back to the host.
@@ -56,3 +57,59 @@ def random_parameters(module, seed: int = 0) -> dict:
             value = rng.normal(0, 0.1, leaf.shape) + ("params" in name)
         params[path] = np.asarray(value, np.float32)
     return traverse_util.unflatten_dict(params)
+
+
+def noise(width: int, height: int, frames: int, seed: int = 0) -> list[Planes]:
+    """Pictures of independent samples, the hardest content there is."""
+    rng = np.random.default_rng(seed)
+    chroma = (-(-height // 2), -(-width // 2))
+    shapes = ((height, width), chroma, chroma)
+    return [
+        Planes(*(rng.integers(0, 256, shape, np.uint8) for shape in shapes)) for _ in range(frames)
+    ]
+
+
+def assert_same_pictures(some, others) -> None:
+    assert len(some) == len(others)
+    for number, (one, other) in enumerate(zip(some, others, strict=True)):
+        for plane, a, b in zip("yuv", one, other, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=f"picture {number}, plane {plane}")
+
+
+@pytest.fixture(scope="session")
+def model_files(tmp_path_factory) -> dict[str, Path]:
+    """Codec's name -> file of a small released model with random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    files = {name: folder / f"tiny-{name}.safetensors" for name in SIZES}
+    for name, path in files.items():
+        module = registry.build(name, SIZES[name])
+        released.save(path, *released.freeze(path.stem, name, module, random_parameters(module)))
+    return files
+
+
+@pytest.fixture(scope="session")
+def prepared(model_files):
+    """prepared(codec's name, width, height): as `codec.prepare`, compiled once for all tests."""
+    prepare = codec.prepare
+    return functools.cache(
+        lambda name, width, height: prepare(released.load(model_files[name]), width, height)
+    )
+
+
+@pytest.fixture
+def prepare_once(prepared, monkeypatch):
+    """Commands run inside the test share its compiled programs, which take seconds to compile."""
+    prepare = codec.prepare
+
+    def cached(model, width, height):
+        if model.name not in ("tiny-ui2c", "tiny-intra"):
+            return prepare(model, width, height)
+        return prepared(model.codec, width, height)
+
+    monkeypatch.setattr(codec, "prepare", cached)
+
+
+@pytest.fixture(scope="session")
+def large(prepared):
+    """(prepared codec, pictures) whose units are larger than 10 kB."""
+    return prepared("ui2c", 640, 480), moving_texture(640, 480, 4)

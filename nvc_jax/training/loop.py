@@ -21,11 +21,14 @@ from orbax.checkpoint import checkpoint_managers
 from nvc_jax.data import clips as clip_data
 from nvc_jax.data.prefetch import prefetch
 from nvc_jax.errors import NvcError
+from nvc_jax.files import writing
 from nvc_jax.models import registry, released
 from nvc_jax.training import losses
 from nvc_jax.training import step as training
 from nvc_jax.training.transform_start import transform_start
 from nvc_jax.training.writers import MetricWriter
+
+CHECKPOINTS = "checkpoints"
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> training.TrainState:
@@ -35,17 +38,23 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> training.TrainStat
     Orbax checkpoints.
 
     Raises:
-      NvcError: bad config, no data, or too many steps in a row without finite gradients.
+      NvcError: bad config, no data, a `workdir` that cannot be written, or too many steps in a row
+        without finite gradients.
     """
     model = registry.build(config.model.name, config.model.size, config.model.dtype)
     clips = clip_data.load_clips(config.data.folder)
     logging.info("training data: %s", clip_data.stats(clips))
+    with writing(workdir):
+        writer = MetricWriter(workdir)
+    # Closing waits for a checkpoint that is still being written, also after Ctrl-C.
+    with closing(writer), closing(_checkpoints(workdir)) as manager:
+        return _train(config, model, clips, manager, writer)
 
+
+def _train(config, model, clips, manager, writer) -> training.TrainState:
     ends = np.cumsum([stage.steps for stage in config.stages])
-    manager = _checkpoints(workdir)
     state = resume(manager, model, config)
     parameter_overview.log_parameter_overview(state.params)
-    writer = MetricWriter(workdir)
     train_step = jax.jit(
         training.make_train_step(model, config), donate_argnums=0, static_argnums=2
     )
@@ -82,9 +91,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> training.TrainStat
                 ):
                     manager.save(step, args=ocp.args.StandardSave(state))
                     last_save = time.monotonic()
-    manager.wait_until_finished()
-    manager.close()
-    writer.flush()
     return state
 
 
@@ -100,9 +106,10 @@ def resume(
     newest = manager.latest_step()
     if newest is not None:
         state = jax.eval_shape(init)
-        stage = config.stages[
-            int(np.searchsorted(np.cumsum([s.steps for s in config.stages]), newest - 1, "right"))
-        ]
+        ends = np.cumsum([stage.steps for stage in config.stages])
+        number = int(np.searchsorted(ends, newest - 1, side="right"))
+        # Beyond the last stage if the config was shortened since.
+        stage = config.stages[min(number, len(ends) - 1)]
         carry = jax.eval_shape(lambda: training.empty_carry(model, stage))
         try:
             state = manager.restore(
@@ -139,14 +146,19 @@ def release(config_file: str, workdir: str, output: str) -> Path:
     """Writes the averaged weights of a run's newest checkpoint as a released model.
 
     Raises:
-      NvcError: no such config, or no checkpoint in `workdir`.
+      NvcError: no such config, no checkpoint in `workdir`, or `output` cannot be written.
     """
     output = Path(output)
     if output.suffix != ".safetensors":
         raise NvcError(f"{output}: give a name that ends in .safetensors")
     if not Path(config_file).is_file():
         raise NvcError(f"{config_file}: no such config file")
-    config = runpy.run_path(config_file)["get_config"]()
+    if not (Path(workdir) / CHECKPOINTS).is_dir():
+        raise NvcError(f"{workdir}: no checkpoint there to release")
+    try:
+        config = runpy.run_path(config_file)["get_config"]()
+    except (KeyError, SyntaxError) as e:
+        raise NvcError(f"{config_file}: is not a training config ({e!r})") from None
     model = registry.build(config.model.name, config.model.size, config.model.dtype)
     with closing(_checkpoints(workdir)) as manager:
         if manager.latest_step() is None:
@@ -159,7 +171,7 @@ def release(config_file: str, workdir: str, output: str) -> Path:
 
 def _checkpoints(workdir: str) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
-        Path(workdir).absolute() / "checkpoints",
+        Path(workdir).absolute() / CHECKPOINTS,
         options=ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(2)),
     )
 

@@ -34,6 +34,6 @@ class MetricWriter:
             Image.fromarray(image).save(folder / f"{step:08d}.png")
             self._events.add_image(name, image, step, dataformats="HWC")
 
-    def flush(self) -> None:
-        self._lines.flush()
-        self._events.flush()
+    def close(self) -> None:
+        self._lines.close()
+        self._events.close()
