@@ -3,11 +3,12 @@
 import functools
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 # As in the commands, and before anything imports JAX: compiled programs are kept, and nothing runs
 # behind a program's back that calls back to the host.
 os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
-from nvc_jax.launch import setup  # noqa: E402
+from nvc_jax.launch import setup
 
 setup()
 
@@ -109,7 +110,21 @@ def prepare_once(prepared, monkeypatch):
     monkeypatch.setattr(codec, "prepare", cached)
 
 
+class LargeClip(NamedTuple):
+    model_file: Path
+    codec: codec.UnitCodec
+    pictures: list[Planes]
+
+
 @pytest.fixture(scope="session")
-def large(prepared):
-    """(prepared codec, pictures) whose units are larger than 10 kB."""
-    return prepared("ui2c", 640, 480), moving_texture(640, 480, 4)
+def large(tmp_path_factory) -> LargeClip:
+    """Units of more than 10 kB, under a model whose scales are about those of its latents."""
+    module = registry.build("ui2c", SIZES["ui2c"])
+    params, y = random_parameters(module), module.cfg.y
+    params["prior_fusion"]["params"]["dense"]["bias"][y : 2 * y] = 10
+    params["spatial_prior"]["params"]["dense"]["bias"][:y] = 10
+    path = tmp_path_factory.mktemp("large") / "wide-ui2c.safetensors"
+    released.save(path, *released.freeze(path.stem, "ui2c", module, params))
+    return LargeClip(
+        path, codec.prepare(released.load(path), 640, 480), moving_texture(640, 480, 4)
+    )
