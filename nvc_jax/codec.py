@@ -403,10 +403,11 @@ def decode(
             refs = _references(codec, unit, slots)
             try:
                 decoded = decode_unit(codec, packet.payload, refs, packet.qps)
-            except StreamError as e:
-                raise _mismatch(number, packet, str(e)) from None
+            except StreamError:
+                reason = "its coded data does not end with its last symbol"
+                raise _mismatch(number, packet, reason) from None
             if symbols_crc(decoded.symbols) != packet.symbols_crc:
-                raise _mismatch(number, packet, "checksum of the decoded symbols")
+                raise _mismatch(number, packet, "the checksum of its symbols is wrong")
             slots[number] = decoded.refs
             for slot in unit.release:
                 del slots[slot]
@@ -420,7 +421,7 @@ def decode(
 def _mismatch(number: int, packet: Packet, what: str) -> StreamError:
     frames = ", ".join(map(str, packet.frames))
     return StreamError(
-        f"unit {number} (frames {frames}) does not decode to what was encoded ({what}). The file "
-        "itself is intact: this machine's arithmetic differs from the encoder's. Decode it on the "
-        "kind of machine that wrote it."
+        f"unit {number} (frames {frames}) does not decode to what was encoded: {what}. The file is "
+        "intact, but arithmetic here differs from the encoder's. Decode it on the kind of machine, "
+        "and with the version of JAX, that wrote it."
     )
