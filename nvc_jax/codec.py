@@ -7,6 +7,8 @@ the symbols from the host coder through `jax.pure_callback`.
 """
 
 import functools
+import os
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -232,10 +234,27 @@ def decode_unit(codec: UnitCodec, payload: bytes, refs: Any, qps: Sequence[int])
     Raises:
       StreamError: the payload is damaged, or was not consumed exactly.
     """
+    if _xla_threads() < 2:
+        return decode_unit_from_host(codec, payload, refs, qps)
     capacity = _payload_capacity(codec, payload)
-    unit = _run(codec, refs, qps, FROM_STREAM, True, payload=payload, capacity=capacity)
+    with _ONE_AT_A_TIME:
+        unit = _run(codec, refs, qps, FROM_STREAM, True, payload=payload, capacity=capacity)
     coder.finish_decode(np.frombuffer(payload, np.uint8), unit.coder_state)
     return unit
+
+
+# Arguments of a callback that are larger than 100 kB are copied on the same threads that run CPU
+# programs, while the program waits for its callback. So there must be a thread to spare, and only
+# one program may wait at a time; otherwise they wait for ever (JAX 0.10; jax issue 24255).
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def _xla_threads() -> int:
+    """Threads of XLA's CPU client: one per core this process may use, or NPROC of them."""
+    wanted = os.environ.get("NPROC", "")
+    if wanted.isdecimal():
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def decode_unit_from_host(
@@ -244,8 +263,8 @@ def decode_unit_from_host(
     """As `decode_unit`, without callbacks: the host drives.
 
     The program is run once per coding step with the symbols known so far; each run yields the
-    indices of the next step. Slower, but needs nothing of the backend: a cross-check, and a way out
-    where callbacks are not available.
+    indices of the next step. Slower, but needs nothing of the backend: a cross-check, and the way
+    out where callbacks are not available.
     """
     capacity = _payload_capacity(codec, payload)
     buffer = np.frombuffer(payload, np.uint8)
