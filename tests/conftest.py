@@ -118,13 +118,17 @@ class LargeClip(NamedTuple):
 
 @pytest.fixture(scope="session")
 def large(tmp_path_factory) -> LargeClip:
-    """Units of more than 10 kB, under a model whose scales are about those of its latents."""
-    module = registry.build("ui2c", SIZES["ui2c"])
+    """Units of 200 kB, under a model whose scales are about those of its latents.
+
+    Payload and indices are more than 100 kB, from where on XLA copies arguments of a callback in
+    the background.
+    """
+    module = registry.build("ui2c", SIZES["ui2c"] | {"y": 96})
     params, y = random_parameters(module), module.cfg.y
     params["prior_fusion"]["params"]["dense"]["bias"][y : 2 * y] = 10
     params["spatial_prior"]["params"]["dense"]["bias"][:y] = 10
     path = tmp_path_factory.mktemp("large") / "wide-ui2c.safetensors"
     released.save(path, *released.freeze(path.stem, "ui2c", module, params))
     return LargeClip(
-        path, codec.prepare(released.load(path), 640, 480), moving_texture(640, 480, 4)
+        path, codec.prepare(released.load(path), 1280, 720), moving_texture(1280, 720, 4)
     )

@@ -200,7 +200,7 @@ def init_state(
 
 
 def empty_carry(model: nn.Module, stage: ml_collections.ConfigDict) -> jax.Array:
-    """Zeros of the shape of a stage's references; empty for intra codecs."""
+    """Zeros of the shape of a stage's references; a lone zero for intra codecs."""
     if model.frames_per_unit == 1:
-        return jnp.zeros((0,))
+        return jnp.zeros((1,))  # Orbax does not store empty arrays
     return jnp.zeros((stage.batch, stage.crop // 8, stage.crop // 8, model.cfg.width))
