@@ -18,6 +18,5 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     namespace = {}
     for cell in json.loads(path.read_text())["cells"]:
         if cell["cell_type"] == "code":
-            source = cell["source"]
-            exec(compile(source, path.name, "exec"), namespace)
+            exec(compile("".join(cell["source"]), path.name, "exec"), namespace)
     assert len(namespace["decoded"]) == len(namespace["pictures"])
