@@ -1,0 +1,168 @@
+"""Model files: what is saved comes back, and whatever happens to a file is noticed."""
+
+import json
+import struct
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import SIZES, random_parameters
+from flax import traverse_util
+
+from nvc_jax.entropy import tables
+from nvc_jax.errors import NvcError
+from nvc_jax.models import registry, released
+
+NAMES = tuple(SIZES)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def frozen(request):
+    """(codec's name, module, parameters, tensors, metadata)."""
+    name = request.param
+    module = registry.build(name, SIZES[name])
+    params = random_parameters(module)
+    return name, module, params, *released.freeze("some-model", name, module, params)
+
+
+@pytest.fixture
+def saved(frozen, tmp_path):
+    path = tmp_path / "model.safetensors"
+    released.save(path, *frozen[3:])
+    return path
+
+
+def test_what_is_saved_comes_back(frozen, saved):
+    name, module, params, _, _ = frozen
+    model = released.load(saved)
+    assert (model.name, model.codec) == ("some-model", name)
+    assert model.module == module
+    assert jax.tree.structure(model.params) == jax.tree.structure(params)
+    for ours, original in zip(jax.tree.leaves(model.params), jax.tree.leaves(params), strict=True):
+        assert ours.dtype == np.float32
+        np.testing.assert_array_equal(ours, original.astype(np.float16).astype(np.float32))
+    tables.validate(model.tables)
+    assert model.spec.z_table_base + module.qp_rows * module.cfg.z == len(model.tables.size)
+    assert len(model.fingerprint) == released.FINGERPRINT_BYTES
+    assert released.load(str(saved)).fingerprint == model.fingerprint
+
+
+def test_only_scales_that_code_something_are_coded(saved):
+    spec = released.load(saved).spec
+    assert spec.scale_boundaries.dtype == np.float32
+    assert (np.diff(spec.scale_boundaries) > 0).all()
+    # Level k ends at boundary k: the last one left out ends below 0.15, the next one above.
+    assert spec.scale_boundaries[spec.skip_below - 1] <= 0.15
+    assert spec.scale_boundaries[spec.skip_below] > 0.15
+
+
+def test_tables_belong_to_the_weights_as_stored(frozen):
+    """Frozen from the rounded weights, which are what the encoder estimates with."""
+    name, module, params, tensors, _ = frozen
+    rounded = jax.tree.map(lambda p: p.astype(np.float16).astype(np.float32), params)
+    again, _ = released.freeze("some-model", name, module, rounded)
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(again[key], value)
+
+
+def test_the_fingerprint_depends_on_every_weight_and_table(frozen, tmp_path):
+    _, _, _, tensors, metadata = frozen
+    rng = np.random.default_rng(0)
+
+    def fingerprint(tensors, metadata):
+        released.save(tmp_path / "a.safetensors", tensors, metadata)
+        with safetensors.safe_open(tmp_path / "a.safetensors", "numpy") as f:
+            return f.metadata()["fingerprint"]
+
+    seen = {fingerprint(tensors, metadata)}
+    assert fingerprint(dict(reversed(tensors.items())), metadata) in seen
+    for key, value in tensors.items():
+        changed = value.copy()
+        place = rng.integers(value.size)
+        changed.view(f"u{value.itemsize}").flat[place] ^= 1
+        seen.add(fingerprint({**tensors, key: changed}, metadata))
+    for key, value in metadata.items():
+        seen.add(fingerprint(tensors, {**metadata, key: value + " "}))
+    assert len(seen) == 1 + len(tensors) + len(metadata)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_damaged_files_are_refused(saved, seed):
+    rng = np.random.default_rng(seed)
+    data = bytearray(saved.read_bytes())
+    header_bytes = 8 + struct.unpack("<Q", data[:8])[0]
+    if seed % 4 == 0:
+        del data[rng.integers(len(data)) :]
+    else:  # in the header, or anywhere
+        data[rng.integers(header_bytes if seed % 4 == 1 else len(data))] ^= 1 << rng.integers(8)
+    saved.write_bytes(data)
+    with pytest.raises(NvcError, match=r"model\.safetensors"):
+        released.load(saved)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"text, not weights", bytes(1000), b"\xff" * 1000, b"\x08" + bytes(7) + b"{}" * 4],
+)
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(NvcError, match=r"model\.safetensors: cannot be read as a model"):
+        released.load(path)
+
+
+def test_weights_of_other_programs_are_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file({"weight": np.zeros(3, np.float32)}, path)
+    with pytest.raises(NvcError, match="not a released model"):
+        released.load(path)
+    safetensors.numpy.save_file({"w": np.zeros(3)}, path, {"format": "nvc-model-2"})
+    with pytest.raises(NvcError, match="not a released model"):
+        released.load(path)
+    header = {"w": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}
+    header = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(NvcError, match="not a released model"):
+        released.load(path)
+
+
+def test_unknown_names_and_missing_files(tmp_path):
+    for wrong in ("no-such-model", tmp_path / "missing.safetensors", tmp_path, "", __file__):
+        with pytest.raises(NvcError, match=r"give a \.safetensors file or one of") as error:
+            released.load(wrong)
+        for name in released.shipped():
+            assert name in str(error.value)
+
+
+def test_shipped_models_are_found_by_name_and_by_file(saved, monkeypatch):
+    monkeypatch.setattr(released, "SHIPPED", saved.parent)
+    assert released.shipped() == {"model": saved}
+    assert released.load("model").fingerprint == released.load(saved).fingerprint
+
+
+@pytest.mark.parametrize("name", released.shipped())
+def test_every_shipped_model_loads_and_is_called_like_its_file(name):
+    model = released.load(name)
+    assert model.name == name
+    tables.validate(model.tables)
+
+
+def test_saving_replaces_a_file_only_when_complete(frozen, tmp_path):
+    for target, reason in (
+        (tmp_path / "missing" / "a.safetensors", "does not exist"),
+        (tmp_path, "not a file"),
+    ):
+        with pytest.raises(NvcError, match=reason):
+            released.save(target, *frozen[3:])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
+def test_weights_that_float16_cannot_hold_are_not_released(frozen, value):
+    name, module, params, _, _ = frozen
+    flat = traverse_util.flatten_dict(params)
+    key = next(iter(flat))
+    flat[key] = np.full_like(flat[key], value)
+    with pytest.raises(NvcError, match="cannot be released"):
+        released.freeze("some-model", name, module, traverse_util.unflatten_dict(flat))

@@ -1,0 +1,656 @@
+"""Training: it learns, stops and goes on without a trace, survives bad gradients, and releases.
+
+Compiling takes nearly all of the time. So the loop is tested with a codec of a few matrices, runs
+share their shapes and learning rates where they can, and compilers are told to make little effort.
+"""
+
+import json
+import runpy
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from conftest import SIZES, assert_same_pictures, random_parameters
+from flax import traverse_util
+from ml_collections import ConfigDict
+from PIL import Image
+
+from nvc_jax import cli, codec
+from nvc_jax.benchmarks.codec import moving_texture
+from nvc_jax.data import clips as clip_data
+from nvc_jax.errors import NvcError
+from nvc_jax.models import registry, released
+from nvc_jax.models.registry import Ref
+from nvc_jax.nn.blocks import Pointwise, depth_to_space, space_to_depth
+from nvc_jax.nn.hyperprior import FactorizedPrior
+from nvc_jax.training import loop, losses, references
+from nvc_jax.training import step as training
+from nvc_jax.training.transform_start import transform_start
+from nvc_jax.video import VideoInfo, write_video
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    width: int = 8
+    y: int = 24
+    z: int = 4
+
+
+class Toy(nn.Module):
+    """A codec of pairs with everything that training, releasing and coding ask for."""
+
+    cfg: ToyConfig
+    dtype: Any = jnp.float32
+
+    frames_per_unit = 2
+    qp_rows = 72
+
+    def setup(self):
+        self.adaptor, self.decoder = Pointwise(self.cfg.width), Pointwise(self.cfg.width)
+        self.encoder, self.hyper = Pointwise(self.cfg.y), Pointwise(self.cfg.z)
+        self.prior, self.pixels = Pointwise(self.cfg.y), Pointwise(384)
+        self.z_prior = FactorizedPrior(self.qp_rows, self.cfg.z)
+
+    def blank_refs(self, height, width):
+        feature = jnp.zeros((1, height // 8, width // 8, self.cfg.width))
+        return (Ref(feature=feature, blank=jnp.bool_(True)),)
+
+    def __call__(self, frames, refs, qp, bottleneck):
+        batch, _, height, width, _ = frames.shape
+        shape = (batch, height // 8, width // 8)
+        ref = refs[0] if refs else Ref()
+        context = self.adaptor(
+            jnp.zeros((*shape, 192)) if ref.frame is None else space_to_depth(ref.frame - 0.5, 8)
+        )
+        if ref.feature is not None:
+            context = ref.feature if ref.blank is None else ref.feature * ~ref.blank
+
+        def analysis(m):
+            pair = jnp.concatenate([frames[:, 0], frames[:, 1]], -1) - 0.5
+            y = m.encoder(jnp.concatenate([space_to_depth(pair, 8), context], -1)) * 4
+            return y, m.hyper(y)
+
+        y, z = bottleneck.encoder_only(
+            self,
+            analysis,
+            jax.ShapeDtypeStruct((*shape, self.cfg.y), jnp.float32),
+            jax.ShapeDtypeStruct((*shape, self.cfg.z), jnp.float32),
+        )
+        z_hat = bottleneck.factorized(z, self.z_prior(qp[:, 1]), qp[:, 1])
+        scale = 0.2 + jax.nn.softplus(self.prior(z_hat))
+        y_hat = bottleneck.gaussian(y, jnp.zeros_like(scale), scale) / 4
+        feature = self.decoder(jnp.concatenate([y_hat, context], -1))
+
+        def render(m):
+            pair = depth_to_space(m.pixels(jnp.concatenate([y_hat, feature], -1)), 8) + 0.5
+            return (jnp.stack(jnp.split(pair, 2, -1), 1),)
+
+        (recon,) = bottleneck.decoder_only(
+            self, render, jax.ShapeDtypeStruct(frames.shape, jnp.float32)
+        )
+        return recon, (Ref(feature=feature),)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    quick = {"jax_disable_most_optimizations": True, "jax_default_prng_impl": "unsafe_rbg"}
+    before = {"jax_disable_most_optimizations": False, "jax_default_prng_impl": "threefry2x32"}
+    for name, value in quick.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(autouse=True)
+def toy_codec(monkeypatch):
+    entry = registry.Entry(Toy, ToyConfig, {"small": ToyConfig()}, "two_frame", "video", True)
+    monkeypatch.setitem(registry.CODECS, "toy", entry)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Training material: a clip of a drifting texture and a photograph."""
+    folder = tmp_path_factory.mktemp("clips")
+    with write_video(folder / "clip.mkv", VideoInfo(48, 32, Fraction(25))) as out:
+        for picture in moving_texture(48, 32, 12):
+            out.write(picture)
+    ramp = np.broadcast_to(np.linspace(0, 255, 40), (24, 40)).astype(np.uint8)
+    Image.fromarray(np.stack([ramp, ramp[:, ::-1], ramp], -1)).save(folder / "photo.png")
+    return folder
+
+
+def stage(steps, units=1, walk=1, batch=2, crop=16, lr=1e-3, end_lr=1e-4):
+    return ConfigDict(
+        dict(steps=steps, units=units, walk=walk, batch=batch, crop=crop, lr=lr, end_lr=end_lr)
+    )
+
+
+SIX_STEPS = stage(6)
+
+
+def config_of(folder, *stages, **changes) -> ConfigDict:
+    return ConfigDict(
+        dict(
+            seed=3,
+            model=dict(name="toy", size="small", dtype="float32"),
+            data=dict(folder=str(folder), image_share=0.3),
+            init_from="",
+            transform_start=False,
+            stages=stages,
+            warmup_steps=2,
+            clip_norm=1.0,
+            weight_decay=1e-4,
+            rate_balance=0.5,
+            average_decay=0.9,
+            max_skipped_in_row=50,
+            log_every=1,
+            sample_every=10**9,
+            checkpoint_every_seconds=0.0,
+        )
+        | changes
+    )
+
+
+def logged(workdir) -> list[dict]:
+    return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_state(state, other):
+    ours, others = jax.tree.leaves_with_path(state), jax.tree.leaves(other)
+    assert len(ours) == len(others)
+    for (path, a), b in zip(ours, others, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+# The loop
+
+
+def test_the_loss_falls(folder, tmp_path):
+    config = config_of(
+        folder, stage(60, batch=8, lr=1e-2, end_lr=1e-3), log_every=10, sample_every=30
+    )
+    state = loop.train(config, tmp_path)
+    assert int(state.step) == 60
+    values = logged(tmp_path)
+    assert [v["step"] for v in values] == [10, 20, 30, 40, 50, 60]
+    assert values[-1]["loss"] < 0.7 * values[0]["loss"]
+    for name in ("bpp_y", "bpp_z", "distortion", "psnr_y", "psnr_u", "psnr_v", "grad_norm"):
+        assert all(np.isfinite(v[name]) for v in values)
+    assert all(v["skipped"] == 0 for v in values)
+    sheets = sorted(tmp_path.glob("samples/*.png"))
+    assert [s.name for s in sheets] == ["00000030.png", "00000060.png"]
+    # Four clips one below the other, originals above reconstructions; two frames side by side.
+    assert Image.open(sheets[0]).size == (2 * 16, 4 * 2 * 16)
+    assert list(tmp_path.glob("events*"))
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(folder, tmp_path, monkeypatch):
+    """Between two stages of different shapes, and in the middle of a walk through a clip."""
+    config = config_of(folder, stage(3), stage(5, units=2, walk=2, batch=1))
+    uninterrupted = loop.train(config, tmp_path / "whole")
+
+    write_scalars, stops = loop.MetricWriter.write_scalars, [4, 7]
+
+    def stopping(self, step, scalars):
+        if stops and step == stops[0]:
+            raise Stop(stops.pop(0))  # after the step, before its checkpoint
+        write_scalars(self, step, scalars)
+
+    monkeypatch.setattr(loop.MetricWriter, "write_scalars", stopping)
+    for _ in range(2):
+        with pytest.raises(Stop):
+            loop.train(config, tmp_path / "parts")
+    resumed = loop.train(config, tmp_path / "parts")
+
+    assert_same_state(resumed, uninterrupted)
+    steps = [v["step"] for v in logged(tmp_path / "parts")]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    for ours, others in zip(logged(tmp_path / "parts"), logged(tmp_path / "whole"), strict=True):
+        assert ours["loss"] == others["loss"] and ours["stage"] == others["stage"]
+    shortened = config_of(folder, stage(3), stage(2, units=2, walk=2, batch=1))
+    for complete in (config, shortened):  # nothing left to do
+        assert_same_state(loop.train(complete, tmp_path / "parts"), uninterrupted)
+
+
+def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
+    loop.train(config_of(folder, SIX_STEPS), tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["5", "6"]
+
+
+def spoil(monkeypatch, bad):
+    """Makes the batches of some steps of a stage not numbers."""
+    host_batch = loop.host_batch
+
+    def spoiled(config, number, per_unit, clips, step):
+        clip, carried = host_batch(config, number, per_unit, clips, step)
+        if bad(step):
+            clip = clip._replace(frames=np.full_like(clip.frames, np.nan))
+        return clip, carried
+
+    monkeypatch.setattr(loop, "host_batch", spoiled)
+
+
+def test_steps_without_finite_gradients_are_skipped_and_counted(folder, tmp_path, monkeypatch):
+    config = config_of(folder, SIX_STEPS)
+    spoil(monkeypatch, lambda step: step in (1, 3, 4))
+    state = loop.train(config, tmp_path)
+    assert (int(state.step), int(state.skipped), int(state.skipped_in_row)) == (6, 3, 0)
+    values = logged(tmp_path)
+    assert [v["skipped"] for v in values] == [0, 1, 1, 2, 3, 3]
+    assert [v["skipped_in_row"] for v in values] == [0, 1, 0, 1, 2, 0]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_too_many_steps_without_finite_gradients_end_the_run(folder, tmp_path, monkeypatch):
+    config = config_of(folder, SIX_STEPS, max_skipped_in_row=3)
+    with monkeypatch.context() as context:
+        spoil(context, lambda step: step >= 2)
+        with pytest.raises(NvcError, match=r"step 5: no finite gradient for 3 steps in a row"):
+            loop.train(config, tmp_path)
+    state = loop.train(config, tmp_path)
+    assert (int(state.step), int(state.skipped), int(state.skipped_in_row)) == (6, 2, 0)
+
+
+def test_a_skipped_step_changes_nothing_but_the_counters(folder):
+    config = config_of(folder, SIX_STEPS)
+    model = registry.build("toy", "small")
+    before = training.init_state(model, config, config.stages[0])
+    step = jax.jit(training.make_train_step(model, config), static_argnums=2)
+    clip, _ = loop.host_batch(config, 0, 2, clip_data.load_clips(folder), 0)
+    good, _ = step(before, clip, False)
+    after, _ = step(good, clip._replace(frames=np.full_like(clip.frames, np.inf)), False)
+    for name in ("params", "opt_state", "average"):
+        assert_same_state(getattr(after, name), getattr(good, name))
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_row)) == (2, 1, 1)
+    for leaf, start in zip(
+        jax.tree.leaves(good.average), jax.tree.leaves(before.params), strict=True
+    ):
+        assert np.isfinite(leaf).all() and leaf.shape == start.shape
+    assert any(
+        (a != b).any()
+        for a, b in zip(jax.tree.leaves(good.params), jax.tree.leaves(before.params), strict=True)
+    )
+
+
+def test_learning_rate_warms_up_and_falls_through_the_stages():
+    config = config_of("", stage(10, lr=1.0, end_lr=0.5), stage(10, lr=0.5, end_lr=0.0))
+    config.clip_norm, config.weight_decay, config.warmup_steps = 1e9, 0.0, 4
+    optimizer = training.make_optimizer(config)
+    params = jnp.zeros(())
+    state, rates = optimizer.init(params), []
+    for _ in range(20):  # with a constant gradient, Adam's steps are the learning rate
+        updates, state = optimizer.update(jnp.ones(()), state, params)
+        rates.append(-float(updates))
+    cosine = 0.5 + 0.25 * (1 + np.cos(np.pi * np.arange(10) / 10))
+    np.testing.assert_allclose(
+        rates[:10], cosine * np.minimum(1, (np.arange(10) + 1) / 4), rtol=1e-3
+    )
+    np.testing.assert_allclose(rates[10:], 2 * (cosine - 0.5) * 0.5, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({"data": ConfigDict(dict(folder="/missing", image_share=0.5))}, "no such folder"),
+        ({"model": ConfigDict(dict(name="av2", size="small", dtype="float32"))}, "unknown codec"),
+        ({"model": ConfigDict(dict(name="toy", size="huge", dtype="float32"))}, "no size 'huge'"),
+        (
+            {"model": ConfigDict(dict(name="toy", size=dict(depth=3), dtype="float32"))},
+            "bad size for 'toy'",
+        ),
+        ({"stages": (stage(2, crop=17),)}, "crop 17"),
+        ({"init_from": "missing.safetensors"}, "no model"),
+        ({"transform_start": True}, "transform_start"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value,
+)
+def test_bad_configs_are_refused(folder, tmp_path, change, complaint):
+    with pytest.raises(NvcError, match=complaint):
+        loop.train(config_of(folder, stage(2), **change), tmp_path)
+
+
+def test_a_workdir_that_cannot_be_one_is_refused(folder, tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(NvcError, match="cannot be written"):
+            loop.train(config_of(folder, stage(2)), workdir)
+
+
+def test_a_workdir_of_another_model_is_refused(folder, tmp_path):
+    loop.train(config_of(folder, SIX_STEPS), tmp_path)
+    wider = ConfigDict(dict(name="toy", size=dict(width=16, y=24, z=4), dtype="float32"))
+    with pytest.raises(NvcError, match="does not fit this config's model"):
+        loop.train(config_of(folder, SIX_STEPS, model=wider), tmp_path)
+
+
+# Data
+
+
+def test_batches_are_pure_and_walk_through_their_clips(folder):
+    config = config_of(folder, stage(9, units=2, walk=3, batch=4))
+    clips = clip_data.load_clips(folder)
+    batches = [loop.host_batch(config, 0, 2, clips, step) for step in range(6)]
+    for step, (clip, carried) in enumerate(batches):
+        again, _ = loop.host_batch(config, 0, 2, clips, step)
+        for a, b in zip(clip, again, strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert carried == (step % 3 > 0)
+        assert clip.frames.shape == (4, 4, 16, 16, 3) and clip.reference.shape == (4, 16, 16, 3)
+        assert clip.frames.min() >= 0 and clip.frames.max() <= 1
+        assert set(clip.phase % 2) == {0}
+    for (before, _), (clip, carried) in pairwise(batches):
+        if carried:
+            np.testing.assert_array_equal(clip.reference, before.frames[:, -1])
+            np.testing.assert_array_equal(clip.qp, before.qp)
+            np.testing.assert_array_equal(clip.phase, (before.phase + 4) % 8)
+    assert (batches[0][0].frames != batches[3][0].frames).any()
+
+
+def test_every_quality_and_phase_is_drawn(folder):
+    config = config_of(folder, stage(1000, batch=8))
+    clips = clip_data.load_clips(folder)
+    drawn = [loop.host_batch(config, 0, 2, clips, step)[0] for step in range(150)]
+    assert set(np.concatenate([c.qp for c in drawn])) == set(range(64))
+    assert set(np.concatenate([c.phase for c in drawn])) == {0, 2, 4, 6}
+
+
+def test_references_are_blank_true_and_degraded_in_equal_shares():
+    count = 3000
+    frames = jax.random.uniform(jax.random.key(1), (count, 8, 8, 3))
+    mixed = np.asarray(jax.jit(references.mixed_reference)(jax.random.key(0), frames))
+    assert mixed.shape == frames.shape and np.isfinite(mixed).all()
+    blank = (mixed == references.BLANK).all((1, 2, 3))
+    true = (mixed == frames).all((1, 2, 3))
+    for share in (blank.mean(), true.mean(), (~blank & ~true).mean()):
+        assert abs(share - 1 / 3) < 0.03
+    degraded = ~blank & ~true
+    error = np.sqrt(((mixed - frames) ** 2).mean((1, 2, 3)))[degraded]
+    assert error.min() > 0 and error.max() < 0.5, "all stay recognisable"
+
+
+def test_degradations_keep_what_they_should():
+    frame = np.random.default_rng(0).uniform(0, 1, (2, 16, 24, 3)).astype(np.float32)
+    fine = references.coarse_transform(frame, jnp.full(2, 1e-5))
+    np.testing.assert_allclose(fine, frame, atol=1e-4)
+    coarse = references.coarse_transform(frame, jnp.array([0.1, 100.0]))
+    assert np.abs(coarse[0] - frame[0]).max() > 0.02
+    np.testing.assert_array_equal(coarse[1], 0)
+    blurred = references.box_blur(frame)
+    np.testing.assert_allclose(blurred[:, 4:8, 8:12].mean((1, 2)), frame[:, 4:8, 8:12].mean((1, 2)),
+                               rtol=1e-5)  # fmt: skip
+    assert np.ptp(blurred[0, 4:8, 8:12, 0]) == 0
+
+
+# Losses
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [("video", [1, 9.158, 83.86, 768]), ("image", [10, 58.95, 347.4, 2048])],
+)
+def test_lambda_at_its_check_points(kind, expected):
+    values = losses.lambda_of_qp(jnp.array([0, 21, 42, 63]), kind)
+    np.testing.assert_allclose(values, expected, rtol=5e-4)
+
+
+def test_distortion_against_its_definition():
+    rng = np.random.default_rng(0)
+    target, recon = rng.uniform(0, 1, (2, 3, 8, 10, 3))
+    recon[2] = target[2]
+
+    def rgb(yuv):
+        y, u, v = np.moveaxis(yuv, -1, 0)
+        r, b = y + 1.5748 * (v - 0.5), y + 1.8556 * (u - 0.5)
+        return np.stack([r, (y - 0.2126 * r - 0.0722 * b) / 0.7152, b], -1)
+
+    errors = np.maximum(((recon - target) ** 2).mean((1, 2)), 1e-6)
+    d_yuv = 3 * (errors[:, 0] ** 10 * errors[:, 1] * errors[:, 2]) ** (1 / 12)
+    d_rgb = ((rgb(recon) - rgb(target)) ** 2).mean((1, 2)).sum(-1)
+    result = losses.distortion(recon, target)
+    np.testing.assert_allclose(result, 0.8 * d_yuv + 0.2 * d_rgb, rtol=1e-4)
+    np.testing.assert_allclose(result[2], 0.8 * 3e-6, rtol=1e-3)
+    gradient = jax.grad(lambda r: losses.distortion(r, target).sum())(jnp.asarray(recon))
+    assert jnp.isfinite(gradient).all()
+
+
+def test_grey_is_grey_and_white_is_white():
+    rgb = losses.yuv_to_rgb(jnp.array([[0.0, 0.5, 0.5], [0.3, 0.5, 0.5], [1.0, 0.5, 0.5]]))
+    np.testing.assert_allclose(rgb, np.repeat([[0.0], [0.3], [1.0]], 3, 1), atol=1e-6)
+
+
+def test_psnr_clips_like_a_picture():
+    target = jnp.full((4, 4, 3), 1.0)
+    np.testing.assert_allclose(losses.psnr(target - 0.1, target), 20, rtol=1e-4)
+    np.testing.assert_allclose(losses.psnr(target + 5, target), 100, rtol=1e-4)
+
+
+class Recorder:
+    """Stands in for a model: notes the qps, adds an error of 0.1 to the first frame of a unit."""
+
+    def __init__(self, frames_per_unit):
+        self.frames_per_unit = frames_per_unit
+        self.qps, self.refs = [], []
+
+    def apply(self, variables, frames, refs, qp, bottleneck):
+        self.qps.append(np.asarray(qp))
+        self.refs.append(refs)
+        bottleneck.bits = {"z": jnp.full(len(frames), 2.0), "y": jnp.full(len(frames), 30.0)}
+        return frames.at[:, 0].add(0.1), len(self.qps)
+
+
+def test_pairs_follow_the_pattern_of_qualities_and_weights():
+    model, frames = Recorder(2), jnp.full((3, 8, 4, 4, 3), 0.5)
+    clip = training.Clip(frames[:, 0], frames, jnp.array([0, 10, 63]), jnp.array([0, 2, 6]))
+    bpp, distortion, recon, refs = training.unroll(model, {}, clip, "first", jax.random.key(0))
+    offsets = np.array([0, 8, 0, 4, 0, 4, 0, 4])
+    expected = np.stack(
+        [q + np.roll(offsets, -p) for q, p in zip([0, 10, 63], [0, 2, 6], strict=True)]
+    )
+    np.testing.assert_array_equal(np.concatenate(model.qps, axis=1), expected)
+    assert model.refs == ["first", 1, 2, 3] and refs == 4
+    np.testing.assert_allclose(bpp["y"], 4 * 30 / 16)
+    np.testing.assert_allclose(bpp["z"], 4 * 2 / 16)
+    np.testing.assert_allclose(recon[:, ::2], 0.6, rtol=1e-6)
+    # Frames 0, 2, 4, 6 of the pattern weigh 0.52; only they have errors.
+    single = losses.distortion(recon[0, 0], frames[0, 0])
+    exact = losses.distortion(frames[0, 0], frames[0, 0])
+    total = 4 * 0.52 * single + (1.33 + 3 * 0.83) * exact
+    np.testing.assert_allclose(distortion, total, rtol=1e-4)
+
+
+def test_pictures_alone_are_weighted_alike():
+    model, frames = Recorder(1), jnp.full((2, 3, 4, 4, 3), 0.5)
+    clip = training.Clip(frames[:, 0], frames, jnp.array([5, 60]), jnp.array([0, 3]))
+    _, distortion, recon, _ = training.unroll(model, {}, clip, (), jax.random.key(0))
+    np.testing.assert_array_equal(np.concatenate(model.qps, 1), [[5] * 3, [60] * 3])
+    single = losses.distortion(recon[0, 0], frames[0, 0])
+    np.testing.assert_allclose(distortion, 3 * single, rtol=1e-5)
+
+
+# Releasing
+
+
+CONFIG_FILE = """\
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict({config!r})
+"""
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    """(config, its file, workdir, last state) of a short run."""
+    config = config_of(folder, SIX_STEPS)
+    plain = config.to_dict() | {"stages": tuple(s.to_dict() for s in config.stages)}
+    file = tmp_path / "config.py"
+    source = CONFIG_FILE.format(config=plain | {"stages": ()})
+    source += f"_stages = {plain['stages']!r}\n_get_config = get_config\n"
+    source += "def get_config():\n    config = _get_config()\n"
+    source += "    config.stages = tuple(ConfigDict(s) for s in _stages)\n    return config\n"
+    file.write_text(source)
+    return config, file, tmp_path / "run", loop.train(config, tmp_path / "run")
+
+
+def test_a_run_becomes_a_model_that_codes(run, tmp_path, capsys):
+    _, file, workdir, state = run
+    path = tmp_path / "toy-model.safetensors"
+    arguments = ["release", path, "--config", file, "--workdir", workdir]
+    assert cli.main([str(a) for a in arguments]) == 0
+    model = released.load(path)
+    assert (model.name, model.codec) == ("toy-model", "toy")
+    for ours, average in zip(
+        jax.tree.leaves(model.params), jax.tree.leaves(state.average), strict=True
+    ):
+        np.testing.assert_array_equal(ours, np.float32(np.float16(average)))
+
+    unit_codec, pictures = codec.prepare(model, 21, 19), moving_texture(21, 19, 4)
+    refs = codec.blank_references(unit_codec)
+    for start in (0, 2):
+        pair = pictures[start : start + 2]
+        payload, encoded = codec.encode_unit(unit_codec, pair, refs, (40, 44), True)
+        decoded = codec.decode_unit(unit_codec, payload, refs, (40, 44))
+        assert_same_pictures(decoded.pictures, encoded.pictures)
+        refs = encoded.refs
+
+    # Another run can start from it, if it is of the same size.
+    def start(size):
+        model = ConfigDict(dict(name="toy", size=size, dtype="float32"))
+        config = config_of("", SIX_STEPS, model=model, init_from=str(path))
+        module = registry.build("toy", size)
+        with closing(ocp.CheckpointManager(tmp_path / "another")) as manager:
+            return loop.resume(manager, module, config)
+
+    assert_same_state(start("small").params, model.params)
+    assert_same_state(start("small").average, model.params)
+    with pytest.raises(NvcError, match="do not fit this config's model"):
+        start(dict(width=16, y=24, z=4))
+
+
+def test_releasing_refuses(run, tmp_path):
+    _, file, workdir, _ = run
+    for arguments, complaint in (
+        ((file, tmp_path / "missing", tmp_path / "a.safetensors"), "no checkpoint there"),
+        ((file, workdir, tmp_path / "a.pt"), r"ends in \.safetensors"),
+        ((file, workdir, tmp_path / "missing" / "a.safetensors"), "does not exist"),
+        ((tmp_path / "missing.py", workdir, tmp_path / "a.safetensors"), "no such config"),
+        ((ROOT / "README.md", workdir, tmp_path / "a.safetensors"), "not a training config"),
+        (
+            (ROOT / "nvc_jax/errors.py", workdir, tmp_path / "a.safetensors"),
+            "not a training config",
+        ),
+    ):
+        with pytest.raises(NvcError, match=complaint):
+            loop.release(str(arguments[0]), str(arguments[1]), str(arguments[2]))
+    assert {p.name for p in tmp_path.iterdir()} == {"config.py", "run"}
+
+
+# Entry point and configs
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--config=missing.py"], "the config cannot be used"),
+        (["--config=nvc_jax/errors.py"], "the config cannot be used"),
+        (["--config=configs/intra_nano.py", "--config.data.foldr=x"], "the config cannot be used"),
+        (["--config=configs/intra_nano.py", "--config.data.folder=/missing"], "no such folder"),
+    ],
+    ids=["missing", "no config", "no such field", "no data"],
+)
+def test_train_py_explains_what_is_wrong(tmp_path, arguments, complaint):
+    command = [sys.executable, "train.py", f"--workdir={tmp_path / 'run'}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("train.py: ") and complaint in last
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_loads(file):
+    config = runpy.run_path(str(file))["get_config"]()
+    assert file.name in (ROOT / "configs" / file.name).read_text(), "says how it is run"
+    if "stages" in config:
+        model = registry.build(config.model.name, config.model.size, config.model.dtype)
+        training.make_optimizer(config)
+        for s in config.stages:
+            assert s.crop % 16 == 0 and s.steps % s.walk == 0
+            assert model.frames_per_unit > 1 or s.walk == 1
+
+
+# The real codecs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ui2c", "intra"])
+def test_real_codecs_learn(folder, tmp_path, monkeypatch, name):
+    params = random_parameters(registry.build(name, SIZES[name]))
+    monkeypatch.setattr(registry, "init", lambda *_: params)
+    model = ConfigDict(dict(name=name, size=SIZES[name], dtype="float32"))
+    config = config_of(folder, stage(30, lr=3e-3, end_lr=3e-3), model=model, log_every=10)
+    state = loop.train(config, tmp_path)
+    values = logged(tmp_path)
+    assert int(state.skipped) == 0 and values[2]["loss"] < values[0]["loss"]
+    unused = ("feature_adaptor_p",)  # serves the second pair of a clip; there was only one
+    for path, leaf in jax.tree.leaves_with_path(state.opt_state[1][0].nu):
+        key = jax.tree_util.keystr(path)
+        assert np.any(leaf) or any(u in key for u in unused), f"no gradient reaches {key}"
+
+
+class Open:
+    """A bottleneck that lets everything through."""
+
+    def encoder_only(self, module, fn, *shapes):
+        return fn(module)
+
+    decoder_only = encoder_only
+
+    def factorized(self, z, chain, qp):
+        return z
+
+    def gaussian(self, y, mean, scale):
+        return y
+
+
+@pytest.mark.parametrize("name", ["ui2c", "intra"])
+def test_transform_start_passes_pictures_through(name):
+    """Without quantisation, a codec that was never trained returns nearly the picture."""
+    size = SIZES[name] | {"width": 64, "y": 96, "form": "uf2"}
+    module = registry.build(name, size | ({"recon": 48} if name == "ui2c" else {}))
+    params = random_parameters(module)
+    for path, value in traverse_util.flatten_dict(params).items():
+        if path[-1] == "bias":
+            value[:] = 0
+        elif path[-1] == "table":
+            value[:] = 1
+    neutral = params["prior_fusion"]["params"]["dense"]  # step sizes of 1
+    neutral["kernel"][:] = 0
+    neutral["bias"][:2] = -np.log(2)
+    if name == "ui2c":
+        neutral["bias"][: module.cfg.y] = 1
+    start = transform_start(name, module.cfg, params)
+    planes = tuple(np.stack(p) for p in zip(*moving_texture(64, 64, 2), strict=True))
+    frames = codec.planes_to_frames(planes, 64, 64)[:, : module.frames_per_unit]
+    qp = np.zeros((1, module.frames_per_unit), np.int32)
+    code = jax.jit(lambda params: module.apply({"params": params}, frames, (), qp, Open())[0])
+    assert losses.psnr(code(start), frames).mean() > 25 > losses.psnr(code(params), frames).mean()
