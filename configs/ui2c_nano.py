@@ -29,6 +29,9 @@ def get_config():
         stage(steps=7_000, units=2, walk=1, batch=4, crop=128, lr=1e-3, end_lr=6e-4),
         stage(steps=8_000, units=2, walk=8, batch=4, crop=128, lr=6e-4, end_lr=1e-4),
         stage(steps=2_000, units=3, walk=5, batch=4, crop=128, lr=1e-4, end_lr=1e-5),
+        # A warm restart of the two stages above: the shipped weights went on from there.
+        stage(steps=26_000, units=2, walk=8, batch=4, crop=128, lr=5e-4, end_lr=1e-4),
+        stage(steps=3_000, units=3, walk=5, batch=4, crop=128, lr=1e-4, end_lr=1e-5),
     )
     c.warmup_steps = 200
     c.clip_norm = 1.0

@@ -4,9 +4,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, closing, nullcontext
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from rich.console import Console
@@ -116,7 +115,7 @@ def encode(args: argparse.Namespace) -> None:
     if args.target_bpp is not None or args.target_psnr is not None:
         probe = list(islice(pictures, PROBE_FRAMES))
         qp = _search(unit_codec, probe, schedule, args.target_bpp, args.target_psnr)
-        pictures = _chain_closing(probe, pictures)
+        pictures = chain(probe, pictures)
 
     total = min(filter(None, (info.frame_count, args.frames)), default=None)
     header = codec.make_header(model, info, schedule)
@@ -203,7 +202,7 @@ def decode(args: argparse.Namespace) -> None:
                 if not clock.frames:
                     raise
                 broken = e  # what was decoded is kept
-    result = {"model": model.name, "frames": clock.frames, **clock.results(), "units": units}
+    result = {"model": model.name, **clock.results(), "units": units}
     _finish(args.json, result, f"{args.output}: {clock.frames} frames, {clock.summary()}")
     if broken:
         raise StreamError(f"{broken} {args.output} holds the {clock.frames} frames before.")
@@ -256,7 +255,7 @@ def _search(unit_codec, probe, schedule, target_bpp, target_psnr) -> int:
     qp will do.
     """
     from nvc_jax import codec
-    from nvc_jax.evaluation.metrics import psnr
+    from nvc_jax.evaluation.metrics import psnr_611
 
     pixels = len(probe) * unit_codec.width * unit_codec.height
 
@@ -267,12 +266,7 @@ def _search(unit_codec, probe, schedule, target_bpp, target_psnr) -> int:
             coded_bytes = CLIP_BYTES + sum(len(u.packet.payload) + UNIT_BYTES for u in coded)
             return 8 * coded_bytes / pixels > target_bpp
         pairs = [p for u in coded for p in zip(u.pictures, u.recons, strict=True)]
-        total = sum(
-            weight * psnr(a, b) / 8
-            for pair in pairs
-            for weight, a, b in zip((6, 1, 1), *pair, strict=True)
-        )
-        return total / len(pairs) >= target_psnr
+        return sum(psnr_611(*pair) for pair in pairs) / len(pairs) >= target_psnr
 
     low, high = 0, codec.MAX_QP + 1  # the first qp that is enough lies in [low, high]
     while low < high:
@@ -297,11 +291,6 @@ def _check_distinct(*names: str | None) -> None:
         if path in seen:
             raise NvcError(f"{name}: is named twice; every input and output needs its own name")
         seen.add(path)
-
-
-def _chain_closing(first: list, rest: Iterator) -> Iterator:
-    yield from first
-    yield from rest
 
 
 class _Clock:

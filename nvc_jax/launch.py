@@ -4,10 +4,10 @@ Every entry point calls `setup()` first, before any import that pulls in JAX. It
 things by environment variables, so a variable that is already set wins:
 
 * Compiled programs are kept on disk (`JAX_COMPILATION_CACHE_DIR`, by default a folder below
-  `~/.cache/nvc_jax/xla`), small and quickly compiled ones too: a codec compiles a few programs per
-  picture size, and a second run then starts in a fraction of the time. Machine code in such a cache
-  fits one kind of CPU, and JAX does not put the CPU into its keys, so the folder's name does: home
-  directories are shared between machines.
+  `~/.cache/nvc_jax/xla`), small and quickly compiled ones too, so a second run starts sooner. JAX
+  0.10 never keeps programs that call back to the host, as a codec's unit program does; later
+  versions do. Machine code in such a cache fits one kind of CPU, and JAX does not put the CPU into
+  its keys, so the folder's name does: home directories are shared between machines.
 * On a CPU, memory comes in huge pages (glibc's tunable `glibc.malloc.hugetlb`), which made training
   steps 15 to 30 % faster. glibc reads the tunable when a process starts, so the process replaces
   itself once by the same command; that costs one start of the interpreter, about 25 ms.

@@ -1,16 +1,14 @@
-"""In-memory training clips: loading, the random cuts, exact resume, the background thread."""
+"""In-memory training clips: loading, the random cuts, exact resume."""
 
 import logging
-import threading
 from fractions import Fraction
-from itertools import islice
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvc_jax.data.clips import Clip, ClipSet, batches, load_clips, sample_batch, stats
+from nvc_jax.data.clips import Clip, ClipSet, load_clips, sample_batch, stats
 from nvc_jax.errors import NvcError
 from nvc_jax.video import Planes, VideoInfo, write_video
 
@@ -159,34 +157,6 @@ def test_cuts_take_frame_0_from_another_clip():
 def test_impossible_shapes_are_refused(wrong):
     with pytest.raises(NvcError):
         draw(video(), **wrong)
-
-
-# --- background thread -----------------------------------------------------------------------
-
-OPTIONS = {"seed": 5, "batch": 2, "frames": 3, "crop": 16, "image_share": 0.0}
-
-
-def workers():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("clips")]
-
-
-@pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_batches_come_in_order_from_any_step(ahead):
-    clips = video()
-    running = batches(clips, start_step=7, ahead=ahead, **OPTIONS)
-    for step, batch in enumerate(islice(running, 5), start=7):
-        expected = sample_batch(clips, step=step, **OPTIONS)
-        np.testing.assert_array_equal(batch["frames"], expected["frames"])
-    assert workers()
-    running.close()
-    assert not workers()
-
-
-def test_errors_in_the_thread_reach_the_caller():
-    running = batches(video(), **OPTIONS | {"crop": 3})
-    with pytest.raises(NvcError, match="crop 3"):
-        next(running)
-    assert not workers()
 
 
 # --- loading ---------------------------------------------------------------------------------

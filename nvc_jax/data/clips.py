@@ -6,12 +6,9 @@ of (clips, seed, step): a run that stops at step n and resumes there sees exactl
 """
 
 import logging
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -220,23 +217,3 @@ def _window(plane: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
     if bottom or right:
         window = np.pad(window, ((0, bottom), (0, right)), mode="edge")
     return window
-
-
-def batches(
-    clips: ClipSet, *, start_step: int = 0, ahead: int = 2, **sampling
-) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches of steps start_step, start_step + 1, ..., prepared in a background thread.
-
-    `sampling` are the arguments of `sample_batch` except `step`; at most `ahead` batches wait.
-    Exceptions surface at the batch they belong to. Close (or drop) the iterator to end the thread.
-    """
-    with ThreadPoolExecutor(1, thread_name_prefix="clips") as thread:
-        waiting = deque()
-        try:
-            for step in count(start_step):
-                waiting.append(thread.submit(sample_batch, clips, step=step, **sampling))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

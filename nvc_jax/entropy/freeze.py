@@ -7,10 +7,8 @@ import math
 
 import numpy as np
 
-from nvc_jax.entropy.tables import CdfTables
+from nvc_jax.entropy.tables import TOTAL, CdfTables
 
-PRECISION_BITS = 16
-TOTAL = 1 << PRECISION_BITS
 # Values rarer than this go through the escape entry: two counts of 65536, about where an entry of
 # its own would no longer pay for the counts it takes from the others.
 TAIL_MASS = 2.0 / TOTAL

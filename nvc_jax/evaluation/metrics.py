@@ -33,6 +33,16 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(min(10 * np.log10(255.0**2 / mse), PSNR_CAP_DB))
 
 
+def psnr_611(source, decoded) -> float:
+    """Combined PSNR in dB of one picture, given as two triples of (y, u, v) planes."""
+    return combined(*map(psnr, source, decoded))
+
+
+def combined(y: float, u: float, v: float) -> float:
+    """One score from those of the planes, 6:1:1."""
+    return (6 * y + u + v) / 8
+
+
 def ssim(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """Mean SSIM and mean contrast-structure term of two planes with values 0..255.
 
@@ -104,7 +114,7 @@ def frame_scores(source, decoded) -> dict[str, float]:
     scores = {}
     for name, measure in (("psnr", psnr), ("ms_ssim", ms_ssim)):
         y, u, v = (measure(a, b) for a, b in zip(source, decoded, strict=True))
-        scores |= {f"{name}_y": y, f"{name}_u": u, f"{name}_v": v, name: (6 * y + u + v) / 8}
+        scores |= {f"{name}_y": y, f"{name}_u": u, f"{name}_v": v, name: combined(y, u, v)}
     return scores
 
 

@@ -25,6 +25,7 @@ from nvc_jax.nn.hyperprior import (
     FactorizedPrior,
     HyperDecoder,
     HyperEncoder,
+    ParameterNet,
     pack_step,
     pad_to_multiple,
     step_groups,
@@ -94,16 +95,6 @@ class Decoder(nn.Module):
         return depth_to_space(x, 8)
 
 
-class Fusion(nn.Module):
-    cfg: Config
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.cfg
-        x = Blocks(c.prior, c.fusion, c.form, name="blocks")(x)
-        return Pointwise(2 * c.y + 2, bias_init=_neutral_start(c.y), name="params")(x)
-
-
 def _neutral_start(channels: int):
     """Bias that starts both step-size maps and the scales at 1."""
 
@@ -113,16 +104,6 @@ def _neutral_start(channels: int):
         return bias.at[2 : 2 + channels].set(1.0)
 
     return init
-
-
-class SpatialPrior(nn.Module):
-    cfg: Config
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.cfg
-        x = Blocks(c.spatial_width, c.spatial, c.form, name="blocks")(x)
-        return Pointwise(2 * c.y, name="params")(x)
 
 
 class Intra(nn.Module):
@@ -143,12 +124,14 @@ class Intra(nn.Module):
         self.hyper_encoder = HyperEncoder(c.z, c.form)
         self.z_prior = FactorizedPrior(QP_ROWS, c.z)
         self.hyper_decoder = HyperDecoder(c.y, c.form)
-        self.prior_fusion = Fusion(c)
+        self.prior_fusion = ParameterNet(
+            2 * c.y + 2, c.prior, c.fusion, c.form, _neutral_start(c.y)
+        )
         self.spatial_prior_reduction = Pointwise(c.y)
         self.spatial_prior_adaptors = [
             DepthConvBlock(c.spatial_width, c.form, force_adaptor=True) for _ in range(STEPS - 1)
         ]
-        self.spatial_prior = SpatialPrior(c)
+        self.spatial_prior = ParameterNet(2 * c.y, c.spatial_width, c.spatial, c.form)
         self.decoder = Decoder(c, self.dtype)
         self.q_scale_dec = QpTable(QP_ROWS, c.width, self.dtype)
 

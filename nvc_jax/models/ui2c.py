@@ -32,6 +32,7 @@ from nvc_jax.nn.hyperprior import (
     FactorizedPrior,
     HyperDecoder,
     HyperEncoder,
+    ParameterNet,
     pack_step,
     pad_to_multiple,
     step_groups,
@@ -156,32 +157,12 @@ class ReconHead(nn.Module):
         return depth_to_space(Pointwise(192, self.dtype, name="pixels")(x * q), 8)
 
 
-class Fusion(nn.Module):
-    cfg: Config
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.cfg
-        x = Blocks(c.prior, c.fusion, c.form, name="blocks")(x)
-        return Pointwise(3 * c.y, bias_init=_unit_scales(0, 2, c.y), name="params")(x)
-
-
-class SpatialPrior(nn.Module):
-    cfg: Config
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.cfg
-        x = Blocks(c.prior, c.spatial, c.form, name="blocks")(x)
-        return Pointwise(2 * c.y, bias_init=_unit_scales(0, 1, c.y), name="params")(x)
-
-
-def _unit_scales(start: int, stop: int, channels: int):
-    """Bias that starts the step sizes and scales at 1 and the means at 0."""
+def _leading_ones(count: int):
+    """Bias that starts the first `count` channels (step sizes, scales) at 1, the means at 0."""
 
     def init(key, shape, dtype=jnp.float32):
         del key
-        return jnp.zeros(shape, dtype).at[start * channels : stop * channels].set(1.0)
+        return jnp.zeros(shape, dtype).at[:count].set(1.0)
 
     return init
 
@@ -210,8 +191,8 @@ class UI2C(nn.Module):
             self.q_latent = PairTable(c.y, ramp=True)
         self.temporal_prior_encoder = Down(c.temporal, c.form)
         self.hyper_decoder = HyperDecoder(c.y, c.form)
-        self.prior_fusion = Fusion(c)
-        self.spatial_prior = SpatialPrior(c)
+        self.prior_fusion = ParameterNet(3 * c.y, c.prior, c.fusion, c.form, _leading_ones(2 * c.y))
+        self.spatial_prior = ParameterNet(2 * c.y, c.prior, c.spatial, c.form, _leading_ones(c.y))
         self.z_prior = FactorizedPrior(QP_ROWS, c.z)
         # ... to here: everything between decoded data and the scales.
         self.extractor_2 = Blocks(c.width, c.extractor[1], c.form, self.dtype)

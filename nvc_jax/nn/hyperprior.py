@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nvc_jax.nn.blocks import DepthConvBlock, Down, Up
+from nvc_jax.nn.blocks import Blocks, DepthConvBlock, Down, Pointwise, Up
 
 
 class HyperEncoder(nn.Module):
@@ -38,6 +38,21 @@ class HyperDecoder(nn.Module):
         x = Up(z.shape[-1], self.form, name="up0")(z)
         x = Up(z.shape[-1], self.form, name="up1")(x)
         return DepthConvBlock(self.features, self.form, name="block")(x)
+
+
+class ParameterNet(nn.Module):
+    """`depth` blocks of `width` channels and a layer that gives [b, h, w, features] parameters."""
+
+    features: int
+    width: int
+    depth: int
+    form: str = "rt"
+    bias_init: Callable = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x):
+        x = Blocks(self.width, self.depth, self.form, name="blocks")(x)
+        return Pointwise(self.features, bias_init=self.bias_init, name="params")(x)
 
 
 def pad_to_multiple(x: jax.Array, multiple: int) -> jax.Array:

@@ -155,7 +155,7 @@ def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Call
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         refs = first_refs(model, state, clip, carried, key)
         grads, (metrics, refs) = jax.grad(loss_fn, has_aux=True)(state.params, clip, refs, key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
