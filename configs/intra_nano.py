@@ -24,7 +24,11 @@ def get_config():
     c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.6))
     c.init_from = ""  # a released model to start from
     c.transform_start = True  # see nvc_jax.training.transform_start
-    c.stages = (stage(steps=4_000, units=1, walk=1, batch=8, crop=128, lr=1e-3, end_lr=1e-5),)
+    c.stages = (
+        stage(steps=4_000, units=1, walk=1, batch=8, crop=128, lr=1e-3, end_lr=1e-5),
+        # A warm restart: the shipped weights went on from there.
+        stage(steps=12_000, units=1, walk=1, batch=8, crop=128, lr=8e-4, end_lr=1e-5),
+    )
     c.warmup_steps = 200
     c.clip_norm = 1.0
     c.weight_decay = 1e-4
