@@ -24,18 +24,20 @@ from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from nvc_jax.entropy.calibration import LARGEST_EXPONENT, LEAST_EXPONENT
 from nvc_jax.errors import NvcError, StreamError
 from nvc_jax.files import replacing, writing
 from nvc_jax.schedule import Schedule
 
 MAGIC = b"\x8bNVC"
-VERSION = 1
+VERSION = 2
 END_MAGIC = b"CVN\x8b"
 
 MAX_SIDE = 16384  # pixels, width and height
 MAX_NAME_BYTES = 64
 MAX_HEADER_BYTES = 512
 MAX_UNIT_FRAMES = 8
+MAX_LEVELS = 8  # of a schedule's hierarchy
 MAX_QP = 127  # a qp of 0..63 plus its offset
 MAX_ACCESS_POINTS = 2**20  # later ones are not listed; decoding then starts at the last one listed
 
@@ -71,8 +73,10 @@ class Header:
         schedule: the coding order.
         colour: primaries, transfer and matrix (code points of ITU-T H.273; 2 = unspecified), and
             whether samples use the full range.
-        entropy_mode: how scales choose an integer table: 0 = directly from the float scale.
-        margin_exponent: reserved for calibrated scales (the margin is 2**-exponent); 0 in mode 0.
+        entropy_mode: how scales choose an integer table: 0 = by the float scale, 1 = calibrated,
+            2 = by integer arithmetic; see `nvc_jax.entropy.bottleneck`.
+        margin_exponents: mode 1 only, 1 to 8 numbers from 5 to 20: the calibration margin is
+            2**-exponent for units of each level of the schedule's hierarchy.
 
     Raises:
         NvcError: if a value cannot be stored.
@@ -86,7 +90,7 @@ class Header:
     schedule: Schedule
     colour: tuple[int, int, int, bool] = (2, 2, 2, False)
     entropy_mode: int = 0
-    margin_exponent: int = 0
+    margin_exponents: tuple[int, ...] = ()
 
     def __post_init__(self):
         _require(
@@ -114,9 +118,11 @@ class Header:
             f"an intra period of {self.schedule.intra_period} frames cannot be stored",
         )
         _require(
-            self.entropy_mode == 0 and self.margin_exponent == 0,
+            self.entropy_mode in (0, 1, 2)
+            and (1 <= len(self.margin_exponents) <= MAX_LEVELS) == (self.entropy_mode == 1)
+            and all(LEAST_EXPONENT <= e <= LARGEST_EXPONENT for e in self.margin_exponents),
             f"unknown entropy settings: mode {self.entropy_mode}, "
-            f"margin exponent {self.margin_exponent}",
+            f"margin exponents {self.margin_exponents}",
         )
 
 
@@ -236,9 +242,10 @@ def _header_bytes(header: Header) -> bytes:
         header.schedule.gop,
         header.schedule.intra_period,
     ):
-        body += _varint(value)
-    body += bytes([*header.colour, header.entropy_mode, header.margin_exponent])
-    data = MAGIC + bytes([VERSION]) + _varint(len(body)) + body
+        body += varint(value)
+    body += bytes([*header.colour, header.entropy_mode])
+    body += bytes([len(header.margin_exponents), *header.margin_exponents])
+    data = MAGIC + bytes([VERSION]) + varint(len(body)) + body
     return data + _u32(zlib.crc32(data))
 
 
@@ -263,22 +270,22 @@ def _packet_bytes(packet: Packet, unit: int, next_frame: int, header: Header) ->
     explicit = b""
     if frames != tuple(range(next_frame, next_frame + len(frames))):
         tag |= _EXPLICIT
-        explicit = b"".join(map(_varint, frames))
-    head = bytes([tag]) + explicit + bytes(qps) + _varint(len(payload)) + _u32(packet.symbols_crc)
+        explicit = b"".join(map(varint, frames))
+    head = bytes([tag]) + explicit + bytes(qps) + varint(len(payload)) + _u32(packet.symbols_crc)
     head += bytes([_crc8(head)])
     return head + payload + _u32(_packet_crc(unit, frames[0], head, payload))
 
 
 def _index_bytes(index: Index, first_offset: int) -> bytes:
-    body = bytearray(_varint(index.units) + _varint(index.frames))
-    body += _varint(len(index.access_points))
+    body = bytearray(varint(index.units) + varint(index.frames))
+    body += varint(len(index.access_points))
     last = AccessPoint(0, 0, first_offset)
     for point in index.access_points:
-        body += _varint(point.unit - last.unit)
-        body += _varint(point.frame)
-        body += _varint(point.offset - last.offset)
+        body += varint(point.unit - last.unit)
+        body += varint(point.frame)
+        body += varint(point.offset - last.offset)
         last = point
-    block = bytes([_INDEX]) + _varint(len(body)) + body
+    block = bytes([_INDEX]) + varint(len(body)) + body
     block += _u32(zlib.crc32(block))
     return block + _u32(len(block)) + END_MAGIC
 
@@ -459,7 +466,7 @@ def stream_info(path: str | os.PathLike) -> dict:
             },
             "schedule": asdict(header.schedule),
             "entropy_mode": header.entropy_mode,
-            "margin_exponent": header.margin_exponent,
+            "margin_exponents": list(header.margin_exponents),
             "frames": frames,
             "seconds": float(frames / header.fps),
             "file_bytes": size,
@@ -553,7 +560,8 @@ def _read_header(source: _Source) -> Header:
         width, height, numerator, denominator, gop, period = (
             source.varint(2**32 - 1) for _ in range(6)
         )
-        *codes, full_range, mode, margin = source.read(6)
+        *codes, full_range, mode, levels = source.read(6)
+        exponents = tuple(source.read(levels))
         if source.tell() != end or full_range > 1 or denominator == 0 or version == 0:
             raise _Unreadable("a header cannot look like this", here)
         header = Header(
@@ -565,7 +573,7 @@ def _read_header(source: _Source) -> Header:
             schedule=Schedule(names[1], gop, period),
             colour=(*codes, bool(full_range)),
             entropy_mode=mode,
-            margin_exponent=margin,
+            margin_exponents=exponents,
         )
     except _Unreadable as error:
         what = "cut off" if error.truncated else "damaged"
@@ -662,13 +670,27 @@ def _max_payload_bytes(header: Header, frames: int) -> int:
     return 65536 + 8 * header.width * header.height * frames
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
     """Unsigned LEB128: seven bits a byte, lowest first, the top bit set on all but the last."""
     data = bytearray()
     while value > 0x7F:
         data.append(value & 0x7F | 0x80)
         value >>= 7
     return bytes(data) + bytes([value])
+
+
+def read_varint(data: bytes) -> tuple[int, int]:
+    """(value, bytes it takes) of the `varint` of at most 5 bytes that data begins with.
+
+    Raises:
+        StreamError: there is none.
+    """
+    value = 0
+    for place, byte in enumerate(data[:5]):
+        value |= (byte & 0x7F) << 7 * place
+        if byte < 0x80:
+            return value, place + 1
+    raise StreamError("a number has no end")
 
 
 def _u32(value: int) -> bytes:

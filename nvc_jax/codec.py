@@ -19,15 +19,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from nvc_jax import schedule as schedules
-from nvc_jax.bitstream import AccessPoint, Header, Packet, Stream
-from nvc_jax.entropy import coder
-from nvc_jax.entropy.bottleneck import FROM_CALLER, FROM_PICTURE, FROM_STREAM, Coded, Estimate
+from nvc_jax.bitstream import AccessPoint, Header, Packet, Stream, read_varint, varint
+from nvc_jax.entropy import calibration, coder
+from nvc_jax.entropy.bottleneck import (
+    CALIBRATED,
+    EXACT,
+    FROM_CALLER,
+    FROM_PICTURE,
+    FROM_STREAM,
+    Coded,
+    Estimate,
+)
+from nvc_jax.entropy.calibration import Margin
 from nvc_jax.errors import NvcError, StreamError, WeightsMismatch
-from nvc_jax.models import registry
+from nvc_jax.models import registry, released
 from nvc_jax.models.released import Released
 from nvc_jax.video import Planes, VideoInfo
 
 MAX_QP = 63
+MARGIN_EXPONENT = 10  # of the calibrated mode, unless one is given
 # Bytes for a unit's payload in the usual program, in bytes per symbol; and what no unit can exceed
 # (an escape costs under four bytes). Two sizes, so that few shapes are compiled.
 CAPACITIES = (2.0, 6.0)
@@ -41,6 +51,8 @@ class CodedUnit(NamedTuple):
       refs: what the next units refer to.
       symbols: int16 arrays, one per coding step.
       indices: uint16 arrays, one per coding step.
+      flags: bool arrays, one per coding step with scales; none unless in calibrated mode.
+      scales: float32 arrays likewise, on the device; none in exact mode.
       coder_state: of the host coder, uint32.
     """
 
@@ -48,6 +60,8 @@ class CodedUnit(NamedTuple):
     refs: Any
     symbols: list[np.ndarray]
     indices: list[np.ndarray]
+    flags: list[np.ndarray]
+    scales: list[jax.Array]
     coder_state: np.ndarray
 
 
@@ -58,6 +72,8 @@ class UnitCodec(NamedTuple):
       model: the released model.
       tables: its tables, prepared for the host coder.
       width, height: of the pictures.
+      mode: FLOAT, CALIBRATED or EXACT.
+      margins: thresholds per level of the hierarchy; only if CALIBRATED.
       step_sizes: symbols in each coding step of a unit.
       program: jitted, see `_unit_program`.
     """
@@ -66,31 +82,67 @@ class UnitCodec(NamedTuple):
     tables: coder.PreparedTables
     width: int
     height: int
+    mode: int
+    margins: tuple[Margin, ...]
     step_sizes: tuple[int, ...]
     program: Any
 
 
-def prepare(model: Released, width: int, height: int) -> UnitCodec:
-    """Gets a model ready for pictures of one size. Compilation happens at the first unit."""
+def default_mode(model: Released) -> int:
+    """EXACT if the model can do that, else CALIBRATED."""
+    return EXACT if model.exact else CALIBRATED
+
+
+def prepare(
+    model: Released,
+    width: int,
+    height: int,
+    mode: int | None = None,
+    margin_exponents: Sequence[int] = (),
+) -> UnitCodec:
+    """Gets a model ready for pictures of one size. Compilation happens at the first unit.
+
+    Args:
+      mode: FLOAT, CALIBRATED or EXACT; by default `default_mode(model)`.
+      margin_exponents: CALIBRATED only, the margin is 2^-exponent levels for units of each level of
+        the hierarchy, the last one also for the levels beyond; by default (10,).
+
+    Raises:
+      NvcError: the model has no scale head for the exact mode, this machine's integer arithmetic
+        fails its test, or a margin is out of range.
+    """
     module = model.module
+    mode = default_mode(model) if mode is None else mode
+    if mode == EXACT:
+        if not model.exact:
+            raise NvcError(f"the model '{model.name}' has no integer scales for the exact mode")
+        released.check_integers(model)
+    margins = ()
+    if mode == CALIBRATED:
+        boundaries = model.spec.scale_boundaries
+        exponents = margin_exponents or (MARGIN_EXPONENT,)
+        margins = tuple(calibration.margin(boundaries, exponent) for exponent in exponents)
     sizes = []
 
-    def probe(params):
-        bottleneck = Estimate()
+    def probe(variables):
+        bottleneck = Estimate(exact=mode == EXACT)
         frames = jnp.zeros((1, module.frames_per_unit, _padded(height), _padded(width), 3))
         qp = jnp.zeros((1, module.frames_per_unit), jnp.int32)
-        result = module.apply({"params": params}, frames, (), qp, bottleneck)
+        result = module.apply(variables, frames, (), qp, bottleneck)
         sizes.extend(bottleneck.sizes)
         return result
 
-    jax.eval_shape(probe, model.params)
+    params = {"params": model.variables["params"]}
+    if mode == EXACT:
+        params = model.variables
+    jax.eval_shape(probe, params)
     tables = coder.prepare(model.tables)
-    program = jax.jit(functools.partial(_unit_program, model, tables, width, height))
-    return UnitCodec(model, tables, width, height, tuple(sizes), program)
+    program = jax.jit(functools.partial(_unit_program, model, tables, width, height, mode))
+    return UnitCodec(model, tables, width, height, mode, margins, tuple(sizes), program)
 
 
-def _unit_program(model, tables, width, height, params, planes, refs, qp, source, render, payload,
-                  coder_state, given):  # fmt: skip
+def _unit_program(model, tables, width, height, mode, variables, planes, refs, qp, source, render,
+                  payload, coder_state, given, margin, flags):  # fmt: skip
     """Codes one unit; traced once per payload capacity.
 
     Args:
@@ -100,6 +152,7 @@ def _unit_program(model, tables, width, height, params, planes, refs, qp, source
       qp: int32 [1, frames].
       source, render: see `Coded`.
       payload: uint8 [capacity]; coder_state: uint32 [STATE_WORDS]; given: int16 [symbols].
+      margin, flags: see `Coded`; flags are bool [symbols].
     """
 
     def pull(state, index):
@@ -109,16 +162,17 @@ def _unit_program(model, tables, width, height, params, planes, refs, qp, source
         )
         return jax.pure_callback(_pull_on_host(tables), result, payload, state, index)
 
-    bottleneck = Coded(model.spec, source, render, pull, coder_state, given)
+    bottleneck = Coded(model.spec, mode, source, render, pull, coder_state, given, margin, flags)
     frames = planes_to_frames(planes, height, width)
-    recon, new_refs = model.module.apply({"params": params}, frames, refs, qp, bottleneck)
+    recon, new_refs = model.module.apply(variables, frames, refs, qp, bottleneck)
     new_refs = tuple(ref._replace(blank=jnp.bool_(False)) for ref in new_refs)
     pictures = jax.lax.cond(
         render,
         lambda: frames_to_planes(recon, height, width),
         lambda: jax.tree.map(jnp.zeros_like, planes),
     )
-    return pictures, new_refs, bottleneck.symbols, bottleneck.indices, bottleneck.state
+    b = bottleneck
+    return pictures, new_refs, b.symbols, b.indices, b.flags, b.scales, b.state
 
 
 def _pull_on_host(tables: coder.PreparedTables):
@@ -164,10 +218,12 @@ def _run(
     qps: Sequence[int],
     source: int,
     render: bool,
+    level: int,
     *,
     pictures: Sequence[Planes] = (),
     payload: bytes = b"",
     given: np.ndarray | None = None,
+    flags: np.ndarray | None = None,
     capacity: int,
 ) -> CodedUnit:
     """Runs the unit program once. A unit short of pictures or qps repeats its last one."""
@@ -184,8 +240,12 @@ def _run(
     buffer[: len(payload)] = np.frombuffer(payload, np.uint8)
     if given is None:
         given = np.zeros(sum(codec.step_sizes), np.int16)
-    out, refs, symbols, indices, state = codec.program(
-        codec.model.params,
+    margin = None
+    if codec.mode == CALIBRATED:
+        margin = codec.margins[min(level, len(codec.margins) - 1)]
+        flags = np.zeros(sum(codec.step_sizes), bool) if flags is None else flags
+    out, refs, symbols, indices, flags, scales, state = codec.program(
+        codec.model.variables,
         planes,
         refs,
         np.array([padded_qps], np.int32),
@@ -194,12 +254,14 @@ def _run(
         buffer,
         coder.begin_decode(buffer, len(payload)),
         given,
+        margin,
+        flags,
     )
-    symbols, indices, state = jax.device_get((symbols, indices, state))
+    symbols, indices, flags, state = jax.device_get((symbols, indices, flags, state))
     if render:
         out = jax.device_get(out)
         out = [Planes(*(plane[i] for plane in out)) for i in range(len(qps))]
-    return CodedUnit(out if render else None, refs, symbols, indices, state)
+    return CodedUnit(out if render else None, refs, symbols, indices, flags, scales, state)
 
 
 def _capacity(codec: UnitCodec, per_symbol: float) -> int:
@@ -215,30 +277,67 @@ def symbols_crc(symbols: Sequence[np.ndarray]) -> int:
 
 
 def encode_unit(
-    codec: UnitCodec, pictures: Sequence[Planes], refs: Any, qps: Sequence[int], render: bool
+    codec: UnitCodec,
+    pictures: Sequence[Planes],
+    refs: Any,
+    qps: Sequence[int],
+    render: bool,
+    level: int = 0,
 ) -> tuple[bytes, CodedUnit]:
-    """Codes pictures and returns (payload, what the program left)."""
+    """Codes pictures and returns (payload, what the program left).
+
+    level: of the unit in the schedule's hierarchy.
+    """
     for per_symbol in CAPACITIES:
         # The decoder picks the program by the payload's size; the encoder has to use the same.
         capacity = _capacity(codec, per_symbol)
-        unit = _run(codec, refs, qps, FROM_PICTURE, render, pictures=pictures, capacity=capacity)
+        unit = _run(
+            codec, refs, qps, FROM_PICTURE, render, level, pictures=pictures, capacity=capacity
+        )
         payload = coder.encode(list(zip(unit.symbols, unit.indices, strict=True)), codec.tables)
         if len(payload) <= capacity:
-            return payload, unit
+            return _calibration_bytes(codec, unit) + payload, unit
     raise AssertionError("a payload exceeds its bound")
 
 
-def decode_unit(codec: UnitCodec, payload: bytes, refs: Any, qps: Sequence[int]) -> CodedUnit:
+def _calibration_bytes(codec: UnitCodec, unit: CodedUnit) -> bytes:
+    """What stands before the coder's payload: in calibrated mode, the listed elements."""
+    if codec.mode != CALIBRATED:
+        return b""
+    data = calibration.write_flags(unit.flags)
+    return varint(len(data)) + data
+
+
+def _split_payload(codec: UnitCodec, payload: bytes) -> tuple[np.ndarray | None, bytes]:
+    """(flags of the calibrated mode, the coder's payload)."""
+    if codec.mode != CALIBRATED:
+        return None, payload
+    size, start = read_varint(payload)
+    if size > len(payload) - start:
+        raise StreamError("the list of calibrated elements is damaged")
+    # The hyper-latent comes first and has fixed tables: nothing of it is ever listed.
+    hyper, *steps = codec.step_sizes
+    flags = calibration.read_flags(payload[start : start + size], steps)
+    return np.concatenate([np.zeros(hyper, bool), flags]), payload[start + size :]
+
+
+def decode_unit(
+    codec: UnitCodec, payload: bytes, refs: Any, qps: Sequence[int], level: int = 0
+) -> CodedUnit:
     """Decodes one unit inside one jitted program that calls the host coder back.
 
     Raises:
       StreamError: the payload is damaged, or was not consumed exactly.
     """
     if _xla_threads() < 2:
-        return decode_unit_from_host(codec, payload, refs, qps)
+        return decode_unit_from_host(codec, payload, refs, qps, level)
+    flags, payload = _split_payload(codec, payload)
     capacity = _payload_capacity(codec, payload)
     with _ONE_AT_A_TIME:
-        unit = _run(codec, refs, qps, FROM_STREAM, True, payload=payload, capacity=capacity)
+        unit = _run(
+            codec, refs, qps, FROM_STREAM, True, level,
+            payload=payload, flags=flags, capacity=capacity,
+        )  # fmt: skip
     coder.finish_decode(np.frombuffer(payload, np.uint8), unit.coder_state)
     return unit
 
@@ -258,7 +357,7 @@ def _xla_threads() -> int:
 
 
 def decode_unit_from_host(
-    codec: UnitCodec, payload: bytes, refs: Any, qps: Sequence[int]
+    codec: UnitCodec, payload: bytes, refs: Any, qps: Sequence[int], level: int = 0
 ) -> CodedUnit:
     """As `decode_unit`, without callbacks: the host drives.
 
@@ -266,18 +365,22 @@ def decode_unit_from_host(
     indices of the next step. Slower, but needs nothing of the backend: a cross-check, and the way
     out where callbacks are not available.
     """
+    flags, payload = _split_payload(codec, payload)
     capacity = _payload_capacity(codec, payload)
     buffer = np.frombuffer(payload, np.uint8)
     state = coder.begin_decode(buffer, len(payload))
+    replay = functools.partial(
+        _run, codec, refs, qps, FROM_CALLER, level=level, flags=flags, capacity=capacity
+    )
     known = np.zeros(sum(codec.step_sizes), np.int16)
     position = 0
     for step, size in enumerate(codec.step_sizes):
-        unit = _run(codec, refs, qps, FROM_CALLER, False, given=known, capacity=capacity)
+        unit = replay(render=False, given=known)
         symbols, state = coder.decode_step(buffer, state, unit.indices[step], codec.tables)
         known[position : position + size] = symbols
         position += size
     coder.finish_decode(buffer, state)
-    return _run(codec, refs, qps, FROM_CALLER, True, given=known, capacity=capacity)
+    return replay(render=True, given=known)
 
 
 def _payload_capacity(codec: UnitCodec, payload: bytes) -> int:
@@ -310,9 +413,18 @@ def schedule_for(model: Released, intra_period: int = 0) -> schedules.Schedule:
     return schedules.two_frame(intra_period)
 
 
-def make_header(model: Released, info: VideoInfo, schedule: schedules.Schedule) -> Header:
-    """Header of a stream of `model` for pictures of `info`."""
+def make_header(
+    model: Released,
+    info: VideoInfo,
+    schedule: schedules.Schedule,
+    mode: int | None = None,
+    margin_exponents: Sequence[int] = (),
+) -> Header:
+    """Header of a stream of `model` for pictures of `info`; mode and margins as in `prepare`."""
     c = info.colour
+    mode = default_mode(model) if mode is None else mode
+    if mode == CALIBRATED:
+        margin_exponents = margin_exponents or (MARGIN_EXPONENT,)
     return Header(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -321,6 +433,8 @@ def make_header(model: Released, info: VideoInfo, schedule: schedules.Schedule) 
         fps=info.fps,
         schedule=schedule,
         colour=(c.primaries, c.transfer, c.matrix, c.full_range),
+        entropy_mode=mode,
+        margin_exponents=tuple(margin_exponents),
     )
 
 
@@ -345,7 +459,7 @@ def encode(
             originals = [group[f - frame] for f in unit.frames]
             qps = tuple(qp + offset for offset in unit.qp_offset)
             refs = _references(codec, unit, slots)
-            payload, coded = encode_unit(codec, originals, refs, qps, render)
+            payload, coded = encode_unit(codec, originals, refs, qps, render, unit.level)
             slots[number] = coded.refs
             for slot in unit.release:
                 del slots[slot]
@@ -359,7 +473,8 @@ def encode(
 
 def blank_references(codec: UnitCodec) -> tuple:
     """What a unit without references refers to."""
-    return codec.model.module.blank_refs(_padded(codec.height), _padded(codec.width))
+    height, width = _padded(codec.height), _padded(codec.width)
+    return codec.model.module.blank_refs(height, width, codec.mode == EXACT)
 
 
 def _references(codec: UnitCodec, unit: schedules.Unit, slots: dict) -> tuple:
@@ -421,7 +536,7 @@ def decode(
                 raise StreamError(f"unit {number} has a qp of {max(packet.qps)}, beyond the model")
             refs = _references(codec, unit, slots)
             try:
-                decoded = decode_unit(codec, packet.payload, refs, packet.qps)
+                decoded = decode_unit(codec, packet.payload, refs, packet.qps, unit.level)
             except StreamError:
                 reason = "its coded data does not end with its last symbol"
                 raise _mismatch(number, packet, reason) from None

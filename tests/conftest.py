@@ -27,10 +27,11 @@ SIZES = {
     "ui2c": dict(
         width=16, y=16, z=8, recon=16, prior=16, temporal=16, extractor=(1, 1), encoder=1,
         decoder=1, recon_blocks=1, fusion=1, spatial=1, subpixel=1, form="uf2", latent_gain=True,
+        scale_head=16,
     ),
     "intra": dict(
         width=16, y=16, z=8, prior=16, spatial_width=16, encoder=1, decoder=1, fusion=1, spatial=1,
-        offset=0.5, form="uf", latent_gain=True,
+        offset=0.5, form="uf", latent_gain=True, scale_head=16,
     ),
 }  # fmt: skip
 

@@ -265,7 +265,7 @@ def test_a_newer_version_asks_for_an_update(sample):
 def test_huge_declared_payloads_cost_nothing(tmp_path, size):
     path = tmp_path / "clip.nvc"
     huge = Header("m", bytes(16), 16384, 16384, Fraction(25), schedule.all_intra())
-    packet = b"\xc8\x20" + bitstream._varint(size) + bytes(4)
+    packet = b"\xc8\x20" + bitstream.varint(size) + bytes(4)
     packet += bytes([bitstream._crc8(packet)])
     path.write_bytes(bitstream._header_bytes(huge) + packet + bytes(1000))
     tracemalloc.start()

@@ -10,8 +10,10 @@ does with floating-point sums.
 Bottleneck interface, used by the models:
   encoder_only(module, fn, *shapes) -> arrays      fn(module), computed only if a picture is coded
   decoder_only(module, fn, *shapes) -> arrays      fn(module), computed only if pictures are wanted
-  factorized(z, chain, qp)  -> z_hat               rounded hyper-latent
-  gaussian(y, mean, scale)  -> y_hat               quantised around the mean; one call per step
+  factorized(z, chain, qp)   -> symbols            rounded hyper-latent
+  exact                                            whether scales come as levels or as floats
+  gaussian(residual, scale)  -> symbols            rounded y - mean; one call per step
+  leveled(residual, level)   -> symbols            the same under scale levels
 """
 
 from collections.abc import Callable
@@ -23,11 +25,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nvc_jax.entropy import likelihood
+from nvc_jax.entropy import calibration, likelihood
+from nvc_jax.entropy.calibration import Margin
 from nvc_jax.entropy.coder import SKIP
 
 # Where a coded unit's symbols come from: the values of `Coded`'s `source` input.
 FROM_PICTURE, FROM_STREAM, FROM_CALLER = 0, 1, 2
+
+# How a scale becomes a level, and with it a probability table: the values of a stream's header.
+FLOAT = 0  # by comparing the network's float scale: correct where encoder and decoder round alike
+CALIBRATED = 1  # the same, and the encoder lists elements too close to a boundary (Tian et al.)
+EXACT = 2  # computed with integers from decoded symbols: the same everywhere
+MODES = ("float", "calibrated", "exact")
 
 
 class Estimate:
@@ -38,10 +47,21 @@ class Estimate:
       sizes: elements of each coding step so far.
     """
 
-    def __init__(self, noise_key: jax.Array | None = None):
-        """noise_key: additive uniform noise replaces rounding in the rate (training)."""
-        self._key = noise_key
-        self.bits, self.sizes = {"z": 0.0, "y": 0.0}, []
+    def __init__(
+        self,
+        noise_key: jax.Array | None = None,
+        exact: bool = False,
+        penalty: Callable[[jax.Array], jax.Array] | None = None,
+    ):
+        """
+        Args:
+          noise_key: additive uniform noise replaces rounding in the rate (training).
+          exact: scales come from the integer scale head.
+          penalty: of a float scale, elementwise, see `nvc_jax.training.losses`; `self.penalty`
+            adds it up, float32 [batch].
+        """
+        self._key, self.exact, self._penalty = noise_key, exact, penalty
+        self.bits, self.sizes, self.penalty = {"z": 0.0, "y": 0.0}, [], 0.0
 
     def encoder_only(self, module, fn, *shapes):
         return fn(module)
@@ -59,11 +79,15 @@ class Estimate:
         self.bits["z"] += likelihood.factorized_bits(self._stand_in(z), chain).sum((1, 2, 3))
         return likelihood.round_straight_through(z)
 
-    def gaussian(self, y, mean, scale):
-        residual = y - mean
+    def gaussian(self, residual, scale):
         bits = likelihood.gaussian_bits(self._stand_in(residual), scale)
         self.bits["y"] += bits.sum((1, 2, 3))
-        return likelihood.round_straight_through(residual) + mean
+        if self._penalty is not None:
+            self.penalty += self._penalty(scale).sum((1, 2, 3))
+        return likelihood.round_straight_through(residual)
+
+    def leveled(self, residual, level):
+        return self.gaussian(residual, likelihood.scale_of_level(level))
 
 
 class CodingSpec(NamedTuple):
@@ -84,30 +108,43 @@ class Coded:
     """Encoding, decoding and replaying: integer symbols under integer table indices.
 
     One image at a time (batch 1). After the forward pass `symbols` (int16) and `indices` (uint16)
-    hold one flat array per step, in coding order, and `state` the coder's state.
+    hold one flat array per step, in coding order, and `state` the coder's state; `scales` (float32;
+    not if EXACT) and `flags` (bool; only if CALIBRATED) one per step with scales.
     """
 
     def __init__(
         self,
         spec: CodingSpec,
+        mode: int,
         source: jax.Array,
         render: jax.Array,
         pull: Callable,
         state: jax.Array,
         given: jax.Array,
+        margin: Margin | None = None,
+        flags: jax.Array | None = None,
     ):
         """
         Args:
           spec: see `CodingSpec`.
+          mode: FLOAT, CALIBRATED or EXACT.
           source: int32 [], one of FROM_PICTURE, FROM_STREAM, FROM_CALLER.
           render: bool [], whether pictures are wanted.
           pull: (state, index uint16 [n]) -> (symbols int16 [n], state); reaches the host coder.
           state: the coder's state, passed to and replaced by `pull`.
           given: int16 [total], all symbols in coding order for FROM_CALLER.
+          margin: CALIBRATED only, see `nvc_jax.entropy.calibration`.
+          flags: CALIBRATED only, bool [total], elements that take the nearest level; not used
+            FROM_PICTURE, where the program finds them.
         """
         self._spec, self._source, self._render, self._pull = spec, source, render, pull
+        self._mode, self._margin, self._given_flags = mode, margin, flags
         self.state, self._given, self._position = state, given, 0
-        self.symbols, self.indices = [], []
+        self.symbols, self.indices, self.flags, self.scales = [], [], [], []
+
+    @property
+    def exact(self):
+        return self._mode == EXACT
 
     @staticmethod
     def _only_if(predicate, module, fn, shapes):
@@ -150,7 +187,25 @@ class Coded:
         index = jnp.broadcast_to(row + jnp.arange(channels), z.shape)
         return self._code(z, index)
 
-    def gaussian(self, y, mean, scale):
+    def gaussian(self, residual, scale):
+        scale = lax.optimization_barrier(scale)
+        self.scales.append(scale.reshape(-1))
         boundaries = jnp.asarray(self._spec.scale_boundaries)
-        index = jnp.sum(scale[..., None] >= boundaries, axis=-1, dtype=jnp.int32)
-        return self._code(y - mean, index) + mean
+        level = jnp.sum(scale[..., None] >= boundaries, axis=-1, dtype=jnp.int32)
+        if self._mode == CALIBRATED:
+            level = self._calibrate(scale, level)
+        return self._code(residual, level)
+
+    def leveled(self, residual, level):
+        return self._code(residual, level.astype(jnp.int32))
+
+    def _calibrate(self, scale, floor):
+        nearest = calibration.nearest(scale, floor, self._margin)
+        flags = self._given_flags[self._position : self._position + scale.size]
+        flags = lax.cond(
+            self._source == FROM_PICTURE,
+            lambda: calibration.uncertain(scale, floor, self._margin, self._spec.skip_below),
+            lambda: flags.reshape(scale.shape),
+        )
+        self.flags.append(flags.reshape(-1))
+        return jnp.where(flags, nearest, floor)

@@ -4,12 +4,17 @@ Sources: Ballé et al. 2017 (arXiv 1611.01704) for noise as the stand-in of roun
 bound's gradient rule; models and bounds as in DCVC-RT/UF.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from nvc_jax.nn.hyperprior import factorized_logits
 
 SCALE_MIN = 0.11
+SCALE_MAX = 32.0
+LEVELS = 64  # log-spaced from SCALE_MIN to SCALE_MAX
+LEVEL_STEP = math.log(SCALE_MAX / SCALE_MIN) / (LEVELS - 1)
 PROBABILITY_MIN = 1e-9
 
 
@@ -28,6 +33,11 @@ lower_bound.defvjp(
 def round_straight_through(x: jax.Array) -> jax.Array:
     """round(x) (half to even) whose gradient is that of x."""
     return x + jax.lax.stop_gradient(jnp.round(x) - x)
+
+
+def scale_of_level(level: jax.Array) -> jax.Array:
+    """The scale that stands for a level: the middle, in the logarithm, of those that it covers."""
+    return SCALE_MIN * jnp.exp(LEVEL_STEP * (level + 0.5))
 
 
 def gaussian_bits(value: jax.Array, scale: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from nvc_jax.errors import NvcError
-from nvc_jax.models.registry import init
+from nvc_jax.models.registry import has_scale_head, init
 from nvc_jax.nn.blocks import depthwise3x3
 
 # Any multiple of 64 gives the same counts per pixel: the hyper-latent is 64 times smaller.
@@ -97,6 +97,9 @@ def _inner_programs(params):
 class _Everything:
     """A bottleneck that passes on what it is given and runs the whole codec."""
 
+    def __init__(self, exact: bool = False):
+        self.exact = exact
+
     def encoder_only(self, module, fn, *shapes):
         return fn(module)
 
@@ -106,8 +109,10 @@ class _Everything:
     def factorized(self, z, chain, qp):
         return z
 
-    def gaussian(self, y, mean, scale):
-        return y
+    def gaussian(self, residual, scale):
+        return residual
+
+    leveled = gaussian
 
 
 class _Encode(_Everything):
@@ -139,7 +144,8 @@ def _units(model: nn.Module) -> _Units:
     params = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
     frames = jax.ShapeDtypeStruct((1, n, SIDE, SIDE, 3), jnp.float32)
     qp = jax.ShapeDtypeStruct((1, n), jnp.int32)
-    _, refs = jax.eval_shape(_forward(model, _Everything()), params, frames, (), qp)
+    bottleneck = _Everything(has_scale_head(model))
+    _, refs = jax.eval_shape(_forward(model, bottleneck), params, frames, (), qp)
     return _Units(params, frames, qp, refs)
 
 
@@ -153,9 +159,29 @@ class _Alone(nn.Module):
     """A sub-network outside of its codec; its parameters lie under "network"."""
 
     network: nn.Module
+    method: str
 
     def __call__(self, *args):
-        return self.network(*args)
+        return getattr(self.network, self.method)(*args)
+
+
+def _split(args: tuple):
+    """Shapes of the arrays in args, and what puts arrays back beside the other arguments."""
+    leaves, tree = jax.tree.flatten(args)
+    is_array = [hasattr(leaf, "shape") for leaf in leaves]
+    shapes = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for leaf, array in zip(leaves, is_array, strict=True)
+        if array
+    ]
+
+    def merge(arrays):
+        rest = iter(arrays)
+        return tree.unflatten(
+            next(rest) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
+        )
+
+    return shapes, merge
 
 
 def _macs_by_subnetwork(model: nn.Module, units: _Units, refs: tuple) -> dict[str, int]:
@@ -163,19 +189,21 @@ def _macs_by_subnetwork(model: nn.Module, units: _Units, refs: tuple) -> dict[st
     calls = []
 
     def record(next_fun, args, kwargs, context):
-        if context.method_name == "__call__" and len(context.module.path) == 1:
-            shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
-            alone = _Alone(context.module.clone(parent=None, name="network"))
-            calls.append((context.module.name, alone, shapes))
+        public = context.method_name == "__call__" or not context.method_name.startswith("_")
+        if public and context.method_name != "setup" and len(context.module.path) == 1:
+            network = context.module.clone(parent=None, name="network")
+            alone = _Alone(network, context.method_name)
+            calls.append((context.module.name, alone, *_split(args)))
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        jax.eval_shape(_forward(model, _Everything()), units.params, units.frames, refs, units.qp)
+        bottleneck = _Everything(has_scale_head(model))
+        jax.eval_shape(_forward(model, bottleneck), units.params, units.frames, refs, units.qp)
 
     totals = {}
-    for name, module, args in calls:
+    for name, module, shapes, merge in calls:
         variables = {"params": {"network": units.params[name]}}
-        count = macs(module.apply, variables, *args)
+        count = macs(lambda v, a, m=module, f=merge: m.apply(v, *f(a)), variables, shapes)
         totals[name] = totals.get(name, 0) + count
     return totals
 
@@ -203,7 +231,7 @@ def coding_cost(model: nn.Module) -> dict[str, float]:
     Encoding goes without what turns features into pictures, decoding without analysis transform
     and hyper-encoder, as in `nvc_jax.codec`. Units refer to an earlier one if the codec does that.
     """
-    units = _units(model)
+    units, exact = _units(model), has_scale_head(model)
 
     def cost(bottleneck):
         args = units.params, units.frames, units.refs, units.qp
@@ -211,6 +239,6 @@ def coding_cost(model: nn.Module) -> dict[str, float]:
         return macs(_forward(model, bottleneck), *args) / (1000 * pixels)
 
     return {
-        "encode_kmac_per_pixel": cost(_Encode()),
-        "decode_kmac_per_pixel": cost(_Decode()),
+        "encode_kmac_per_pixel": cost(_Encode(exact)),
+        "decode_kmac_per_pixel": cost(_Decode(exact)),
     }

@@ -5,6 +5,7 @@ and quantised with two spatial step-size maps (one on each side) that the entrop
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -26,11 +27,10 @@ from nvc_jax.nn.hyperprior import (
     HyperDecoder,
     HyperEncoder,
     ParameterNet,
-    pack_step,
+    code_in_steps,
     pad_to_multiple,
-    step_groups,
-    unpack_step,
 )
+from nvc_jax.nn.integer import ScaleHead
 
 QP_ROWS = 64
 STEPS = 4
@@ -43,7 +43,7 @@ class Config:
     `encoder` and `decoder` count the blocks between the first (last) one and the latent; `spatial`
     those of the spatial prior that its three later steps share, `spatial_width` their width.
     `offset` is subtracted from the input (0.5: signed networks; DCVC-RT feeds [0, 1]).
-    `latent_gain`: as in `nvc_jax.models.ui2c.Config`.
+    `latent_gain`, `scale_head`: as in `nvc_jax.models.ui2c.Config`.
     """
 
     width: int = 368
@@ -58,13 +58,14 @@ class Config:
     offset: float = 0.0
     form: str = "rt"
     latent_gain: bool = False
+    scale_head: int = 0
 
 
 SIZES = {
     "full": Config(),
     "nano": Config(
         width=112, y=128, z=32, prior=112, spatial_width=96, encoder=3, decoder=5, fusion=2,
-        spatial=1, offset=0.5, form="uf2", latent_gain=True,
+        spatial=1, offset=0.5, form="uf2", latent_gain=True, scale_head=96,
     ),
 }  # fmt: skip
 
@@ -113,6 +114,7 @@ class Intra(nn.Module):
     dtype: Any = jnp.float32
 
     frames_per_unit = 1
+    references = 0
     qp_rows = QP_ROWS
 
     def setup(self):
@@ -132,10 +134,12 @@ class Intra(nn.Module):
             DepthConvBlock(c.spatial_width, c.form, force_adaptor=True) for _ in range(STEPS - 1)
         ]
         self.spatial_prior = ParameterNet(2 * c.y, c.spatial_width, c.spatial, c.form)
+        if c.scale_head:
+            self.scale_head = ScaleHead(c.y, c.scale_head, STEPS)
         self.decoder = Decoder(c, self.dtype)
         self.q_scale_dec = QpTable(QP_ROWS, c.width, self.dtype)
 
-    def blank_refs(self, height, width):
+    def blank_refs(self, height, width, exact=False):
         """`refs` of a unit without references: there are never any."""
         return ()
 
@@ -176,16 +180,18 @@ class Intra(nn.Module):
         q_enc, q_dec = jnp.split(0.5 + 1.5 * jax.nn.sigmoid(params[..., :2]), 2, axis=-1)
         scale, mean = jnp.split(params[..., 2:], 2, axis=-1)
         reduced = self.spatial_prior_reduction(params)
-        y = y * q_enc
 
-        group = step_groups(h, w, STEPS)
-        y_hat = jnp.zeros_like(y)
-        for s in range(STEPS):
-            if s > 0:
-                x = self.spatial_prior_adaptors[s - 1](jnp.concatenate([y_hat, reduced], -1))
-                scale, mean = jnp.split(self.spatial_prior(x), 2, axis=-1)
-            packed = [pack_step(a, group(s), STEPS) for a in (y, mean, scale)]
-            y_hat = y_hat + unpack_step(bottleneck.gaussian(*packed), group(s), STEPS)
+        def predict(step, y_hat):
+            if step == 0:
+                return mean, scale
+            x = self.spatial_prior_adaptors[step - 1](jnp.concatenate([y_hat, reduced], -1))
+            return jnp.split(self.spatial_prior(x), 2, axis=-1)[::-1]
+
+        levels = None
+        if bottleneck.exact:
+            hidden = self.scale_head.begin(z_hat, qp[:, None], [], (h, w))
+            levels = partial(self.scale_head.level, hidden)
+        y_hat, _, _ = code_in_steps(y * q_enc, STEPS, predict, bottleneck, levels)
         y_hat = y_hat * q_dec / gain
 
         def render(m):

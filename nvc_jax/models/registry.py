@@ -75,16 +75,22 @@ def size_as_dict(model: nn.Module) -> dict:
     return dataclasses.asdict(model.cfg)
 
 
+def has_scale_head(model: nn.Module) -> bool:
+    """Whether the codec can find its scales by integer arithmetic, see `nvc_jax.nn.integer`."""
+    return getattr(model.cfg, "scale_head", 0) > 0
+
+
 def init(model: nn.Module, key: jax.Array) -> dict:
     """Parameters (float32) of all of the codec's networks, whichever references they serve."""
     frames = jnp.zeros((1, model.frames_per_unit, 64, 64, 3))
     qp = jnp.zeros((1, model.frames_per_unit), jnp.int32)
 
     def visit_everything(m):
-        _, refs = m(frames, (), qp, Estimate())
-        return m(frames, refs, qp, Estimate())[0]
+        exact = has_scale_head(m)
+        _, refs = m(frames, (), qp, Estimate(exact=exact))
+        return m(frames, refs, qp, Estimate(exact=exact))[0]
 
     return nn.init(visit_everything, model)(key)["params"]
 
 
-__all__ = ["CODECS", "Ref", "build", "entry", "init", "size_as_dict"]
+__all__ = ["CODECS", "Ref", "build", "entry", "has_scale_head", "init", "size_as_dict"]

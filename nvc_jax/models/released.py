@@ -20,14 +20,16 @@ import safetensors.numpy
 from flax import traverse_util
 
 import nvc_jax
+from nvc_jax.entropy import likelihood
 from nvc_jax.entropy.bottleneck import CodingSpec
 from nvc_jax.entropy.freeze import concatenate, factorized_tables, gaussian_tables
 from nvc_jax.entropy.tables import CdfTables
 from nvc_jax.errors import NvcError
 from nvc_jax.files import replacing, writing
 from nvc_jax.models import registry
+from nvc_jax.nn import integer
 
-FORMAT = "nvc-model-1"
+FORMAT = "nvc-model-2"
 FINGERPRINT_BYTES = 16
 SHIPPED = Path(nvc_jax.__file__).parent / "weights"
 
@@ -39,19 +41,26 @@ class Released(NamedTuple):
       name: of the model, e.g. "ui2c-nano"; goes into streams for error messages.
       codec: name in the registry.
       module: the Linen module.
-      params: float32 pytree.
+      variables: {"params": float32 pytree, "integers": the scale head, if the model has one}.
       tables: integer CDFs of the scale levels, then of the hyper-latent's (qp row, channel).
       spec: how scales become table indices.
       fingerprint: 16 bytes.
+      known_answer: of the scale head, see `check_integers`; empty without one.
     """
 
     name: str
     codec: str
     module: nn.Module
-    params: Any
+    variables: dict[str, Any]
     tables: CdfTables
     spec: CodingSpec
     fingerprint: bytes
+    known_answer: str
+
+    @property
+    def exact(self) -> bool:
+        """Whether scale levels can be computed with integers, the same on every machine."""
+        return "integers" in self.variables
 
 
 def freeze(
@@ -60,16 +69,19 @@ def freeze(
     module: nn.Module,
     params: Any,
     *,
-    levels: int = 64,
-    scale_range: tuple[float, float] = (0.11, 32.0),
+    levels: int = likelihood.LEVELS,
+    scale_range: tuple[float, float] = (likelihood.SCALE_MIN, likelihood.SCALE_MAX),
+    middle: bool = True,
     skip_scale: float = 0.15,
     weights_dtype: Any = np.float16,
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Turns trained parameters into a released model's tensors and metadata.
 
     Args:
-      levels, scale_range: the Gaussian tables' log-spaced scales; table scales lie in the middle of
-        their interval (which costs a quarter of the rate loss of its lower end).
+      levels, scale_range: the Gaussian tables' log-spaced scales. A model with a scale head has
+        been trained with the defaults.
+      middle: table scales lie in the middle of their interval (which costs a quarter of the rate
+        loss of its lower end) and not at its lower end.
       skip_scale: levels that end below this are not coded.
 
     Returns:
@@ -78,6 +90,16 @@ def freeze(
     Raises:
       NvcError: a weight is not finite in `weights_dtype`.
     """
+    head = None
+    if registry.has_scale_head(module):
+        if (levels, *scale_range) != (
+            likelihood.LEVELS,
+            likelihood.SCALE_MIN,
+            likelihood.SCALE_MAX,
+        ):
+            raise NvcError("the scales of a model with a scale head cannot be chosen")
+        params = dict(params)
+        head = integer.freeze(params.pop("scale_head"))
     with np.errstate(over="ignore"):
         params = jax.tree.map(lambda p: np.asarray(p, weights_dtype), params)
     if not all(np.isfinite(p).all() for p in jax.tree.leaves(params)):
@@ -89,10 +111,13 @@ def freeze(
     edges = scale_range[0] * np.exp(step * np.arange(levels))
     chain = np.asarray(params["z_prior"]["chain"], np.float64)
     tables = concatenate(
-        gaussian_tables(edges * np.exp(step / 2)),
+        gaussian_tables(edges * np.exp(step / 2 if middle else 0)),
         factorized_tables(chain.reshape(-1, chain.shape[-1])),
     )
     tensors = {f"params/{k}": v for k, v in traverse_util.flatten_dict(params, sep="/").items()}
+    if head is not None:
+        flat = traverse_util.flatten_dict(head, sep="/")
+        tensors |= {f"integers/scale_head/{k}": v for k, v in flat.items()}
     frequencies = np.diff(tables.cdf.astype(np.int64), axis=1)
     coded = np.arange(frequencies.shape[1]) < tables.size[:, None]
     tensors["tables/frequency"] = frequencies[coded].astype(np.uint16)
@@ -108,6 +133,7 @@ def freeze(
         "dtype": jnp.dtype(module.dtype).name,
         "skip_below": str(int(np.searchsorted(edges[1:], skip_scale, side="right"))),
     }
+    metadata["known_answer"] = _integer_answer(module, {"scale_head": head}) if head else ""
     return tensors, metadata
 
 
@@ -141,16 +167,19 @@ def load(model: str | Path) -> Released:
     stored = metadata.pop("fingerprint", "")
     if stored != _fingerprint(tensors, metadata):
         raise NvcError(f"{path}: the file is damaged (its contents do not match its fingerprint)")
-    flat = {k[7:]: v.astype(np.float32) for k, v in tensors.items() if k[:7] == "params/"}
+    variables = {"params": _subtree(tensors, "params/", np.float32)}
+    if integers := _subtree(tensors, "integers/"):
+        variables["integers"] = integers
     boundaries = tensors["scale_boundaries"]
     return Released(
         name=metadata["name"],
         codec=metadata["codec"],
         module=registry.build(metadata["codec"], json.loads(metadata["size"]), metadata["dtype"]),
-        params=jax.device_put(traverse_util.unflatten_dict(flat, sep="/")),
+        variables=jax.device_put(variables),
         tables=_unpack_tables(tensors),
         spec=CodingSpec(boundaries, int(metadata["skip_below"]), len(boundaries) + 1),
         fingerprint=bytes.fromhex(stored),
+        known_answer=metadata["known_answer"],
     )
 
 
@@ -170,6 +199,56 @@ def find(model: str | Path) -> Path:
     raise NvcError(
         f"no model '{model}': give a .safetensors file or one of: {', '.join(known) or '(none)'}"
     )
+
+
+def check_integers(model: Released) -> None:
+    """Known-answer test of the scale head on this machine's processor.
+
+    Raises:
+      NvcError: it computes something else than the machine that released the model.
+    """
+    if _integer_answer(model.module, model.variables["integers"]) != model.known_answer:
+        raise NvcError(
+            f"{jax.default_backend()} fails the known-answer test of integer arithmetic with JAX "
+            f"{jax.__version__}, so it would decode noise; use another version of JAX, or the CPU "
+            "(JAX_PLATFORMS=cpu)"
+        )
+
+
+def _integer_answer(module: nn.Module, integers: dict) -> str:
+    """A hash of what the scale head makes of fixed inputs."""
+    c, side = module.cfg, 8
+
+    def noise(seed, *shape):
+        numbers = np.arange(seed, seed + np.prod(shape), dtype=np.uint64) * 2654435761
+        return ((numbers >> 13) % 41).astype(np.float32).reshape(1, *shape) - 20
+
+    @jax.jit
+    def answer(integers):
+        def run(m):
+            head = m.scale_head
+            memory = head.remember(noise(1, side, side, c.y), noise(2, side, side, c.y) + 30)
+            memories = [memory] * module.references
+            qp = jnp.array([[9] + [44] * (module.frames_per_unit - 1)])
+            hidden = head.begin(noise(3, side // 4, side // 4, c.z), qp, memories, (side, side))
+            symbols = noise(4, side, side, c.y)
+            return [memory, *(head.level(hidden, step, symbols) for step in range(head.steps))]
+
+        return nn.apply(run, module)({"params": {}, "integers": integers})
+
+    digest = hashlib.sha256()
+    for part in answer(integers):
+        digest.update(np.asarray(part).astype(np.int8).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _subtree(tensors: dict[str, np.ndarray], prefix: str, dtype: Any = None) -> dict:
+    flat = {
+        name.removeprefix(prefix): tensor.astype(dtype or tensor.dtype)
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _unpack_tables(tensors: dict[str, np.ndarray]) -> CdfTables:

@@ -11,6 +11,7 @@ one looked up by each frame's index.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -33,11 +34,10 @@ from nvc_jax.nn.hyperprior import (
     HyperDecoder,
     HyperEncoder,
     ParameterNet,
-    pack_step,
+    code_in_steps,
     pad_to_multiple,
-    step_groups,
-    unpack_step,
 )
+from nvc_jax.nn.integer import ScaleHead
 
 QP_ROWS = 72  # 64 quality points and offsets of up to 8
 
@@ -50,7 +50,8 @@ class Config:
     the temporal prior. `subpixel` is the kernel of the decoder's first layer (3 or 1). Block forms:
     see `nvc_jax.nn.blocks.DepthConvBlock`. `latent_gain` adds a quality table that scales the
     latent before quantisation and back after it, from a start that spans the whole range of rates:
-    our addition, without which short trainings do not get the qualities apart.
+    our addition, without which short trainings do not get the qualities apart. `scale_head` is the
+    width of the integer network behind the exact mode (`nvc_jax.nn.integer`), 0 for none.
     """
 
     width: int = 384
@@ -68,6 +69,7 @@ class Config:
     subpixel: int = 3
     form: str = "rt"
     latent_gain: bool = False
+    scale_head: int = 0
 
 
 SIZES = {
@@ -80,7 +82,7 @@ SIZES = {
     "nano": Config(
         width=144, y=160, z=48, recon=112, prior=160, temporal=128, extractor=(2, 2),
         encoder=2, decoder=2, recon_blocks=2, fusion=2, spatial=1, subpixel=1, form="uf2",
-        latent_gain=True,
+        latent_gain=True, scale_head=128,
     ),
 }  # fmt: skip
 
@@ -93,11 +95,14 @@ class Ref(NamedTuple):
       feature: float32 [batch, height/8, width/8, width], or None.
       blank: bool [], disregard the feature and start from a blank frame. Lets one compiled program
         serve both kinds of unit. None: no.
+      memory: [batch, height/16, width/16, 2 y], decoded symbols and their levels in the form that
+        the scale head takes, or None.
     """
 
     frame: jax.Array | None = None
     feature: jax.Array | None = None
     blank: jax.Array | None = None
+    memory: jax.Array | None = None
 
 
 class PairTable(nn.Module):
@@ -178,6 +183,7 @@ class UI2C(nn.Module):
     dtype: Any = jnp.float32
 
     frames_per_unit = 2
+    references = 1
     qp_rows = QP_ROWS
 
     def setup(self):
@@ -195,6 +201,8 @@ class UI2C(nn.Module):
         self.spatial_prior = ParameterNet(2 * c.y, c.prior, c.spatial, c.form, _leading_ones(c.y))
         self.z_prior = FactorizedPrior(QP_ROWS, c.z)
         # ... to here: everything between decoded data and the scales.
+        if c.scale_head:
+            self.scale_head = ScaleHead(c.y, c.scale_head, steps=2)
         self.extractor_2 = Blocks(c.width, c.extractor[1], c.form, self.dtype)
         self.encoder = Encoder(c, self.dtype)
         self.hyper_encoder = HyperEncoder(c.z, c.form)
@@ -206,10 +214,11 @@ class UI2C(nn.Module):
         self.q_recon_0 = QpTable(QP_ROWS, c.recon, self.dtype)
         self.q_recon_1 = QpTable(QP_ROWS, c.recon, self.dtype)
 
-    def blank_refs(self, height, width):
+    def blank_refs(self, height, width, exact=False):
         """`refs` of a unit without references, in the form that the others have too."""
         feature = jnp.zeros((1, height // 8, width // 8, self.cfg.width))
-        return (Ref(feature=feature, blank=jnp.bool_(True)),)
+        memory = jnp.zeros((1, height // 16, width // 16, 2 * self.cfg.y), jnp.int8)
+        return (Ref(feature=feature, blank=jnp.bool_(True), memory=memory if exact else None),)
 
     def _reference(self, ref, shape):
         """Reference feature [batch, height/8, width/8, width]."""
@@ -244,7 +253,8 @@ class UI2C(nn.Module):
         """
         c = self.cfg
         batch, _, height, width, _ = frames.shape
-        reference = self._reference(refs[0] if refs else Ref(), (batch, height, width, 3))
+        ref = refs[0] if refs else Ref()
+        reference = self._reference(ref, (batch, height, width, 3))
         early = self.extractor_1(reference)
         ctx = self.extractor_2(early.astype(self.dtype))
 
@@ -270,16 +280,20 @@ class UI2C(nn.Module):
         params = self.prior_fusion(jnp.concatenate([hyper, temporal], axis=-1))
         step_size, scale, mean = jnp.split(params, 3, axis=-1)
         step_size = lower_bound(step_size, 0.5)
-        y = y / step_size
 
-        group = step_groups(h, w, 2)
-        y_hat = jnp.zeros_like(y)
-        for s in range(2):
-            if s > 0:
-                prior_input = jnp.concatenate([y_hat, params], axis=-1)
-                scale, mean = jnp.split(self.spatial_prior(prior_input), 2, axis=-1)
-            packed = [pack_step(a, group(s), 2) for a in (y, mean, scale)]
-            y_hat = y_hat + unpack_step(bottleneck.gaussian(*packed), group(s), 2)
+        def predict(step, y_hat):
+            if step == 0:
+                return mean, scale
+            prior_input = jnp.concatenate([y_hat, params], axis=-1)
+            return jnp.split(self.spatial_prior(prior_input), 2, axis=-1)[::-1]
+
+        levels = memory = None
+        if bottleneck.exact:
+            hidden = self.scale_head.begin(z_hat, qp, [ref.memory], (h, w))
+            levels = partial(self.scale_head.level, hidden)
+        y_hat, symbols, level_map = code_in_steps(y / step_size, 2, predict, bottleneck, levels)
+        if bottleneck.exact:
+            memory = self.scale_head.remember(symbols, level_map)
         y_hat = y_hat * step_size / gain
 
         feature = self.decoder(y_hat.astype(self.dtype), ctx, self.q_decoder(qp))
@@ -293,4 +307,4 @@ class UI2C(nn.Module):
         (recon,) = bottleneck.decoder_only(
             self, render, jax.ShapeDtypeStruct(frames.shape, jnp.float32)
         )
-        return recon, (Ref(feature=feature.astype(jnp.float32)),)
+        return recon, (Ref(feature=feature.astype(jnp.float32), memory=memory),)

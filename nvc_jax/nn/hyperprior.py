@@ -119,3 +119,34 @@ def unpack_step(x: jax.Array, group: jax.Array, steps: int) -> jax.Array:
     return jnp.concatenate(
         [jnp.where((group == g)[..., None], x, 0) for g in range(steps)], axis=-1
     )
+
+
+def code_in_steps(y, steps: int, predict: Callable, bottleneck, levels: Callable | None = None):
+    """Codes a latent group by group, each step knowing what the ones before decoded to.
+
+    Args:
+      y: float32 [b, h, w, c]; ignored when decoding.
+      predict: (step, y_hat so far) -> (mean, scale), both [b, h, w, c].
+      bottleneck: see `nvc_jax.entropy.bottleneck`.
+      levels: (step, symbols so far) -> scale levels [b, h, w, c], which replace the scales.
+
+    Returns:
+      (y_hat, symbols, levels), all [b, h, w, c]; levels are None if none were given.
+    """
+    group = step_groups(*y.shape[1:3], steps)
+    y_hat = symbols = jnp.zeros_like(y)
+    level_map = None
+    for s in range(steps):
+        mean, scale = predict(s, y_hat)
+        mean = pack_step(mean, group(s), steps)
+        residual = pack_step(y, group(s), steps) - mean
+        if levels is None:
+            coded = bottleneck.gaussian(residual, pack_step(scale, group(s), steps))
+        else:
+            level = pack_step(levels(s, symbols), group(s), steps)
+            coded = bottleneck.leveled(residual, level)
+            placed = unpack_step(level, group(s), steps)
+            level_map = placed if level_map is None else level_map + placed
+        symbols = symbols + unpack_step(coded, group(s), steps)
+        y_hat = y_hat + unpack_step(coded + mean, group(s), steps)
+    return y_hat, symbols, level_map

@@ -1,0 +1,289 @@
+"""Scale levels from integer arithmetic: the same integers on every machine.
+
+Which probability table a symbol is coded under must not depend on rounding, or a file written on
+one machine decodes to noise on another. The networks here therefore see decoded symbols only, which
+are equal everywhere, and compute with integers only: int8 activations and weights, int32 sums,
+shifts, and a look-up table for the non-linearity. Every intermediate result is exact, so neither
+the order of additions nor fusion nor the kind of processor can change it. The idea is Ballé et al.,
+"Integer networks for data compression with latent-variable models" (ICLR 2019).
+
+An activation a in -128..127 stands for a / 32. A weight w of an output channel stands for
+w / 2^k, k being the largest exponent with which the channel's weights fit into -127..127.
+
+While training, the same modules compute in float32 with float parameters that are rounded on the
+way, and every value is the very integer that the integer arithmetic gives (sums stay below 2^24).
+Gradients pass through the roundings as if they were not there. `freeze` turns trained parameters
+into the integers that a released model holds; given those as the variable collection "integers",
+the modules compute in integers.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nvc_jax.entropy.likelihood import LEVELS, round_straight_through
+
+ACTIVATION_BITS = 5
+LEVEL_BITS = 4  # a last layer's result of 1 is 16 levels
+MAX_WEIGHT = 127
+MAX_EXPONENT = 14
+MAX_BIAS = 1 << 22
+INTEGERS = ("kernel", "bias", "exponent")  # of a frozen layer
+# 127 * 128 * inputs + bias stays below 2^24, so that float32 emulates it exactly.
+MAX_INPUTS = 768
+START_LEVEL = 24  # of a head that nobody trained: a scale of about 1
+QP_KNOTS = 10  # hat functions over qp 0..72
+
+
+def activation(x, np=jnp):
+    """SiLU of activations, real numbers in units of 1/32."""
+    return x / (1 + np.exp(-x / 32))
+
+
+def symbol_code(s, np=jnp):
+    """Symbols as activations: their sign times log2(1 + magnitude), so that 15 gives 4."""
+    return np.sign(s) * 32 * np.log2(1 + np.abs(s))
+
+
+def _table(function) -> np.ndarray:
+    """int8 [256], entry x + 128: what `function` gives for x, rounded and clipped."""
+    values = function(np.arange(-128.0, 128.0), np)
+    return np.clip(np.round(values), -128, 127).astype(np.int8)
+
+
+class Lookup(nn.Module):
+    """A function of one int8 as a table; the table belongs to the released model."""
+
+    function: Callable
+
+    def frozen(self) -> bool:
+        """Whether to compute with integers."""
+        return self.has_variable("integers", "table")
+
+    def __call__(self, x):
+        place = x.astype(jnp.int32) + 128
+        if self.frozen():
+            return self.get_variable("integers", "table")[place]
+        smooth = self.function(x)
+        exact = jnp.asarray(_table(self.function), jnp.float32)[place]
+        return smooth + lax.stop_gradient(exact - smooth)
+
+
+def saturate(x: jax.Array, low: int = -128, high: int = 127) -> jax.Array:
+    """Clips; integers become int8. Out of range, only gradients that lead back pass."""
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return jnp.clip(x, low, high).astype(jnp.int8)
+    return _clip(x, low, high)
+
+
+@jax.custom_vjp
+def _clip(x, low, high):
+    return jnp.clip(x, low, high)
+
+
+_clip.defvjp(
+    lambda x, low, high: (jnp.clip(x, low, high), (x, low, high)),
+    lambda res, g: (
+        jnp.where(((res[0] > res[1]) | (g < 0)) & ((res[0] < res[2]) | (g > 0)), g, 0),
+        None,
+        None,
+    ),
+)
+
+
+def exponent(kernel: jax.Array) -> jax.Array:
+    """The weights' exponents k, int32 [outputs], of kernel [..., outputs]."""
+    largest = jnp.max(jnp.abs(kernel), axis=tuple(range(kernel.ndim - 1)))
+    # Powers of two are compared, not logarithms taken, so that nothing is rounded.
+    powers = jnp.float32(MAX_WEIGHT + 0.49) * 0.5 ** jnp.arange(1, MAX_EXPONENT + 1)
+    return jnp.sum(largest[:, None] <= powers, axis=1, dtype=jnp.int32)
+
+
+def scaled(kernel: jax.Array, bias: jax.Array):
+    """Float parameters -> (kernel, bias, exponent), the first two as floats that hold integers."""
+    k = exponent(lax.stop_gradient(kernel))
+    unit = jnp.ldexp(jnp.float32(1), k)
+    kernel = saturate(round_straight_through(kernel * unit), -MAX_WEIGHT, MAX_WEIGHT)
+    bias = round_straight_through(bias * (unit * 2**ACTIVATION_BITS))
+    return kernel, saturate(bias, -MAX_BIAS, MAX_BIAS), k
+
+
+class _Layer(nn.Module):
+    """What dense and depth-wise layers share: weights, biases and rescaling.
+
+    Attributes:
+      features: output channels.
+      out_bits: a result of 1.0 is 2^out_bits.
+    """
+
+    features: int
+    out_bits: int = ACTIVATION_BITS
+
+    def weights(self, shape, init):
+        """(kernel, bias, shift) as integers or as floats that hold the same integers."""
+        if self.has_variable("integers", "kernel"):
+            kernel, bias, k = (self.get_variable("integers", n) for n in INTEGERS)
+            return kernel, bias, k.astype(jnp.int32) + ACTIVATION_BITS - self.out_bits
+        kernel = self.param("kernel", init, shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel, bias, k = scaled(kernel, bias)
+        return kernel, bias, k + ACTIVATION_BITS - self.out_bits
+
+    def rescale(self, total, shift):
+        """total / 2^shift, rounded (half up)."""
+        if jnp.issubdtype(total.dtype, jnp.integer):
+            half = jnp.left_shift(1, shift) >> 1
+            return jnp.right_shift(total + half, shift)
+        value = total * jnp.ldexp(jnp.float32(1), -shift)
+        return value + lax.stop_gradient(jnp.floor(value + 0.5) - value)
+
+
+class IntegerDense(_Layer):
+    """A matrix product over channels: [..., inputs] -> [..., features], not yet saturated."""
+
+    @nn.compact
+    def __call__(self, x):
+        inputs = x.shape[-1]
+        assert inputs <= MAX_INPUTS
+        init = nn.initializers.lecun_normal()
+        kernel, bias, shift = self.weights((inputs, self.features), init)
+        contract = (((x.ndim - 1,), (0,)), ((), ()))
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            total = lax.dot_general(x, kernel, contract, preferred_element_type=jnp.int32)
+        else:
+            total = lax.dot_general(x, kernel, contract, precision=lax.Precision.HIGHEST)
+        return self.rescale(total + bias, shift)
+
+
+class IntegerDepthwise(_Layer):
+    """A depth-wise 3x3 convolution with zero padding: [b, h, w, features], not yet saturated."""
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.normal(1 / 3)
+        kernel, bias, shift = self.weights((3, 3, self.features), init)
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            x, kernel = x.astype(jnp.int32), kernel.astype(jnp.int32)
+        _, h, w, _ = x.shape
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        total = bias
+        for i in range(3):
+            for j in range(3):
+                total = total + padded[:, i : i + h, j : j + w] * kernel[i, j]
+        return self.rescale(total, shift)
+
+
+class IntegerBlock(nn.Module):
+    """x + dense(activation(depthwise(x))), saturated."""
+
+    activation: Lookup
+
+    @nn.compact
+    def __call__(self, x):
+        features = x.shape[-1]
+        y = saturate(IntegerDepthwise(features, name="depthwise")(x))
+        y = saturate(IntegerDense(features, name="dense")(self.activation(y)))
+        return saturate(_wide(x) + _wide(y))
+
+
+def _wide(x):
+    return x.astype(jnp.int32) if jnp.issubdtype(x.dtype, jnp.integer) else x
+
+
+class ScaleHead(nn.Module):
+    """Scale levels of a latent, from decoded symbols only; for any codec of the project.
+
+    `begin` digests what is known before the latent's first step, `level` is called for every step.
+    Integer or float arithmetic: see the module's docstring. Symbols come in as float32 that hold
+    integers, levels go out as int32 or float32.
+
+    Attributes:
+      channels: of the latent.
+      width: of the hidden layers, in channels.
+      steps: of the spatial prior.
+    """
+
+    channels: int
+    width: int
+    steps: int
+
+    def setup(self):
+        self.code = Lookup(symbol_code)
+        self.activation = Lookup(activation)
+        self.first = IntegerDense(self.width)
+        self.trunk = IntegerBlock(self.activation)
+        self.later = [IntegerDense(self.width) for _ in range(self.steps - 1)]
+        self.blocks = [IntegerBlock(self.activation) for _ in range(self.steps)]
+        self.levels = [IntegerDense(self.channels, LEVEL_BITS) for _ in range(self.steps)]
+
+    def begin(self, z, qp, memories, shape):
+        """Hidden features [b, h, w, width].
+
+        Args:
+          z: float32 [b, ceil(h/4), ceil(w/4), z channels], symbols of the hyper-latent.
+          qp: int32 [b, frames], 0..72.
+          memories: of each reference, what `remember` gave, or None if there is none.
+          shape: (h, w) of the latent.
+        """
+        h, w = shape
+        code = self.code(self._narrow(z))
+        blank = jnp.zeros((len(z), h, w, 2 * self.channels), code.dtype)
+        x = [code.repeat(4, axis=1).repeat(4, axis=2)[:, :h, :w]]
+        x += [blank if memory is None else memory for memory in memories]
+        hats = jnp.maximum(0, 64 - 8 * jnp.abs(qp[..., None] - 8 * jnp.arange(QP_KNOTS)))
+        hats = hats.reshape(len(qp), 1, 1, -1).astype(code.dtype)
+        x.append(jnp.broadcast_to(hats, (len(qp), h, w, hats.shape[-1])))
+        x = saturate(self.first(jnp.concatenate(x, axis=-1)))
+        return self.trunk(self.activation(x))
+
+    def level(self, hidden, step: int, symbols):
+        """Levels of one step, [b, h, w, channels] in 0..63, of which the step uses its group.
+
+        symbols: float32 [b, h, w, channels] of the steps before, zeros elsewhere.
+        """
+        if step > 0:
+            code = jnp.abs(self.code(self._narrow(symbols)))
+            x = saturate(self.later[step - 1](jnp.concatenate([hidden, code], axis=-1)))
+            hidden = self.activation(x)
+        level = self.levels[step](self.blocks[step](hidden)) + START_LEVEL
+        return saturate(level, 0, LEVELS - 1)
+
+    def remember(self, symbols, levels):
+        """What later units may know of this one: codes of symbols' magnitudes, and levels.
+
+        Args:
+          symbols: float32 [b, h, w, channels].
+          levels: [b, h, w, channels] in 0..63.
+        Returns:
+          [b, h, w, 2 * channels], int8 or float32.
+        """
+        code = jnp.abs(self.code(self._narrow(symbols)))
+        return jnp.concatenate([code, saturate(2 * _wide(levels) - LEVELS)], axis=-1)
+
+    def _narrow(self, symbols):
+        """Symbols within -127..127 in the type to compute with."""
+        clipped = jnp.clip(symbols, -127, 127)
+        return clipped.astype(jnp.int8) if self.code.frozen() else clipped
+
+
+def freeze(params: dict) -> dict:
+    """Trained parameters of a `ScaleHead` -> its variables "integers", numpy arrays.
+
+    Returns:
+      The same tree with {"kernel": int8, "bias": int32, "exponent": int8} for every layer, and the
+      look-up tables, {"table": int8 [256]}.
+    """
+
+    def layer(tree):
+        if "kernel" not in tree:
+            return {name: layer(part) for name, part in tree.items()}
+        arrays = (np.asarray(a) for a in scaled(tree["kernel"], tree["bias"]))
+        types = (np.int8, np.int32, np.int8)
+        return {n: a.astype(t) for n, a, t in zip(INTEGERS, arrays, types, strict=True)}
+
+    tables = {"code": {"table": _table(symbol_code)}, "activation": {"table": _table(activation)}}
+    return layer(params) | tables
