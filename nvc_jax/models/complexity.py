@@ -192,8 +192,7 @@ def _macs_by_subnetwork(model: nn.Module, units: _Units, refs: tuple) -> dict[st
         public = context.method_name == "__call__" or not context.method_name.startswith("_")
         if public and context.method_name != "setup" and len(context.module.path) == 1:
             network = context.module.clone(parent=None, name="network")
-            alone = _Alone(network, context.method_name)
-            calls.append((context.module.name, alone, *_split(args)))
+            calls.append((context.module.name, network, context.method_name, *_split(args)))
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(record):
@@ -201,9 +200,10 @@ def _macs_by_subnetwork(model: nn.Module, units: _Units, refs: tuple) -> dict[st
         jax.eval_shape(_forward(model, bottleneck), units.params, units.frames, refs, units.qp)
 
     totals = {}
-    for name, module, shapes, merge in calls:
+    for name, network, method, shapes, merge in calls:
+        alone = _Alone(network, method)
         variables = {"params": {"network": units.params[name]}}
-        count = macs(lambda v, a, m=module, f=merge: m.apply(v, *f(a)), variables, shapes)
+        count = macs(lambda v, a, m=alone, f=merge: m.apply(v, *f(a)), variables, shapes)
         totals[name] = totals.get(name, 0) + count
     return totals
 

@@ -201,6 +201,14 @@ def find(model: str | Path) -> Path:
     )
 
 
+def trainable_params(model: Released) -> dict:
+    """Float parameters to go on training from, those of the scale head included."""
+    params = dict(model.variables["params"])
+    if model.exact:
+        params["scale_head"] = integer.thaw(model.variables["integers"]["scale_head"])
+    return params
+
+
 def check_integers(model: Released) -> None:
     """Known-answer test of the scale head on this machine's processor.
 

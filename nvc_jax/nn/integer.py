@@ -287,3 +287,12 @@ def freeze(params: dict) -> dict:
 
     tables = {"code": {"table": _table(symbol_code)}, "activation": {"table": _table(activation)}}
     return layer(params) | tables
+
+
+def thaw(integers: dict) -> dict:
+    """Float parameters that `freeze` turns into these integers again."""
+    if "kernel" in integers:
+        unit = jnp.ldexp(jnp.float32(1), -integers["exponent"].astype(jnp.int32))
+        kernel = integers["kernel"] * unit
+        return {"kernel": kernel, "bias": integers["bias"] * unit / 2**ACTIVATION_BITS}
+    return {name: thaw(part) for name, part in integers.items() if "table" not in part}

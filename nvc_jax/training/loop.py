@@ -56,22 +56,23 @@ def _train(config, model, clips, manager, writer) -> training.TrainState:
     state = resume(manager, model, config)
     parameter_overview.log_parameter_overview(state.params)
     train_step = jax.jit(
-        training.make_train_step(model, config), donate_argnums=0, static_argnums=2
+        training.make_train_step(model, config), donate_argnums=0, static_argnums=(2, 3)
     )
     sample = make_sampler(model)
     step, last_save, window = int(state.step), time.monotonic(), Window()
     while step < ends[-1]:
         number = int(np.searchsorted(ends, step, side="right"))
         stage, stage_start = config.stages[number], int(ends[number]) - config.stages[number].steps
-        if state.carry.shape != training.empty_carry(model, stage).shape:
-            state = state.replace(carry=training.empty_carry(model, stage))
+        empty = training.empty_carry(model, stage)
+        if jax.tree.map(jnp.shape, state.carry) != jax.tree.map(jnp.shape, empty):
+            state = state.replace(carry=empty)
         make = partial(host_batch, config, number, model.frames_per_unit, clips)
         batches = closing(prefetch(make, step - stage_start))
         with batches as iterator:
             while step < ends[number]:
                 with window.waiting():
                     clip, carried = next(iterator)
-                state, metrics = train_step(state, clip, carried)
+                state, metrics = train_step(state, clip, carried, number)
                 step += 1
                 window.add(metrics)
                 if step % config.log_every == 0 or step == ends[-1]:
@@ -127,7 +128,7 @@ def resume(
         params = transform_start(config.model.name, model.cfg, state.params)
         state = with_params(state, params)
     if config.init_from:
-        params = released.load(config.init_from).params
+        params = state.params | released.trainable_params(released.load(config.init_from))
         if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, state.params):
             raise NvcError(f"{config.init_from}: its weights do not fit this config's model")
         state = with_params(state, params)

@@ -3,8 +3,14 @@
 Pictures are Y, U, V planes at 4:4:4 in [0, 1].
 """
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import ml_collections
+
+from nvc_jax.entropy.likelihood import LEVEL_STEP, LEVELS, SCALE_MIN
 
 QP_COUNT = 64
 # Lambda at qp 0 and qp 63.
@@ -45,3 +51,34 @@ def psnr(recon: jax.Array, target: jax.Array) -> jax.Array:
     """Per plane, dB: [..., h, w, 3] -> [..., 3]; clipped pictures, peak 1."""
     mse = jnp.mean((jnp.clip(recon, 0, 1) - target) ** 2, axis=(-3, -2))
     return -10 * jnp.log10(jnp.maximum(mse, 1e-10))
+
+
+def scale_penalty(config: ml_collections.ConfigDict) -> Callable[[jax.Array], jax.Array]:
+    """Piecewise Gaussian constraint: keeps scales away from the boundaries of their levels.
+
+    Source: Tian et al. (arXiv 2309.11276), with d the distance of the real-valued level from the
+    middle of its interval: 0 where d < eta, else (G(1/2) - G(d))^2 with a Gaussian density G of
+    width delta. The printed delta of 1 makes it nearly flat there; 0.1 or the hinge have a slope.
+
+    Args:
+      config: `variant` "gaussian" or "hinge" ((d - eta)^2), `eta`, `delta`; `beta` is its weight.
+
+    Returns:
+      An elementwise function of float scales.
+    """
+
+    def density(d):
+        width = config.delta
+        return jnp.exp(-0.5 * ((d - 0.5) / width) ** 2) / (width * math.sqrt(2 * math.pi))
+
+    def penalty(scale):
+        level = jnp.log(jnp.maximum(scale, 1e-6) / SCALE_MIN) / LEVEL_STEP
+        d = jnp.abs(level - jnp.floor(level) - 0.5)
+        if config.variant == "hinge":
+            value = (d - config.eta) ** 2
+        else:
+            value = (density(0.5) - density(d)) ** 2
+        active = (d >= config.eta) & (level >= config.eta) & (level < LEVELS - 1)
+        return jnp.where(active, value, 0.0)
+
+    return penalty

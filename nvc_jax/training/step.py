@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from jax import lax
 
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.models import registry
@@ -31,7 +32,8 @@ class TrainState(flax.struct.PyTreeNode):
       average: exponential moving average of params: what gets released.
       skipped: int32 [], steps left out because a gradient was not finite.
       skipped_in_row: int32 [], how many of the latest steps.
-      carry: references left by the previous step, for stages that walk through long clips.
+      carry: references left by the previous step, a tuple of `Ref` (or of something else for codecs
+        without), for stages that walk through long clips.
     """
 
     step: jax.Array
@@ -40,7 +42,7 @@ class TrainState(flax.struct.PyTreeNode):
     average: Any
     skipped: jax.Array
     skipped_in_row: jax.Array
-    carry: jax.Array
+    carry: tuple
 
 
 class Clip(NamedTuple):
@@ -79,7 +81,33 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     )
 
 
-def unroll(model: nn.Module, params: Any, clip: Clip, first_refs: tuple, key: jax.Array):
+class Unrolled(NamedTuple):
+    """What a codec makes of a clip.
+
+    Attributes:
+      bpp: {"z", "y"} -> [batch], bits per pixel of one frame, summed over units.
+      distortion: [batch], weighted, summed over frames.
+      recon: like clip.frames.
+      refs: what the next unit would refer to.
+      penalty: [batch], of the scales, per pixel of one frame, summed over units.
+    """
+
+    bpp: dict[str, jax.Array]
+    distortion: jax.Array
+    recon: jax.Array
+    refs: tuple
+    penalty: jax.Array
+
+
+def unroll(
+    model: nn.Module,
+    params: Any,
+    clip: Clip,
+    first_refs: tuple,
+    key: jax.Array,
+    exact: bool = False,
+    penalty: Callable | None = None,
+) -> Unrolled:
     """Codes a clip as the codec would and adds up rate and distortion.
 
     The clip's units follow each other with full back-propagation ("cascaded").
@@ -87,31 +115,29 @@ def unroll(model: nn.Module, params: Any, clip: Clip, first_refs: tuple, key: ja
     Args:
       first_refs: references of the first unit; () for intra codecs.
       key: of the noise that stands for rounding.
-
-    Returns:
-      bpp: {"z", "y"} -> [batch], bits per pixel of one frame, summed over units.
-      distortion: [batch], weighted, summed over frames.
-      recon: like clip.frames.
-      refs: what the next unit would refer to.
+      exact, penalty: see `nvc_jax.entropy.bottleneck.Estimate`.
     """
     _, count, height, width, _ = clip.frames.shape
     per_unit = model.frames_per_unit
     inter = per_unit > 1
     offsets, weights = jnp.asarray(QP_OFFSETS), jnp.asarray(losses.FRAME_WEIGHTS)
     bits, distortion, recons, refs = {"z": 0.0, "y": 0.0}, 0.0, [], first_refs
+    penalties = jnp.zeros(len(clip.frames))
     for start in range(0, count, per_unit):
         index = (clip.phase[:, None] + start + jnp.arange(per_unit)) % 8
         qp = clip.qp[:, None] + (offsets[index] if inter else 0)
         frames = clip.frames[:, start : start + per_unit]
         key, noise_key = jax.random.split(key)
-        bottleneck = Estimate(noise_key)
+        bottleneck = Estimate(noise_key, exact, penalty)
         recon, refs = model.apply({"params": params}, frames, refs, qp, bottleneck)
         bits = jax.tree.map(jnp.add, bits, bottleneck.bits)
+        penalties += bottleneck.penalty
         weight = weights[index] if inter else 1.0
         distortion += (weight * losses.distortion(recon, frames)).sum(1)
         recons.append(recon)
     bpp = jax.tree.map(lambda b: b / (height * width), bits)
-    return bpp, distortion, jnp.concatenate(recons, axis=1), refs
+    penalties /= height * width
+    return Unrolled(bpp, distortion, jnp.concatenate(recons, axis=1), refs, penalties)
 
 
 def first_refs(model: nn.Module, state: TrainState, clip: Clip, carried: bool, key: jax.Array):
@@ -119,26 +145,36 @@ def first_refs(model: nn.Module, state: TrainState, clip: Clip, carried: bool, k
     if model.frames_per_unit == 1:
         return ()
     if carried:
-        return (Ref(feature=state.carry),)
+        return state.carry
     return (Ref(frame=mixed_reference(jax.random.fold_in(key, 1), clip.reference)),)
 
 
 def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Callable:
-    """Builds `train_step(state, clip, carried) -> (state, metrics)`.
+    """Builds `train_step(state, clip, carried, stage=0) -> (state, metrics)`.
 
-    To be jitted with `state` donated and `carried` (the clip goes on where the previous step
-    stopped) static.
+    To be jitted with `state` donated, and static: `carried` (the clip goes on where the previous
+    step stopped) and the number of the stage. A stage may have, beside what every stage has,
+      trainable: names of the sub-networks that learn, the others being frozen;
+      exact: bool, rates come from the integer scale head;
+      penalty: of scales, see `nvc_jax.training.losses.scale_penalty`.
     """
     codec = registry.entry(config.model.name)
     tx = make_optimizer(config)
 
-    def loss_fn(params, clip, refs, key):
-        bpp, distortion, recon, refs = unroll(model, params, clip, refs, key)
+    def loss_fn(params, clip, refs, key, stage):
+        params = {k: p if learns(k, stage) else lax.stop_gradient(p) for k, p in params.items()}
+        penalty = losses.scale_penalty(stage.penalty) if stage.get("penalty") else None
+        exact = stage.get("exact", False)
+        bpp, distortion, recon, refs, penalties = unroll(
+            model, params, clip, refs, key, exact, penalty
+        )
         lam = losses.lambda_of_qp(clip.qp, codec.content)
         rate = bpp["z"] + bpp["y"]
         # Rates span two orders of magnitude over qp. Without a weight the high ones would drown
         # the low ones; lambda^-balance brings the terms to one scale (0: the published loss).
         loss = jnp.mean((lam * distortion + rate) * lam**-config.rate_balance)
+        if penalty:
+            loss += stage.penalty.beta * penalties.mean()
         psnr = losses.psnr(recon, clip.frames).mean((0, 1))
         metrics = {
             "loss": loss,
@@ -151,13 +187,21 @@ def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Call
         }
         return loss, (metrics, refs)
 
-    def train_step(state, clip, carried):
+    def train_step(state, clip, carried, stage=0):
+        stage = config.stages[stage]
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         refs = first_refs(model, state, clip, carried, key)
-        grads, (metrics, refs) = jax.grad(loss_fn, has_aux=True)(state.params, clip, refs, key)
+        grads, (metrics, refs) = jax.grad(loss_fn, has_aux=True)(
+            state.params, clip, refs, key, stage
+        )  # fmt: skip
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        # Also against weight decay, and what the moments remember from earlier stages.
+        updates = {
+            k: u if learns(k, stage) else jax.tree.map(jnp.zeros_like, u)
+            for k, u in updates.items()
+        }
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(config.average_decay, (1 + state.step) / (10 + state.step))
         average = optax.incremental_update(params, state.average, 1 - decay)
@@ -165,7 +209,7 @@ def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Call
         def keep_if_finite(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-        new_carry = refs[0].feature if refs else state.carry
+        new_carry = refs if model.frames_per_unit > 1 else state.carry
         state = TrainState(
             step=state.step + 1,
             params=keep_if_finite(params, state.params),
@@ -173,7 +217,7 @@ def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Call
             average=keep_if_finite(average, state.average),
             skipped=state.skipped + ~finite,
             skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
-            carry=jnp.where(jnp.isfinite(new_carry), new_carry, 0.0),
+            carry=jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0.0), new_carry),
         )
         metrics["grad_norm"] = norm
         metrics["skipped"] = state.skipped
@@ -199,8 +243,18 @@ def init_state(
     )
 
 
-def empty_carry(model: nn.Module, stage: ml_collections.ConfigDict) -> jax.Array:
+def empty_carry(model: nn.Module, stage: ml_collections.ConfigDict) -> tuple:
     """Zeros of the shape of a stage's references; a lone zero for intra codecs."""
     if model.frames_per_unit == 1:
-        return jnp.zeros((1,))  # Orbax does not store empty arrays
-    return jnp.zeros((stage.batch, stage.crop // 8, stage.crop // 8, model.cfg.width))
+        return (jnp.zeros((1,)),)  # Orbax does not store empty trees
+    side = stage.crop // 16
+    feature = jnp.zeros((stage.batch, 2 * side, 2 * side, model.cfg.width))
+    memory = None
+    if stage.get("exact", False):
+        memory = jnp.zeros((stage.batch, side, side, 2 * model.cfg.y))
+    return (Ref(feature=feature, memory=memory),)
+
+
+def learns(name: str, stage: ml_collections.ConfigDict) -> bool:
+    """Whether a stage trains the sub-network of this name."""
+    return not stage.get("trainable") or name in stage.trainable
