@@ -24,7 +24,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from nvc_jax.entropy.calibration import LARGEST_EXPONENT, LEAST_EXPONENT
+from nvc_jax.entropy.calibration import (
+    CALIBRATED,
+    LARGEST_EXPONENT,
+    LEAST_EXPONENT,
+    MODES,
+)
 from nvc_jax.errors import NvcError, StreamError
 from nvc_jax.files import replacing, writing
 from nvc_jax.schedule import Schedule
@@ -73,9 +78,9 @@ class Header:
         schedule: the coding order.
         colour: primaries, transfer and matrix (code points of ITU-T H.273; 2 = unspecified), and
             whether samples use the full range.
-        entropy_mode: how scales choose an integer table: 0 = by the float scale, 1 = calibrated,
-            2 = by integer arithmetic; see `nvc_jax.entropy.bottleneck`.
-        margin_exponents: mode 1 only, 1 to 8 numbers from 5 to 20: the calibration margin is
+        entropy_mode: how scales choose an integer table: FLOAT, CALIBRATED or EXACT, see
+            `nvc_jax.entropy.calibration`.
+        margin_exponents: CALIBRATED only, 1 to 8 numbers from 5 to 20: the calibration margin is
             2**-exponent for units of each level of the schedule's hierarchy.
 
     Raises:
@@ -118,8 +123,8 @@ class Header:
             f"an intra period of {self.schedule.intra_period} frames cannot be stored",
         )
         _require(
-            self.entropy_mode in (0, 1, 2)
-            and (1 <= len(self.margin_exponents) <= MAX_LEVELS) == (self.entropy_mode == 1)
+            0 <= self.entropy_mode < len(MODES)
+            and (1 <= len(self.margin_exponents) <= MAX_LEVELS) == (self.entropy_mode == CALIBRATED)
             and all(LEAST_EXPONENT <= e <= LARGEST_EXPONENT for e in self.margin_exponents),
             f"unknown entropy settings: mode {self.entropy_mode}, "
             f"margin exponents {self.margin_exponents}",
@@ -465,7 +470,7 @@ def stream_info(path: str | os.PathLike) -> dict:
                 "full_range": full_range,
             },
             "schedule": asdict(header.schedule),
-            "entropy_mode": header.entropy_mode,
+            "entropy_mode": MODES[header.entropy_mode],
             "margin_exponents": list(header.margin_exponents),
             "frames": frames,
             "seconds": float(frames / header.fps),

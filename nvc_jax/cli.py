@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import math
 import sys
 import time
 from contextlib import ExitStack, closing, nullcontext
+from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
 
@@ -13,6 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nvc_jax import bitstream, video
 from nvc_jax.data.prefetch import read_ahead
+from nvc_jax.entropy.calibration import (
+    CALIBRATED,
+    FLOAT,
+    LARGEST_EXPONENT,
+    LEAST_EXPONENT,
+    MODES,
+)
 from nvc_jax.errors import NvcError, StreamError
 
 DEFAULT_MODEL = "ui2c-nano"
@@ -53,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--frames", type=positive, help="encode only the first frames")
     p.add_argument("--intra-period", type=int, default=0,
                    help="frames between random-access points (default: only one)")  # fmt: skip
+    p.add_argument("--calibration", type=margin_exponents, metavar="EPS|off",
+                   help="list scales closer than EPS levels to a boundary (a power of two such as "
+                   "2^-10; several, for the levels of a hierarchy, with commas between), or do not "
+                   "protect them at all; default: integer scales, or 2^-10 for models "
+                   "without")  # fmt: skip
     p.add_argument("--size", type=picture_size, help="WIDTHxHEIGHT of raw input")
     p.add_argument("--fps", help="frame rate, for raw input or to override")
     p.add_argument("--recon", help="also write the encoder's reconstruction to this video")
@@ -97,6 +111,28 @@ def picture_size(text: str) -> tuple[int, int]:
     return width, height
 
 
+def margin_exponents(text: str) -> tuple[int, ...]:
+    """Exponents e of margins 2^-e levels; none for "off"."""
+    if text == "off":
+        return ()
+    return tuple(_margin_exponent(part) for part in text.split(","))
+
+
+def _margin_exponent(text: str) -> int:
+    """From "2^-10", "1/1024" or "0.0009765625"; numbers in between take the next larger power."""
+    try:
+        value = 2.0 ** int(text[2:]) if text.startswith("2^") else float(Fraction(text))
+        exponent = math.floor(-math.log2(value))
+    except (ArithmeticError, ValueError):
+        exponent = -1
+    if not LEAST_EXPONENT <= exponent <= LARGEST_EXPONENT:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither 'off' nor a margin from 2^-{LARGEST_EXPONENT} to "
+            f"2^-{LEAST_EXPONENT}"
+        )
+    return exponent
+
+
 def encode(args: argparse.Namespace) -> None:
     begin = time.monotonic()
     _check_distinct(args.input, args.output, args.recon, args.json)
@@ -108,7 +144,10 @@ def encode(args: argparse.Namespace) -> None:
 
     model = released.load(args.model)
     schedule = codec.schedule_for(model, args.intra_period)
-    unit_codec = codec.prepare(model, info.width, info.height)
+    mode, margins = codec.default_mode(model), ()
+    if args.calibration is not None:
+        mode, margins = (CALIBRATED if args.calibration else FLOAT), args.calibration
+    unit_codec = codec.prepare(model, info.width, info.height, mode, margins)
     if args.frames:
         pictures = islice(pictures, args.frames)
     qp = 32 if args.qp is None else args.qp
@@ -118,7 +157,7 @@ def encode(args: argparse.Namespace) -> None:
         pictures = chain(probe, pictures)
 
     total = min(filter(None, (info.frame_count, args.frames)), default=None)
-    header = codec.make_header(model, info, schedule)
+    header = codec.make_header(model, info, schedule, mode, margins)
     clock, units, pixels = _Clock(begin), [], info.width * info.height
     with ExitStack() as stack:
         stream = stack.enter_context(bitstream.write_stream(args.output, header))
@@ -151,6 +190,7 @@ def encode(args: argparse.Namespace) -> None:
     result = {
         "model": model.name,
         "fingerprint": model.fingerprint.hex(),
+        "entropy_mode": MODES[mode],
         "qp": qp,
         "width": info.width,
         "height": info.height,
@@ -184,7 +224,9 @@ def decode(args: argparse.Namespace) -> None:
             )
         model = released.load(args.model or header.model)
         codec.check_model(header, model)
-        unit_codec = codec.prepare(model, header.width, header.height)
+        unit_codec = codec.prepare(
+            model, header.width, header.height, header.entropy_mode, header.margin_exponents
+        )
         info = video.VideoInfo(
             header.width, header.height, header.fps, video.Colour(*header.colour)
         )
@@ -219,6 +261,8 @@ def info(args: argparse.Namespace) -> None:
         print(f"  pictures   {facts['width']}x{facts['height']}, {facts['frames']} frames, "
               f"{facts['fps']} fps, {facts['seconds']:.2f} s")  # fmt: skip
         print(f"  model      {facts['model']}, weights {facts['fingerprint']}")
+        margins = ", ".join(f"2^-{e}" for e in facts["margin_exponents"])
+        print(f"  scales     {facts['entropy_mode']}{margins and f', margin {margins}'}")
         print(f"  schedule   {facts['schedule']['name']}, {len(units)} units, "
               f"{points} random-access points")  # fmt: skip
         if units:

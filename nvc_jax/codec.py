@@ -22,15 +22,13 @@ from nvc_jax import schedule as schedules
 from nvc_jax.bitstream import AccessPoint, Header, Packet, Stream, read_varint, varint
 from nvc_jax.entropy import calibration, coder
 from nvc_jax.entropy.bottleneck import (
-    CALIBRATED,
-    EXACT,
     FROM_CALLER,
     FROM_PICTURE,
     FROM_STREAM,
     Coded,
     Estimate,
 )
-from nvc_jax.entropy.calibration import Margin
+from nvc_jax.entropy.calibration import CALIBRATED, EXACT, Margin
 from nvc_jax.errors import NvcError, StreamError, WeightsMismatch
 from nvc_jax.models import registry, released
 from nvc_jax.models.released import Released

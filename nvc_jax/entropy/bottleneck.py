@@ -26,17 +26,11 @@ import numpy as np
 from jax import lax
 
 from nvc_jax.entropy import calibration, likelihood
-from nvc_jax.entropy.calibration import Margin
+from nvc_jax.entropy.calibration import CALIBRATED, EXACT, Margin
 from nvc_jax.entropy.coder import SKIP
 
 # Where a coded unit's symbols come from: the values of `Coded`'s `source` input.
 FROM_PICTURE, FROM_STREAM, FROM_CALLER = 0, 1, 2
-
-# How a scale becomes a level, and with it a probability table: the values of a stream's header.
-FLOAT = 0  # by comparing the network's float scale: correct where encoder and decoder round alike
-CALIBRATED = 1  # the same, and the encoder lists elements too close to a boundary (Tian et al.)
-EXACT = 2  # computed with integers from decoded symbols: the same everywhere
-MODES = ("float", "calibrated", "exact")
 
 
 class Estimate:

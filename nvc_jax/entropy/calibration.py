@@ -29,6 +29,12 @@ from nvc_jax.errors import NvcError, StreamError
 if TYPE_CHECKING:  # readers of containers do without JAX
     import jax
 
+# How a scale becomes a level, and with it a probability table: the values of a stream's header.
+FLOAT = 0  # by comparing the network's float scale: right where encoder and decoder round alike
+CALIBRATED = 1  # the same, with the scheme of this module
+EXACT = 2  # computed with integers from decoded symbols, see `nvc_jax.nn.integer`: right everywhere
+MODES = ("float", "calibrated", "exact")
+
 # Margins are 2^-e levels for e in this range.
 LEAST_EXPONENT, LARGEST_EXPONENT = 5, 20
 RICE, FIXED = 0, 1
