@@ -1,4 +1,4 @@
-"""The `nvc` command: encode, decode, info, models, release."""
+"""The `nvc` command: encode, decode, calibrate, info, models, release."""
 
 import argparse
 import json
@@ -79,6 +79,17 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--model", help="file of the weights, if they are not shipped")
     p.add_argument("--json", help="write machine-readable results to this file")
     p.set_defaults(run=decode)
+
+    p = commands.add_parser(
+        "calibrate", help="measure how far another machine's arithmetic is from this one's"
+    )
+    p.add_argument("input", help="a clip to make a record of, or a record to compare with")
+    p.add_argument("record", nargs="?", help="the record to write (.npz); without, compare")
+    p.add_argument("--model", default=DEFAULT_MODEL, help="name or file (default: %(default)s)")
+    p.add_argument("--qp", type=int, default=32, help="default: %(default)s")
+    p.add_argument("--frames", type=positive, default=32, help="default: %(default)s")
+    p.add_argument("--json", help="write machine-readable results to this file")
+    p.set_defaults(run=calibrate)
 
     p = commands.add_parser("info", help="describe a .nvc file")
     p.add_argument("input")
@@ -273,6 +284,46 @@ def info(args: argparse.Namespace) -> None:
             print(f"  qp         {min(qps)} to {max(qps)}")
     if facts["error"]:
         raise StreamError(facts["error"])
+
+
+def calibrate(args: argparse.Namespace) -> None:
+    """Writes a record of a clip, or compares this machine with one."""
+    _check_distinct(args.input, args.record, args.json)
+    begin = time.monotonic()
+    if args.record:
+        info, pictures = video.open_video(args.input)
+
+    from nvc_jax import codec, platforms
+    from nvc_jax.models import released
+
+    model = released.load(args.model)
+    if args.record:
+        unit_codec = codec.prepare(model, info.width, info.height, CALIBRATED)
+        record = platforms.make_record(
+            unit_codec, islice(pictures, args.frames), args.qp, codec.schedule_for(model)
+        )
+        platforms.save(args.record, record)
+        result = {"machine": record.machine, "units": len(record.units), "frames": record.frames}
+        line = (f"{args.record}: {record.frames} frames in {len(record.units)} units on "
+                f"{record.machine}, {time.monotonic() - begin:.1f} s. Copy it to another machine "
+                f"and run: nvc calibrate {Path(args.record).name}")  # fmt: skip
+    else:
+        record = platforms.load(args.input)
+        unit_codec = codec.prepare(model, record.width, record.height, CALIBRATED)
+        levels = platforms.compare(unit_codec, record)
+        result = {"recorded_on": record.machine, "compared_on": platforms.machine()}
+        result["levels"] = {str(k): v._asdict() for k, v in levels.items()}
+        lines = [f"recorded on {record.machine}; here {platforms.machine()}"]
+        for level, d in levels.items():
+            advice = "no margin is large enough: use the exact mode"
+            if d.exponent is not None:
+                advice = f"recommended --calibration 2^-{d.exponent}"
+            lines.append(
+                f"hierarchy level {level}: {d.units} units, largest difference {d.largest:.3g} "
+                f"scale levels, {d.changed_units} units would have failed unprotected; {advice}"
+            )
+        line = "\n".join(lines)
+    _finish(args.json, result, line)
 
 
 def models(args: argparse.Namespace) -> None:

@@ -381,6 +381,12 @@ def decode_unit_from_host(
     return replay(render=True, given=known)
 
 
+def replay_unit(codec: UnitCodec, symbols: np.ndarray, refs: Any, qps: Sequence[int]) -> CodedUnit:
+    """What a unit's symbols (int16, all steps in coding order) decode to, without a payload."""
+    capacity = _capacity(codec, CAPACITIES[0])
+    return _run(codec, refs, qps, FROM_CALLER, True, 0, given=symbols, capacity=capacity)
+
+
 def _payload_capacity(codec: UnitCodec, payload: bytes) -> int:
     for per_symbol in CAPACITIES:
         if len(payload) <= _capacity(codec, per_symbol):
@@ -395,12 +401,14 @@ class EncodedUnit(NamedTuple):
       packet: for the container.
       pictures: the originals.
       recons: the decoder's pictures; None unless rendered.
+      coded: what the program left.
       ideal_bits: code length of the symbols under the integer tables.
     """
 
     packet: Packet
     pictures: list[Planes]
     recons: list[Planes] | None
+    coded: CodedUnit
     ideal_bits: float
 
 
@@ -456,7 +464,7 @@ def encode(
         for unit in schedules.units(schedule, frame, len(group), number):
             originals = [group[f - frame] for f in unit.frames]
             qps = tuple(qp + offset for offset in unit.qp_offset)
-            refs = _references(codec, unit, slots)
+            refs = references(codec, unit, slots)
             payload, coded = encode_unit(codec, originals, refs, qps, render, unit.level)
             slots[number] = coded.refs
             for slot in unit.release:
@@ -464,7 +472,7 @@ def encode(
             steps = list(zip(coded.symbols, coded.indices, strict=True))
             packet = Packet(unit.frames, qps, payload, symbols_crc(coded.symbols), not unit.refs)
             bits = coder.code_length_bits(steps, codec.tables)
-            yield EncodedUnit(packet, originals, coded.pictures, bits)
+            yield EncodedUnit(packet, originals, coded.pictures, coded, bits)
             number += 1
         frame += len(group)
 
@@ -475,8 +483,8 @@ def blank_references(codec: UnitCodec) -> tuple:
     return codec.model.module.blank_refs(height, width, codec.mode == EXACT)
 
 
-def _references(codec: UnitCodec, unit: schedules.Unit, slots: dict) -> tuple:
-    """A unit's references as the model takes them."""
+def references(codec: UnitCodec, unit: schedules.Unit, slots: dict[int, tuple]) -> tuple:
+    """A unit's references as the model takes them; slots: unit number -> what it left."""
     if not unit.refs:
         return blank_references(codec)
     return tuple(ref for slot in unit.refs for ref in slots[slot])
@@ -532,7 +540,7 @@ def decode(
             packet = packets.pop()
             if max(packet.qps) >= codec.model.module.qp_rows:
                 raise StreamError(f"unit {number} has a qp of {max(packet.qps)}, beyond the model")
-            refs = _references(codec, unit, slots)
+            refs = references(codec, unit, slots)
             try:
                 decoded = decode_unit(codec, packet.payload, refs, packet.qps, unit.level)
             except StreamError:

@@ -52,7 +52,8 @@ def symbol_code(s, np=jnp):
 def _table(function) -> np.ndarray:
     """int8 [256], entry x + 128: what `function` gives for x, rounded and clipped."""
     values = function(np.arange(-128.0, 128.0), np)
-    return np.clip(np.round(values), -128, 127).astype(np.int8)
+    # Without -128, whose magnitude int8 does not hold.
+    return np.clip(np.round(values), -127, 127).astype(np.int8)
 
 
 class Lookup(nn.Module):

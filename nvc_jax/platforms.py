@@ -1,0 +1,197 @@
+"""What another machine computes differently: recorded on one machine, compared on another.
+
+A record holds, for every unit of a clip, the symbols and the real-valued scale levels that one
+machine found. Another machine goes through the same symbols (so that its references differ from
+the first one's only as they would in decoding) and compares its levels: the largest difference is
+what a calibration margin has to cover (section "choosing the margin" of docs/cross_platform.md).
+"""
+
+import json
+import math
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from nvc_jax import codec as coding
+from nvc_jax import schedule as schedules
+from nvc_jax.codec import UnitCodec
+from nvc_jax.entropy.calibration import LARGEST_EXPONENT, LEAST_EXPONENT
+from nvc_jax.errors import NvcError, WeightsMismatch
+from nvc_jax.files import replacing, writing
+from nvc_jax.video import Planes
+
+FORMAT = "nvc-record-1"
+SAFETY = 4  # margins are at least this many times the largest difference seen
+
+
+class Unit(NamedTuple):
+    """One unit of a record.
+
+    Attributes:
+      qps: of its frames.
+      symbols: int16 [total], all steps in coding order.
+      levels: float32 [coded with scales], real-valued scale levels, clamped to -1..levels.
+    """
+
+    qps: tuple[int, ...]
+    symbols: np.ndarray
+    levels: np.ndarray
+
+
+class Record(NamedTuple):
+    """What one machine found in a clip.
+
+    Attributes:
+      fingerprint: of the model.
+      width, height: of the pictures; frames: their number.
+      schedule: the coding order.
+      machine: words for people.
+      units: in coding order.
+    """
+
+    fingerprint: bytes
+    width: int
+    height: int
+    frames: int
+    schedule: schedules.Schedule
+    machine: str
+    units: tuple[Unit, ...]
+
+
+class Difference(NamedTuple):
+    """How a machine's scale levels differ from a record's, for one level of the hierarchy.
+
+    Attributes:
+      units: number of units compared.
+      largest: largest difference, in scale levels.
+      changed_units: units in which at least one unprotected element would get another table.
+      exponent: recommended margin 2^-exponent; None if even the largest margin is too small.
+    """
+
+    units: int
+    largest: float
+    changed_units: int
+    exponent: int | None
+
+
+def real_levels(codec: UnitCodec, unit: coding.CodedUnit) -> np.ndarray:
+    """Real-valued levels of a unit's scales, float32 [elements], clamped to -1..levels."""
+    boundaries = np.log(codec.model.spec.scale_boundaries.astype(np.float64))
+    step = (boundaries[-1] - boundaries[0]) / (len(boundaries) - 1)
+    scales = np.concatenate(jax.device_get(unit.scales)).astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        levels = (np.log(np.maximum(scales, 0)) - boundaries[0]) / step + 1
+    return np.clip(np.nan_to_num(levels, nan=-1.0), -1, len(boundaries) + 1).astype(np.float32)
+
+
+def make_record(
+    codec: UnitCodec, pictures: Iterable[Planes], qp: int, schedule: schedules.Schedule
+) -> Record:
+    """Encodes pictures and keeps what the encoder found. The codec must not be in exact mode."""
+    units, frames = [], 0
+    for unit in coding.encode(codec, pictures, qp, schedule):
+        packet, found = unit.packet, unit.coded
+        symbols = np.concatenate(found.symbols)
+        units.append(Unit(packet.qps, symbols, real_levels(codec, found)))
+        frames += len(packet.frames)
+    if not units:
+        raise NvcError("nothing to record: the clip has no frames")
+    return Record(
+        codec.model.fingerprint, codec.width, codec.height, frames, schedule, machine(),
+        tuple(units),
+    )  # fmt: skip
+
+
+def machine() -> str:
+    """The machine that this process runs on, in words."""
+    device = jax.devices()[0]
+    return f"{device.platform} {device.device_kind}, JAX {jax.__version__}"
+
+
+def replay(codec: UnitCodec, record: Record) -> Iterator[tuple[schedules.Unit, coding.CodedUnit]]:
+    """Goes through a record's symbols on this machine.
+
+    Raises:
+      WeightsMismatch: the record is of another model.
+    """
+    if record.fingerprint != codec.model.fingerprint:
+        raise WeightsMismatch(
+            f"the record is of weights {record.fingerprint.hex()}, the model at hand "
+            f"('{codec.model.name}') has {codec.model.fingerprint.hex()}"
+        )
+    slots = {}
+    plan = schedules.plan(record.schedule, record.frames)
+    for number, (unit, recorded) in enumerate(zip(plan, record.units, strict=True)):
+        refs = coding.references(codec, unit, slots)
+        coded = coding.replay_unit(codec, recorded.symbols, refs, recorded.qps)
+        slots[number] = coded.refs
+        for slot in unit.release:
+            del slots[slot]
+        yield unit, coded
+
+
+def compare(codec: UnitCodec, record: Record) -> dict[int, Difference]:
+    """Differences between this machine and a record's, by level of the schedule's hierarchy."""
+    found: dict[int, list[tuple[float, bool]]] = {}
+    skip = codec.model.spec.skip_below
+    for (unit, coded), recorded in zip(replay(codec, record), record.units, strict=True):
+        ours = real_levels(codec, coded)
+        floors = [np.maximum(np.floor(levels), skip - 1) for levels in (ours, recorded.levels)]
+        largest = float(np.abs(ours - recorded.levels).max())
+        found.setdefault(unit.level, []).append((largest, bool((floors[0] != floors[1]).any())))
+    result = {}
+    for level, pairs in sorted(found.items()):
+        largest = max(pair[0] for pair in pairs)
+        changed = sum(pair[1] for pair in pairs)
+        result[level] = Difference(len(pairs), largest, changed, recommended_exponent(largest))
+    return result
+
+
+def recommended_exponent(largest: float) -> int | None:
+    """The exponent of the least margin that is four times `largest`; None if there is none."""
+    if largest == 0:
+        return LARGEST_EXPONENT
+    exponent = math.floor(-math.log2(SAFETY * largest))
+    return min(exponent, LARGEST_EXPONENT) if exponent >= LEAST_EXPONENT else None
+
+
+def save(path: str | Path, record: Record) -> None:
+    """Writes a record as .npz. Raises NvcError if the file cannot be written."""
+    facts = {
+        "format": FORMAT,
+        "fingerprint": record.fingerprint.hex(),
+        "width": record.width,
+        "height": record.height,
+        "frames": record.frames,
+        "schedule": list(record.schedule.__dict__.values()),
+        "machine": record.machine,
+        "qps": [unit.qps for unit in record.units],
+    }
+    arrays = {"facts": np.array(json.dumps(facts))}
+    for number, unit in enumerate(record.units):
+        arrays[f"symbols{number}"], arrays[f"levels{number}"] = unit.symbols, unit.levels
+    with replacing(path) as hidden, writing(path), open(hidden, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load(path: str | Path) -> Record:
+    """Reads what `save` wrote. Raises NvcError if it is something else, or damaged."""
+    try:
+        with np.load(path) as arrays:
+            facts = json.loads(str(arrays["facts"]))
+            if facts["format"] != FORMAT:
+                raise ValueError(f"format {facts['format']}, not {FORMAT}")
+            units = tuple(
+                Unit(tuple(qps), arrays[f"symbols{number}"], arrays[f"levels{number}"])
+                for number, qps in enumerate(facts["qps"])
+            )
+        return Record(
+            bytes.fromhex(facts["fingerprint"]), facts["width"], facts["height"], facts["frames"],
+            schedules.Schedule(*facts["schedule"]), facts["machine"], units,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+        raise NvcError(f"{path}: cannot be read as a record of `nvc calibrate` ({e})") from None
