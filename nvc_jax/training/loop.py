@@ -1,8 +1,10 @@
 """The training loop: data in, checkpoints, numbers and pictures out."""
 
 import runpy
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from functools import partial
@@ -31,13 +33,30 @@ from nvc_jax.training.writers import MetricWriter
 CHECKPOINTS = "checkpoints"
 
 
+class Stopped(NvcError):
+    """A run was asked to stop, and its last step is saved.
+
+    Attributes:
+      signal: what asked, SIGTERM or SIGINT.
+    """
+
+    def __init__(self, step: int, number: signal.Signals):
+        super().__init__(
+            f"stopped by {number.name} after step {step}, which is saved; the same command goes on "
+            "from there"
+        )
+        self.signal = number
+
+
 def train(config: ml_collections.ConfigDict, workdir: str) -> training.TrainState:
     """Trains until the config's last step, going on from the newest checkpoint in `workdir`.
 
     Writes `metrics.jsonl`, TensorBoard events, `samples/` (originals above reconstructions) and
-    Orbax checkpoints.
+    Orbax checkpoints. The first SIGTERM or Ctrl-C lets the current step finish and saves it; a
+    second one ends the process at once.
 
     Raises:
+      Stopped: after such a signal, unless that step was the last.
       NvcError: bad config, no data, a `workdir` that cannot be written, or too many steps in a row
         without finite gradients.
     """
@@ -46,17 +65,39 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> training.TrainStat
     logging.info("training data: %s", clip_data.stats(clips))
     with writing(workdir):
         writer = MetricWriter(workdir)
-    # Closing waits for a checkpoint that is still being written, also after Ctrl-C.
-    with closing(writer), closing(_checkpoints(workdir)) as manager:
-        return _train(config, model, clips, manager, writer)
+    # Closing waits for a checkpoint that is still being written.
+    with _stop_signals() as stops, closing(writer), closing(_checkpoints(workdir)) as manager:
+        return _train(config, model, clips, manager, writer, stops)
 
 
-def _train(config, model, clips, manager, writer) -> training.TrainState:
+@contextmanager
+def _stop_signals() -> Iterator[list[signal.Signals]]:
+    """Notes the first SIGTERM or SIGINT in a list; from then on they do what they did before."""
+    received, before = [], {}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number, frame):
+        received.append(signal.Signals(number))
+        restore()
+
+    if threading.current_thread() is threading.main_thread():  # nobody else may set handlers
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def _train(config, model, clips, manager, writer, stops) -> training.TrainState:
     ends = np.cumsum([stage.steps for stage in config.stages])
     state = resume(manager, model, config)
     parameter_overview.log_parameter_overview(state.params)
     train_step = jax.jit(
-        training.make_train_step(model, config), donate_argnums=0, static_argnums=2
+        _merging(training.make_train_step(model, config)), donate_argnums=0, static_argnums=3
     )
     sample = make_sampler(model)
     step, last_save, window = int(state.step), time.monotonic(), Window()
@@ -71,9 +112,8 @@ def _train(config, model, clips, manager, writer) -> training.TrainState:
             while step < ends[number]:
                 with window.waiting():
                     clip, carried = next(iterator)
-                state, metrics = train_step(state, clip, carried)
-                step += 1
-                window.add(metrics)
+                state, window.metrics = train_step(state, window.metrics, clip, carried)
+                step, window.steps = step + 1, window.steps + 1
                 if step % config.log_every == 0 or step == ends[-1]:
                     values = {**window.close(), "stage": number}
                     writer.write_scalars(step, values)
@@ -86,12 +126,24 @@ def _train(config, model, clips, manager, writer) -> training.TrainState:
                         )
                 if step % config.sample_every == 0:
                     writer.write_images(step, {"samples": sample(state, clip)})
-                if step == ends[-1] or (
-                    time.monotonic() - last_save > config.checkpoint_every_seconds
-                ):
+                stop = stops[0] if stops else None
+                since_save = time.monotonic() - last_save
+                if stop or step == ends[-1] or since_save > config.checkpoint_every_seconds:
                     manager.save(step, args=ocp.args.StandardSave(state))
                     last_save = time.monotonic()
+                if stop and step < ends[-1]:
+                    raise Stopped(step, stop)
     return state
+
+
+def _merging(train_step: Callable) -> Callable:
+    """A train step that adds its metrics to earlier ones, which costs less than keeping them."""
+
+    def step(state, metrics, clip, carried):
+        state, new = train_step(state, clip, carried)
+        return state, metrics.merge(new)
+
+    return step
 
 
 def resume(
@@ -211,10 +263,15 @@ def host_batch(config, number: int, per_unit: int, clips: clip_data.ClipSet, ste
 
 
 class Window:
-    """Averages of metrics and times since the last log line."""
+    """Metrics and times since the last log line.
+
+    Attributes:
+      metrics: StepMetrics of `steps` steps, merged.
+    """
 
     def __init__(self):
-        self.metrics, self.begin, self.waited = [], time.monotonic(), 0.0
+        self.metrics, self.steps = training.StepMetrics.empty(), 0
+        self.begin, self.waited = time.monotonic(), 0.0
 
     @contextmanager
     def waiting(self):
@@ -222,16 +279,11 @@ class Window:
         yield
         self.waited += time.monotonic() - begin
 
-    def add(self, metrics):
-        self.metrics.append(metrics)
-
     def close(self) -> dict[str, float]:
-        metrics = jax.device_get(self.metrics)
+        metrics = jax.device_get(self.metrics)  # waits for the last step
         seconds = time.monotonic() - self.begin
-        values = {k: float(np.mean([m[k] for m in metrics])) for k in metrics[0]}
-        for k in ("skipped", "skipped_in_row"):
-            values[k] = float(metrics[-1][k])
-        values["seconds_per_step"] = seconds / len(metrics)
+        values = {name: float(value) for name, value in metrics.compute().items()}
+        values["seconds_per_step"] = seconds / self.steps
         values["data_wait_share"] = self.waited / seconds
         self.__init__()
         return values
