@@ -698,10 +698,20 @@ class Open:
         return y
 
 
-@pytest.mark.parametrize("name", ["ui2c", "intra"])
-def test_transform_start_passes_pictures_through(name):
+@pytest.mark.parametrize("changes", [{"width": 192}, {"width": 200}, {"subpixel": 3}])
+def test_transform_start_refuses_sizes_it_does_not_know(changes):
+    name = "ui2c" if "subpixel" in changes else "intra"
+    module = registry.build(name, SIZES[name] | changes)
+    with pytest.raises(NvcError, match="cannot serve this size"):
+        transform_start(name, module.cfg, random_parameters(module))
+
+
+@pytest.mark.parametrize(
+    "name, form", [("ui2c", "uf2"), ("intra", "uf2"), ("intra", "uf"), ("ui2c", "rt")]
+)
+def test_transform_start_passes_pictures_through(name, form):
     """Without quantisation, a codec that was never trained returns nearly the picture."""
-    size = SIZES[name] | {"width": 64, "y": 96, "form": "uf2"}
+    size = SIZES[name] | {"width": 64, "y": 96, "form": form}
     module = registry.build(name, size | ({"recon": 48} if name == "ui2c" else {}))
     params = random_parameters(module)
     for path, value in traverse_util.flatten_dict(params).items():
