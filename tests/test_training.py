@@ -5,6 +5,7 @@ share their shapes and learning rates where they can, and compilers are told to 
 """
 
 import json
+import resource
 import runpy
 import signal
 import subprocess
@@ -396,7 +397,10 @@ def test_learning_rate_warms_up_and_falls_through_the_stages():
             {"model": ConfigDict(dict(name="toy", size=dict(depth=3), dtype="float32"))},
             "bad size for 'toy'",
         ),
-        ({"stages": (stage(2, crop=17),)}, "crop 17"),
+        ({"stages": (stage(2), stage(2, crop=24))}, r"stages\[1\].crop is 24"),
+        ({"stages": (stage(2, batch=0),)}, r"stages\[0\].batch is 0"),
+        ({"stages": (ConfigDict(dict(steps=2)),)}, r"stages\[0\].batch is missing"),
+        ({"stages": ()}, "stages is empty"),
         ({"init_from": "missing.safetensors"}, "no model"),
         ({"transform_start": True}, "transform_start"),
     ],
@@ -412,6 +416,16 @@ def test_a_workdir_that_cannot_be_one_is_refused(folder, tmp_path):
     for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(NvcError, match="cannot be written"):
             loop.train(config_of(folder, stage(2)), workdir)
+
+
+def test_a_full_disk_is_explained(folder, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(NvcError, match="checkpoints: a checkpoint cannot be written"):
+            loop.train(config_of(folder, SIX_STEPS), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_workdir_of_another_model_is_refused(folder, tmp_path):
@@ -639,8 +653,9 @@ def test_releasing_refuses(run, tmp_path):
         (["--config=nvc_jax/errors.py"], "the config cannot be used"),
         (["--config=configs/intra_nano.py", "--config.data.foldr=x"], "the config cannot be used"),
         (["--config=configs/intra_nano.py", "--config.data.folder=/missing"], "no such folder"),
+        (["--config=configs/demo.py"], "is missing; see configs/ui2c_nano.py"),
     ],
-    ids=["missing", "no config", "no such field", "no data"],
+    ids=["missing", "no config", "no such field", "no data", "another kind of config"],
 )
 def test_train_py_explains_what_is_wrong(tmp_path, arguments, complaint):
     command = [sys.executable, "train.py", f"--workdir={tmp_path / 'run'}", *arguments]

@@ -23,7 +23,6 @@ from orbax.checkpoint import checkpoint_managers
 from nvc_jax.data import clips as clip_data
 from nvc_jax.data.prefetch import prefetch
 from nvc_jax.errors import NvcError
-from nvc_jax.files import writing
 from nvc_jax.models import registry, released
 from nvc_jax.training import losses
 from nvc_jax.training import step as training
@@ -31,6 +30,12 @@ from nvc_jax.training.transform_start import transform_start
 from nvc_jax.training.writers import MetricWriter
 
 CHECKPOINTS = "checkpoints"
+FIELDS = {
+    "seed", "model", "data", "init_from", "transform_start", "stages", "warmup_steps", "clip_norm",
+    "weight_decay", "rate_balance", "average_decay", "max_skipped_in_row", "log_every",
+    "sample_every", "checkpoint_every_seconds",
+}  # fmt: skip
+STAGE_FIELDS = {"steps", "units", "walk", "batch", "crop", "lr", "end_lr"}
 
 
 class Stopped(NvcError):
@@ -57,17 +62,35 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> training.TrainStat
 
     Raises:
       Stopped: after such a signal, unless that step was the last.
-      NvcError: bad config, no data, a `workdir` that cannot be written, or too many steps in a row
-        without finite gradients.
+      NvcError: bad config, no data, a `workdir` that cannot be written (any more), or too many
+        steps in a row without finite gradients.
     """
+    check_config(config)
     model = registry.build(config.model.name, config.model.size, config.model.dtype)
     clips = clip_data.load_clips(config.data.folder)
     logging.info("training data: %s", clip_data.stats(clips))
-    with writing(workdir):
-        writer = MetricWriter(workdir)
-    # Closing waits for a checkpoint that is still being written.
-    with _stop_signals() as stops, closing(writer), closing(_checkpoints(workdir)) as manager:
+    writer = MetricWriter(workdir)
+    with _stop_signals() as stops, closing(writer), _checkpoints(workdir) as manager:
         return _train(config, model, clips, manager, writer, stops)
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Raises an NvcError that names what a training config lacks, or the stage that cannot be."""
+    if missing := sorted(FIELDS - set(config)):
+        raise NvcError(
+            f"config.{missing[0]} is missing; see configs/ui2c_nano.py for a training config"
+        )
+    if not config.stages:
+        raise NvcError("config.stages is empty: there is nothing to train")
+    for number, stage in enumerate(config.stages):
+        where = f"config.stages[{number}]"
+        if missing := sorted(STAGE_FIELDS - set(stage)):
+            raise NvcError(f"{where}.{missing[0]} is missing")
+        for name in sorted(STAGE_FIELDS - {"end_lr"}):
+            if not stage[name] > 0:
+                raise NvcError(f"{where}.{name} is {stage[name]}; it must be above 0")
+        if stage.crop % 16:
+            raise NvcError(f"{where}.crop is {stage.crop}; it must be a multiple of 16")
 
 
 @contextmanager
@@ -129,7 +152,8 @@ def _train(config, model, clips, manager, writer, stops) -> training.TrainState:
                 stop = stops[0] if stops else None
                 since_save = time.monotonic() - last_save
                 if stop or step == ends[-1] or since_save > config.checkpoint_every_seconds:
-                    manager.save(step, args=ocp.args.StandardSave(state))
+                    with _saving(manager):
+                        manager.save(step, args=ocp.args.StandardSave(state))
                     last_save = time.monotonic()
                 if stop and step < ends[-1]:
                     raise Stopped(step, stop)
@@ -211,8 +235,9 @@ def release(config_file: str, workdir: str, output: str) -> Path:
         config = runpy.run_path(config_file)["get_config"]()
     except (KeyError, SyntaxError) as e:
         raise NvcError(f"{config_file}: is not a training config ({e!r})") from None
+    check_config(config)
     model = registry.build(config.model.name, config.model.size, config.model.dtype)
-    with closing(_checkpoints(workdir)) as manager:
+    with _checkpoints(workdir) as manager:
         if manager.latest_step() is None:
             raise NvcError(f"{workdir}: no checkpoint there to release")
         state = resume(manager, model, config)
@@ -221,11 +246,25 @@ def release(config_file: str, workdir: str, output: str) -> Path:
     return output
 
 
-def _checkpoints(workdir: str) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(
-        Path(workdir).absolute() / CHECKPOINTS,
-        options=ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(2)),
-    )
+@contextmanager
+def _checkpoints(workdir: str) -> Iterator[ocp.CheckpointManager]:
+    options = ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(2))
+    manager = ocp.CheckpointManager(Path(workdir).absolute() / CHECKPOINTS, options=options)
+    try:
+        yield manager
+    finally:
+        with _saving(manager):
+            manager.close()  # waits for a checkpoint that is still being written
+
+
+@contextmanager
+def _saving(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turns errors of writing a checkpoint, this one or the one before, into ours."""
+    try:
+        yield
+    except (OSError, ValueError) as e:  # ValueError: TensorStore's name for a full disk
+        reason = str(e).splitlines()[0]
+        raise NvcError(f"{manager.directory}: a checkpoint cannot be written ({reason})") from e
 
 
 def host_batch(config, number: int, per_unit: int, clips: clip_data.ClipSet, step: int):
