@@ -28,9 +28,6 @@ from nvc_jax.models.released import Released
 from nvc_jax.video import Planes, VideoInfo
 
 MAX_QP = 63
-# Bytes for a unit's payload in the usual program, in bytes per symbol; and what no unit can exceed
-# (an escape costs under four bytes). Two sizes, so that few shapes are compiled.
-CAPACITIES = (2.0, 6.0)
 
 
 class CodedUnit(NamedTuple):
@@ -91,7 +88,7 @@ def prepare(model: Released, width: int, height: int) -> UnitCodec:
 
 def _unit_program(model, tables, width, height, params, planes, refs, qp, source, render, payload,
                   coder_state, given):  # fmt: skip
-    """Codes one unit; traced once per payload capacity.
+    """Codes one unit; traced once.
 
     Args:
       planes: uint8 (y [frames, height, width], u and v at half size): the encoder's pictures;
@@ -149,7 +146,10 @@ def planes_to_frames(planes, height: int, width: int) -> jax.Array:
 
 
 def frames_to_planes(frames: jax.Array, height: int, width: int):
-    """Inverse of `planes_to_frames`: chroma is averaged 2x2; rounded to uint8."""
+    """Inverse of `planes_to_frames`: clipped, chroma averaged 2x2, rounded to uint8.
+
+    The clip belongs to the networks of DCVC-RT and UF; ours leave it to whoever shows the picture.
+    """
     frames = jnp.clip(frames[0], 0, 1) * 255
     n, h, w, _ = frames.shape
     chroma = frames[..., 1:].reshape(n, h // 2, 2, w // 2, 2, 2).mean((2, 4))
@@ -202,8 +202,13 @@ def _run(
     return CodedUnit(out if render else None, refs, symbols, indices, state)
 
 
-def _capacity(codec: UnitCodec, per_symbol: float) -> int:
-    return int(sum(codec.step_sizes) * per_symbol) + 512
+def _capacity(codec: UnitCodec) -> int:
+    """Bytes that no payload exceeds, see `coder.encode`.
+
+    One size for all units: another would be another program, whose machine code may round
+    otherwise, and encoder and decoder have to run the same.
+    """
+    return 4 * sum(codec.step_sizes) + 512
 
 
 def symbols_crc(symbols: Sequence[np.ndarray]) -> int:
@@ -218,14 +223,9 @@ def encode_unit(
     codec: UnitCodec, pictures: Sequence[Planes], refs: Any, qps: Sequence[int], render: bool
 ) -> tuple[bytes, CodedUnit]:
     """Codes pictures and returns (payload, what the program left)."""
-    for per_symbol in CAPACITIES:
-        # The decoder picks the program by the payload's size; the encoder has to use the same.
-        capacity = _capacity(codec, per_symbol)
-        unit = _run(codec, refs, qps, FROM_PICTURE, render, pictures=pictures, capacity=capacity)
-        payload = coder.encode(list(zip(unit.symbols, unit.indices, strict=True)), codec.tables)
-        if len(payload) <= capacity:
-            return payload, unit
-    raise AssertionError("a payload exceeds its bound")
+    capacity = _capacity(codec)
+    unit = _run(codec, refs, qps, FROM_PICTURE, render, pictures=pictures, capacity=capacity)
+    return coder.encode(list(zip(unit.symbols, unit.indices, strict=True)), codec.tables), unit
 
 
 def decode_unit(codec: UnitCodec, payload: bytes, refs: Any, qps: Sequence[int]) -> CodedUnit:
@@ -281,10 +281,9 @@ def decode_unit_from_host(
 
 
 def _payload_capacity(codec: UnitCodec, payload: bytes) -> int:
-    for per_symbol in CAPACITIES:
-        if len(payload) <= _capacity(codec, per_symbol):
-            return _capacity(codec, per_symbol)
-    raise StreamError(f"a unit of {len(payload)} bytes is larger than any of this size can be")
+    if len(payload) > _capacity(codec):
+        raise StreamError(f"a unit of {len(payload)} bytes is larger than any of this size can be")
+    return _capacity(codec)
 
 
 class EncodedUnit(NamedTuple):

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from nvc_jax.nn.hyperprior import factorized_logits
 
 SCALE_MIN = 0.11
+# At most 29.9 bits, as in DCVC-RT/UF. The coder's escape, which such values go through, costs about
+# 31: on the few symbols that reach this bound, rate estimates are that much too low.
 PROBABILITY_MIN = 1e-9
 
 
