@@ -39,7 +39,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = app.parse_flags_with_usage(argv)
         _CONFIG.value.lock()  # a config file that could not be read raises only now
-    except (OSError, AttributeError, KeyError) as error:
+    except (OSError, AttributeError, KeyError, SyntaxError) as error:
         reason = " ".join(str(error).replace("\\'", "'").split())
         print(f"error: the config cannot be used: {reason}", file=sys.stderr)
         sys.exit(2)
@@ -57,11 +57,11 @@ def main(argv: list[str]) -> int:
             raise NvcError(f"--json={_JSON.value}: its folder does not exist")
         results = evaluate(config, say=lambda line: print(line, flush=True))
         report = write_report(results, Path(config["workdir"]))
-    except NvcError as error:
+        if _JSON.value:
+            Path(_JSON.value).write_text(json.dumps(results, indent=1))
+    except (NvcError, OSError) as error:  # OSError: above all a full disk
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(results, indent=1))
     print_tables(results, Console())
     print(f"report: {report}")
     return 0 if all_passed(results) else 1

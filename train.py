@@ -2,7 +2,9 @@
 
   python train.py --config=configs/ui2c_nano.py --workdir=runs/ui2c_nano
 
-Stops and resumes at any time: the same command goes on from the newest checkpoint in the workdir.
+Stops and resumes at any time: Ctrl-C and SIGTERM save a checkpoint first, and the same command goes
+on from the newest checkpoint in the workdir. Exit status: 0 when training is complete; 2 with one
+line of explanation for a config, data or workdir that is not usable; 130 or 143 when stopped.
 """
 
 from nvc_jax.launch import setup
@@ -33,14 +35,17 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def main(_):
-    from nvc_jax.training.loop import train
+    from nvc_jax.training.loop import Stopped, train
 
     logging.set_verbosity(logging.INFO)
     try:
         train(_CONFIG.value, _WORKDIR.value)
     except NvcError as e:
         print(f"train.py: {e}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(128 + e.signal if isinstance(e, Stopped) else 2)
+    except KeyboardInterrupt:
+        print("train.py: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def get_config():
         stage(steps=8_000, units=2, walk=8, batch=4, crop=128, lr=6e-4, end_lr=1e-4),
         stage(steps=2_000, units=3, walk=5, batch=4, crop=128, lr=1e-4, end_lr=1e-5),
         # A warm restart of the two stages above: the shipped weights went on from there.
-        stage(steps=26_000, units=2, walk=8, batch=4, crop=128, lr=5e-4, end_lr=1e-4),
+        stage(steps=20_000, units=2, walk=8, batch=4, crop=128, lr=5e-4, end_lr=1e-4),
         stage(steps=3_000, units=3, walk=5, batch=4, crop=128, lr=1e-4, end_lr=1e-5),
     )
     c.warmup_steps = 200

@@ -36,9 +36,6 @@ from nvc_jax.video import Planes, VideoInfo
 
 MAX_QP = 63
 MARGIN_EXPONENT = 10  # of the calibrated mode, unless one is given
-# Bytes for a unit's payload in the usual program, in bytes per symbol; and what no unit can exceed
-# (an escape costs under four bytes). Two sizes, so that few shapes are compiled.
-CAPACITIES = (2.0, 6.0)
 
 
 class CodedUnit(NamedTuple):
@@ -141,7 +138,7 @@ def prepare(
 
 def _unit_program(model, tables, width, height, mode, variables, planes, refs, qp, source, render,
                   payload, coder_state, given, margin, flags):  # fmt: skip
-    """Codes one unit; traced once per payload capacity.
+    """Codes one unit; traced once.
 
     Args:
       planes: uint8 (y [frames, height, width], u and v at half size): the encoder's pictures;
@@ -201,7 +198,10 @@ def planes_to_frames(planes, height: int, width: int) -> jax.Array:
 
 
 def frames_to_planes(frames: jax.Array, height: int, width: int):
-    """Inverse of `planes_to_frames`: chroma is averaged 2x2; rounded to uint8."""
+    """Inverse of `planes_to_frames`: clipped, chroma averaged 2x2, rounded to uint8.
+
+    The clip belongs to the networks of DCVC-RT and UF; ours leave it to whoever shows the picture.
+    """
     frames = jnp.clip(frames[0], 0, 1) * 255
     n, h, w, _ = frames.shape
     chroma = frames[..., 1:].reshape(n, h // 2, 2, w // 2, 2, 2).mean((2, 4))
@@ -222,7 +222,6 @@ def _run(
     payload: bytes = b"",
     given: np.ndarray | None = None,
     flags: np.ndarray | None = None,
-    capacity: int,
 ) -> CodedUnit:
     """Runs the unit program once. A unit short of pictures or qps repeats its last one."""
     n = codec.model.module.frames_per_unit
@@ -234,7 +233,7 @@ def _run(
         chroma = (n, -(-codec.height // 2), -(-codec.width // 2))
         shapes = (n, codec.height, codec.width), chroma, chroma
         planes = tuple(np.zeros(s, np.uint8) for s in shapes)
-    buffer = np.zeros(capacity, np.uint8)
+    buffer = np.zeros(_capacity(codec), np.uint8)
     buffer[: len(payload)] = np.frombuffer(payload, np.uint8)
     if given is None:
         given = np.zeros(sum(codec.step_sizes), np.int16)
@@ -262,8 +261,13 @@ def _run(
     return CodedUnit(out if render else None, refs, symbols, indices, flags, scales, state)
 
 
-def _capacity(codec: UnitCodec, per_symbol: float) -> int:
-    return int(sum(codec.step_sizes) * per_symbol) + 512
+def _capacity(codec: UnitCodec) -> int:
+    """Bytes that no payload exceeds, see `coder.encode`.
+
+    One size for all units: another would be another program, whose machine code may round
+    otherwise, and encoder and decoder have to run the same.
+    """
+    return 4 * sum(codec.step_sizes) + 512
 
 
 def symbols_crc(symbols: Sequence[np.ndarray]) -> int:
@@ -286,16 +290,9 @@ def encode_unit(
 
     level: of the unit in the schedule's hierarchy.
     """
-    for per_symbol in CAPACITIES:
-        # The decoder picks the program by the payload's size; the encoder has to use the same.
-        capacity = _capacity(codec, per_symbol)
-        unit = _run(
-            codec, refs, qps, FROM_PICTURE, render, level, pictures=pictures, capacity=capacity
-        )
-        payload = coder.encode(list(zip(unit.symbols, unit.indices, strict=True)), codec.tables)
-        if len(payload) <= capacity:
-            return _calibration_bytes(codec, unit) + payload, unit
-    raise AssertionError("a payload exceeds its bound")
+    unit = _run(codec, refs, qps, FROM_PICTURE, render, level, pictures=pictures)
+    payload = coder.encode(list(zip(unit.symbols, unit.indices, strict=True)), codec.tables)
+    return _calibration_bytes(codec, unit) + payload, unit
 
 
 def _calibration_bytes(codec: UnitCodec, unit: CodedUnit) -> bytes:
@@ -307,16 +304,20 @@ def _calibration_bytes(codec: UnitCodec, unit: CodedUnit) -> bytes:
 
 
 def _split_payload(codec: UnitCodec, payload: bytes) -> tuple[np.ndarray | None, bytes]:
-    """(flags of the calibrated mode, the coder's payload)."""
-    if codec.mode != CALIBRATED:
-        return None, payload
-    size, start = read_varint(payload)
-    if size > len(payload) - start:
-        raise StreamError("the list of calibrated elements is damaged")
-    # The hyper-latent comes first and has fixed tables: nothing of it is ever listed.
-    hyper, *steps = codec.step_sizes
-    flags = calibration.read_flags(payload[start : start + size], steps)
-    return np.concatenate([np.zeros(hyper, bool), flags]), payload[start + size :]
+    """(flags of the calibrated mode, the coder's payload). Raises StreamError."""
+    flags = None
+    if codec.mode == CALIBRATED:
+        size, start = read_varint(payload)
+        if size > len(payload) - start:
+            raise StreamError("the list of calibrated elements is damaged")
+        # The hyper-latent comes first and has fixed tables: nothing of it is ever listed.
+        hyper, *steps = codec.step_sizes
+        flags = calibration.read_flags(payload[start : start + size], steps)
+        flags = np.concatenate([np.zeros(hyper, bool), flags])
+        payload = payload[start + size :]
+    if len(payload) > _capacity(codec):
+        raise StreamError(f"a unit of {len(payload)} bytes is larger than any of this size can be")
+    return flags, payload
 
 
 def decode_unit(
@@ -330,12 +331,8 @@ def decode_unit(
     if _xla_threads() < 2:
         return decode_unit_from_host(codec, payload, refs, qps, level)
     flags, payload = _split_payload(codec, payload)
-    capacity = _payload_capacity(codec, payload)
     with _ONE_AT_A_TIME:
-        unit = _run(
-            codec, refs, qps, FROM_STREAM, True, level,
-            payload=payload, flags=flags, capacity=capacity,
-        )  # fmt: skip
+        unit = _run(codec, refs, qps, FROM_STREAM, True, level, payload=payload, flags=flags)
     coder.finish_decode(np.frombuffer(payload, np.uint8), unit.coder_state)
     return unit
 
@@ -364,12 +361,9 @@ def decode_unit_from_host(
     out where callbacks are not available.
     """
     flags, payload = _split_payload(codec, payload)
-    capacity = _payload_capacity(codec, payload)
     buffer = np.frombuffer(payload, np.uint8)
     state = coder.begin_decode(buffer, len(payload))
-    replay = functools.partial(
-        _run, codec, refs, qps, FROM_CALLER, level=level, flags=flags, capacity=capacity
-    )
+    replay = functools.partial(_run, codec, refs, qps, FROM_CALLER, level=level, flags=flags)
     known = np.zeros(sum(codec.step_sizes), np.int16)
     position = 0
     for step, size in enumerate(codec.step_sizes):
@@ -383,15 +377,7 @@ def decode_unit_from_host(
 
 def replay_unit(codec: UnitCodec, symbols: np.ndarray, refs: Any, qps: Sequence[int]) -> CodedUnit:
     """What a unit's symbols (int16, all steps in coding order) decode to, without a payload."""
-    capacity = _capacity(codec, CAPACITIES[0])
-    return _run(codec, refs, qps, FROM_CALLER, True, 0, given=symbols, capacity=capacity)
-
-
-def _payload_capacity(codec: UnitCodec, payload: bytes) -> int:
-    for per_symbol in CAPACITIES:
-        if len(payload) <= _capacity(codec, per_symbol):
-            return _capacity(codec, per_symbol)
-    raise StreamError(f"a unit of {len(payload)} bytes is larger than any of this size can be")
+    return _run(codec, refs, qps, FROM_CALLER, True, 0, given=symbols)
 
 
 class EncodedUnit(NamedTuple):

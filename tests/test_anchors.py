@@ -1,6 +1,7 @@
 """Conventional codecs: every one codes and decodes here, or says why not."""
 
 import os
+import shutil
 import stat
 import sys
 from fractions import Fraction
@@ -146,3 +147,8 @@ def test_the_environment_chooses_the_binary(monkeypatch, ffmpeg):
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", ffmpeg)
     assert find_ffmpeg() == str(Path(ffmpeg).absolute())
     assert "ffmpeg version" in ffmpeg_version(ffmpeg)
+
+
+def test_a_binary_that_is_no_ffmpeg_is_refused():
+    with pytest.raises(NvcError, match="is no FFmpeg"):
+        ffmpeg_version(shutil.which("true"))

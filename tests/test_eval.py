@@ -251,6 +251,7 @@ def test_configs_that_we_ship_are_valid(name):
         (["--config=configs/eval_quick.py", "--config.qps=(8,99)"], "99 is not a whole number"),
         (["--config=configs/eval_quick.py", "--config.frams=3"], "frams"),
         (["--config=configs/none.py"], "configs/none.py"),
+        (["--config=README.md"], "the config cannot be used"),
         (["--config=configs/eval_quick.py", "--workdir=/dev/null/x"], "work folder"),
     ],
 )

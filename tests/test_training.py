@@ -5,7 +5,9 @@ share their shapes and learning rates where they can, and compilers are told to 
 """
 
 import json
+import resource
 import runpy
+import signal
 import subprocess
 import sys
 from contextlib import closing
@@ -104,6 +106,9 @@ class Toy(nn.Module):
         return recon, (Ref(feature=feature),)
 
 
+TOY = registry.Entry(Toy, ToyConfig, {"small": ToyConfig()}, "two_frame", "video", True)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
     quick = {"jax_disable_most_optimizations": True, "jax_default_prng_impl": "unsafe_rbg"}
@@ -117,8 +122,7 @@ def quick_compilation():
 
 @pytest.fixture(autouse=True)
 def toy_codec(monkeypatch):
-    entry = registry.Entry(Toy, ToyConfig, {"small": ToyConfig()}, "two_frame", "video", True)
-    monkeypatch.setitem(registry.CODECS, "toy", entry)
+    monkeypatch.setitem(registry.CODECS, "toy", TOY)
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +167,22 @@ def config_of(folder, *stages, **changes) -> ConfigDict:
         )
         | changes
     )
+
+
+CONFIG_FILE = """\
+from ml_collections import ConfigDict
+
+def get_config():
+    config = ConfigDict({config!r})
+    config.stages = tuple(ConfigDict(stage) for stage in {stages!r})
+    return config
+"""
+
+
+def write_config(file: Path, config: ConfigDict) -> Path:
+    plain, stages = config.to_dict(), [stage.to_dict() for stage in config.stages]
+    file.write_text(CONFIG_FILE.format(config=plain | {"stages": ()}, stages=stages))
+    return file
 
 
 def logged(workdir) -> list[dict]:
@@ -235,6 +255,50 @@ def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["5", "6"]
 
 
+# As train.py, but knowing the codec above.
+TRAIN = """\
+import runpy, sys
+sys.path[:0] = {paths!r}
+from test_training import TOY
+from nvc_jax.models import registry
+registry.CODECS["toy"] = TOY
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_before_the_run_ends(folder, tmp_path, number):
+    config = config_of(folder, stage(10**6), checkpoint_every_seconds=1e9)
+    file, workdir = write_config(tmp_path / "config.py", config), tmp_path / "run"
+    code = TRAIN.format(paths=[str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-c", code, f"--config={file}", f"--workdir={workdir}"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        while "step 3/" not in process.stdout.readline():
+            assert process.poll() is None, process.stderr.read()
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    (saved,) = (path.name for path in (workdir / "checkpoints").iterdir())
+    assert int(saved) >= 3 and int(saved) == logged(workdir)[-1]["step"]
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith(f"train.py: stopped by {number.name} after step {saved}, which is saved")
+    assert "Traceback" not in errors
+
+
+def test_a_signal_in_the_last_step_changes_nothing(folder, tmp_path, monkeypatch):
+    write_scalars, handler = loop.MetricWriter.write_scalars, signal.getsignal(signal.SIGINT)
+
+    def interrupting(self, step, scalars):
+        write_scalars(self, step, scalars)
+        if step == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop.MetricWriter, "write_scalars", interrupting)
+    assert int(loop.train(config_of(folder, SIX_STEPS), tmp_path).step) == 6
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
 def spoil(monkeypatch, bad):
     """Makes the batches of some steps of a stage not numbers."""
     host_batch = loop.host_batch
@@ -256,7 +320,24 @@ def test_steps_without_finite_gradients_are_skipped_and_counted(folder, tmp_path
     values = logged(tmp_path)
     assert [v["skipped"] for v in values] == [0, 1, 1, 2, 3, 3]
     assert [v["skipped_in_row"] for v in values] == [0, 1, 0, 1, 2, 0]
+    assert [np.isfinite(v["loss"]) for v in values] == [True, False, True, False, False, True]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_a_line_of_the_log_is_the_mean_of_its_steps(folder, tmp_path):
+    loop.train(config_of(folder, SIX_STEPS), tmp_path / "single")
+    loop.train(config_of(folder, SIX_STEPS, log_every=4), tmp_path / "four")
+    single, four = logged(tmp_path / "single"), logged(tmp_path / "four")
+    assert [v["step"] for v in four] == [4, 6] and list(four[0]) == list(single[0])
+    for values, steps in zip(four, (single[:4], single[4:]), strict=True):
+        for name in ("loss", "bpp_y", "bpp_z", "distortion", "psnr_y", "psnr_u", "grad_norm"):
+            np.testing.assert_allclose(values[name], np.mean([s[name] for s in steps]), rtol=1e-5)
+        assert values["skipped"] == steps[-1]["skipped"]
+
+
+def test_training_does_without_tensorflow():
+    code = "import sys, nvc_jax.training.loop; assert 'tensorflow' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
 
 
 def test_too_many_steps_without_finite_gradients_end_the_run(folder, tmp_path, monkeypatch):
@@ -316,7 +397,10 @@ def test_learning_rate_warms_up_and_falls_through_the_stages():
             {"model": ConfigDict(dict(name="toy", size=dict(depth=3), dtype="float32"))},
             "bad size for 'toy'",
         ),
-        ({"stages": (stage(2, crop=17),)}, "crop 17"),
+        ({"stages": (stage(2), stage(2, crop=24))}, r"stages\[1\].crop is 24"),
+        ({"stages": (stage(2, batch=0),)}, r"stages\[0\].batch is 0"),
+        ({"stages": (ConfigDict(dict(steps=2)),)}, r"stages\[0\].batch is missing"),
+        ({"stages": ()}, "stages is empty"),
         ({"init_from": "missing.safetensors"}, "no model"),
         ({"transform_start": True}, "transform_start"),
     ],
@@ -332,6 +416,16 @@ def test_a_workdir_that_cannot_be_one_is_refused(folder, tmp_path):
     for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(NvcError, match="cannot be written"):
             loop.train(config_of(folder, stage(2)), workdir)
+
+
+def test_a_full_disk_is_explained(folder, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(NvcError, match="checkpoints: a checkpoint cannot be written"):
+            loop.train(config_of(folder, SIX_STEPS), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_workdir_of_another_model_is_refused(folder, tmp_path):
@@ -488,25 +582,11 @@ def test_pictures_alone_are_weighted_alike():
 # Releasing
 
 
-CONFIG_FILE = """\
-from ml_collections import ConfigDict
-
-def get_config():
-    return ConfigDict({config!r})
-"""
-
-
 @pytest.fixture
 def run(folder, tmp_path):
     """(config, its file, workdir, last state) of a short run."""
     config = config_of(folder, SIX_STEPS)
-    plain = config.to_dict() | {"stages": tuple(s.to_dict() for s in config.stages)}
-    file = tmp_path / "config.py"
-    source = CONFIG_FILE.format(config=plain | {"stages": ()})
-    source += f"_stages = {plain['stages']!r}\n_get_config = get_config\n"
-    source += "def get_config():\n    config = _get_config()\n"
-    source += "    config.stages = tuple(ConfigDict(s) for s in _stages)\n    return config\n"
-    file.write_text(source)
+    file = write_config(tmp_path / "config.py", config)
     return config, file, tmp_path / "run", loop.train(config, tmp_path / "run")
 
 
@@ -573,8 +653,9 @@ def test_releasing_refuses(run, tmp_path):
         (["--config=nvc_jax/errors.py"], "the config cannot be used"),
         (["--config=configs/intra_nano.py", "--config.data.foldr=x"], "the config cannot be used"),
         (["--config=configs/intra_nano.py", "--config.data.folder=/missing"], "no such folder"),
+        (["--config=configs/demo.py"], "is missing; see configs/ui2c_nano.py"),
     ],
-    ids=["missing", "no config", "no such field", "no data"],
+    ids=["missing", "no config", "no such field", "no data", "another kind of config"],
 )
 def test_train_py_explains_what_is_wrong(tmp_path, arguments, complaint):
     command = [sys.executable, "train.py", f"--workdir={tmp_path / 'run'}", *arguments]
@@ -632,10 +713,20 @@ class Open:
         return y
 
 
-@pytest.mark.parametrize("name", ["ui2c", "intra"])
-def test_transform_start_passes_pictures_through(name):
+@pytest.mark.parametrize("changes", [{"width": 192}, {"width": 200}, {"subpixel": 3}])
+def test_transform_start_refuses_sizes_it_does_not_know(changes):
+    name = "ui2c" if "subpixel" in changes else "intra"
+    module = registry.build(name, SIZES[name] | changes)
+    with pytest.raises(NvcError, match="cannot serve this size"):
+        transform_start(name, module.cfg, random_parameters(module))
+
+
+@pytest.mark.parametrize(
+    "name, form", [("ui2c", "uf2"), ("intra", "uf2"), ("intra", "uf"), ("ui2c", "rt")]
+)
+def test_transform_start_passes_pictures_through(name, form):
     """Without quantisation, a codec that was never trained returns nearly the picture."""
-    size = SIZES[name] | {"width": 64, "y": 96, "form": "uf2"}
+    size = SIZES[name] | {"width": 64, "y": 96, "form": form}
     module = registry.build(name, size | ({"recon": 48} if name == "ui2c" else {}))
     params = random_parameters(module)
     for path, value in traverse_util.flatten_dict(params).items():

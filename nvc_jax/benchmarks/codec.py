@@ -8,6 +8,7 @@ import numpy as np
 
 from nvc_jax import codec as coding
 from nvc_jax.entropy import coder
+from nvc_jax.errors import NvcError
 from nvc_jax.models import released
 from nvc_jax.video import Planes
 
@@ -34,7 +35,12 @@ def benchmark(model: str, width: int, height: int, frames: int, qp: int) -> dict
 
     The first unit, which compiles, does not count. "program" is the jitted unit program (when
     decoding with its callbacks), "coder" the host coder alone on the same symbols.
+
+    Raises:
+      NvcError: no such model, or a size or qp that is out of range.
     """
+    if width < 1 or height < 1:
+        raise NvcError(f"size {width}x{height}: width and height must be positive")
     loaded = released.load(model)
     codec = coding.prepare(loaded, width, height)
     schedule = coding.schedule_for(loaded)

@@ -146,8 +146,11 @@ def find_ffmpeg() -> str:
 
 
 def ffmpeg_version(ffmpeg: str) -> str:
-    """First line of `ffmpeg -version`. Raises NvcError when the binary does not run."""
-    return _run([ffmpeg, "-version"], Path.cwd())[0].splitlines()[0]
+    """First line of `ffmpeg -version`. Raises NvcError when that does not run or says nothing."""
+    lines = _run([ffmpeg, "-version"], Path.cwd())[0].splitlines()
+    if not lines:
+        raise NvcError(f"{ffmpeg} is no FFmpeg: it does not say its version")
+    return lines[0]
 
 
 def code_clip(

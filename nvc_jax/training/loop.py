@@ -1,8 +1,10 @@
 """The training loop: data in, checkpoints, numbers and pictures out."""
 
 import runpy
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from functools import partial
@@ -21,7 +23,6 @@ from orbax.checkpoint import checkpoint_managers
 from nvc_jax.data import clips as clip_data
 from nvc_jax.data.prefetch import prefetch
 from nvc_jax.errors import NvcError
-from nvc_jax.files import writing
 from nvc_jax.models import registry, released
 from nvc_jax.training import losses
 from nvc_jax.training import step as training
@@ -29,34 +30,97 @@ from nvc_jax.training.transform_start import transform_start
 from nvc_jax.training.writers import MetricWriter
 
 CHECKPOINTS = "checkpoints"
+FIELDS = {
+    "seed", "model", "data", "init_from", "transform_start", "stages", "warmup_steps", "clip_norm",
+    "weight_decay", "rate_balance", "average_decay", "max_skipped_in_row", "log_every",
+    "sample_every", "checkpoint_every_seconds",
+}  # fmt: skip
+STAGE_FIELDS = {"steps", "units", "walk", "batch", "crop", "lr", "end_lr"}
+
+
+class Stopped(NvcError):
+    """A run was asked to stop, and its last step is saved.
+
+    Attributes:
+      signal: what asked, SIGTERM or SIGINT.
+    """
+
+    def __init__(self, step: int, number: signal.Signals):
+        super().__init__(
+            f"stopped by {number.name} after step {step}, which is saved; the same command goes on "
+            "from there"
+        )
+        self.signal = number
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> training.TrainState:
     """Trains until the config's last step, going on from the newest checkpoint in `workdir`.
 
     Writes `metrics.jsonl`, TensorBoard events, `samples/` (originals above reconstructions) and
-    Orbax checkpoints.
+    Orbax checkpoints. The first SIGTERM or Ctrl-C lets the current step finish and saves it; a
+    second one ends the process at once.
 
     Raises:
-      NvcError: bad config, no data, a `workdir` that cannot be written, or too many steps in a row
-        without finite gradients.
+      Stopped: after such a signal, unless that step was the last.
+      NvcError: bad config, no data, a `workdir` that cannot be written (any more), or too many
+        steps in a row without finite gradients.
     """
+    check_config(config)
     model = registry.build(config.model.name, config.model.size, config.model.dtype)
     clips = clip_data.load_clips(config.data.folder)
     logging.info("training data: %s", clip_data.stats(clips))
-    with writing(workdir):
-        writer = MetricWriter(workdir)
-    # Closing waits for a checkpoint that is still being written, also after Ctrl-C.
-    with closing(writer), closing(_checkpoints(workdir)) as manager:
-        return _train(config, model, clips, manager, writer)
+    writer = MetricWriter(workdir)
+    with _stop_signals() as stops, closing(writer), _checkpoints(workdir) as manager:
+        return _train(config, model, clips, manager, writer, stops)
 
 
-def _train(config, model, clips, manager, writer) -> training.TrainState:
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Raises an NvcError that names what a training config lacks, or the stage that cannot be."""
+    if missing := sorted(FIELDS - set(config)):
+        raise NvcError(
+            f"config.{missing[0]} is missing; see configs/ui2c_nano.py for a training config"
+        )
+    if not config.stages:
+        raise NvcError("config.stages is empty: there is nothing to train")
+    for number, stage in enumerate(config.stages):
+        where = f"config.stages[{number}]"
+        if missing := sorted(STAGE_FIELDS - set(stage)):
+            raise NvcError(f"{where}.{missing[0]} is missing")
+        for name in sorted(STAGE_FIELDS - {"end_lr"}):
+            if not stage[name] > 0:
+                raise NvcError(f"{where}.{name} is {stage[name]}; it must be above 0")
+        if stage.crop % 16:
+            raise NvcError(f"{where}.crop is {stage.crop}; it must be a multiple of 16")
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[signal.Signals]]:
+    """Notes the first SIGTERM or SIGINT in a list; from then on they do what they did before."""
+    received, before = [], {}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number, frame):
+        received.append(signal.Signals(number))
+        restore()
+
+    if threading.current_thread() is threading.main_thread():  # nobody else may set handlers
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def _train(config, model, clips, manager, writer, stops) -> training.TrainState:
     ends = np.cumsum([stage.steps for stage in config.stages])
     state = resume(manager, model, config)
     parameter_overview.log_parameter_overview(state.params)
     train_step = jax.jit(
-        training.make_train_step(model, config), donate_argnums=0, static_argnums=(2, 3)
+        _merging(training.make_train_step(model, config)), donate_argnums=0, static_argnums=(3, 4)
     )
     sample = make_sampler(model)
     step, last_save, window = int(state.step), time.monotonic(), Window()
@@ -72,9 +136,8 @@ def _train(config, model, clips, manager, writer) -> training.TrainState:
             while step < ends[number]:
                 with window.waiting():
                     clip, carried = next(iterator)
-                state, metrics = train_step(state, clip, carried, number)
-                step += 1
-                window.add(metrics)
+                state, window.metrics = train_step(state, window.metrics, clip, carried, number)
+                step, window.steps = step + 1, window.steps + 1
                 if step % config.log_every == 0 or step == ends[-1]:
                     values = {**window.close(), "stage": number}
                     writer.write_scalars(step, values)
@@ -87,12 +150,25 @@ def _train(config, model, clips, manager, writer) -> training.TrainState:
                         )
                 if step % config.sample_every == 0:
                     writer.write_images(step, {"samples": sample(state, clip)})
-                if step == ends[-1] or (
-                    time.monotonic() - last_save > config.checkpoint_every_seconds
-                ):
-                    manager.save(step, args=ocp.args.StandardSave(state))
+                stop = stops[0] if stops else None
+                since_save = time.monotonic() - last_save
+                if stop or step == ends[-1] or since_save > config.checkpoint_every_seconds:
+                    with _saving(manager):
+                        manager.save(step, args=ocp.args.StandardSave(state))
                     last_save = time.monotonic()
+                if stop and step < ends[-1]:
+                    raise Stopped(step, stop)
     return state
+
+
+def _merging(train_step: Callable) -> Callable:
+    """A train step that adds its metrics to earlier ones, which costs less than keeping them."""
+
+    def step(state, metrics, clip, carried, stage):
+        state, new = train_step(state, clip, carried, stage)
+        return state, metrics.merge(new)
+
+    return step
 
 
 def resume(
@@ -160,8 +236,9 @@ def release(config_file: str, workdir: str, output: str) -> Path:
         config = runpy.run_path(config_file)["get_config"]()
     except (KeyError, SyntaxError) as e:
         raise NvcError(f"{config_file}: is not a training config ({e!r})") from None
+    check_config(config)
     model = registry.build(config.model.name, config.model.size, config.model.dtype)
-    with closing(_checkpoints(workdir)) as manager:
+    with _checkpoints(workdir) as manager:
         if manager.latest_step() is None:
             raise NvcError(f"{workdir}: no checkpoint there to release")
         state = resume(manager, model, config)
@@ -170,11 +247,25 @@ def release(config_file: str, workdir: str, output: str) -> Path:
     return output
 
 
-def _checkpoints(workdir: str) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(
-        Path(workdir).absolute() / CHECKPOINTS,
-        options=ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(2)),
-    )
+@contextmanager
+def _checkpoints(workdir: str) -> Iterator[ocp.CheckpointManager]:
+    options = ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(2))
+    manager = ocp.CheckpointManager(Path(workdir).absolute() / CHECKPOINTS, options=options)
+    try:
+        yield manager
+    finally:
+        with _saving(manager):
+            manager.close()  # waits for a checkpoint that is still being written
+
+
+@contextmanager
+def _saving(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turns errors of writing a checkpoint, this one or the one before, into ours."""
+    try:
+        yield
+    except (OSError, ValueError) as e:  # ValueError: TensorStore's name for a full disk
+        reason = str(e).splitlines()[0]
+        raise NvcError(f"{manager.directory}: a checkpoint cannot be written ({reason})") from e
 
 
 def host_batch(config, number: int, per_unit: int, clips: clip_data.ClipSet, step: int):
@@ -212,10 +303,15 @@ def host_batch(config, number: int, per_unit: int, clips: clip_data.ClipSet, ste
 
 
 class Window:
-    """Averages of metrics and times since the last log line."""
+    """Metrics and times since the last log line.
+
+    Attributes:
+      metrics: StepMetrics of `steps` steps, merged.
+    """
 
     def __init__(self):
-        self.metrics, self.begin, self.waited = [], time.monotonic(), 0.0
+        self.metrics, self.steps = training.StepMetrics.empty(), 0
+        self.begin, self.waited = time.monotonic(), 0.0
 
     @contextmanager
     def waiting(self):
@@ -223,16 +319,11 @@ class Window:
         yield
         self.waited += time.monotonic() - begin
 
-    def add(self, metrics):
-        self.metrics.append(metrics)
-
     def close(self) -> dict[str, float]:
-        metrics = jax.device_get(self.metrics)
+        metrics = jax.device_get(self.metrics)  # waits for the last step
         seconds = time.monotonic() - self.begin
-        values = {k: float(np.mean([m[k] for m in metrics])) for k in metrics[0]}
-        for k in ("skipped", "skipped_in_row"):
-            values[k] = float(metrics[-1][k])
-        values["seconds_per_step"] = seconds / len(metrics)
+        values = {name: float(value) for name, value in metrics.compute().items()}
+        values["seconds_per_step"] = seconds / self.steps
         values["data_wait_share"] = self.waited / seconds
         self.__init__()
         return values

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from clu import metrics
 from jax import lax
 
 from nvc_jax.entropy.bottleneck import Estimate
@@ -59,6 +60,25 @@ class Clip(NamedTuple):
     frames: jax.Array
     qp: jax.Array
     phase: jax.Array
+
+
+@flax.struct.dataclass
+class StepMetrics(metrics.Collection):
+    """What a step reports; merged over steps, `compute()` gives means and the newest counts.
+
+    A step that was skipped counts with the values it had, so not a number stays to be seen.
+    """
+
+    loss: metrics.Average.from_output("loss")
+    bpp_y: metrics.Average.from_output("bpp_y")
+    bpp_z: metrics.Average.from_output("bpp_z")
+    distortion: metrics.Average.from_output("distortion")
+    psnr_y: metrics.Average.from_output("psnr_y")
+    psnr_u: metrics.Average.from_output("psnr_u")
+    psnr_v: metrics.Average.from_output("psnr_v")
+    grad_norm: metrics.Average.from_output("grad_norm")
+    skipped: metrics.LastValue.from_output("skipped")
+    skipped_in_row: metrics.LastValue.from_output("skipped_in_row")
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -150,7 +170,7 @@ def first_refs(model: nn.Module, state: TrainState, clip: Clip, carried: bool, k
 
 
 def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Callable:
-    """Builds `train_step(state, clip, carried, stage=0) -> (state, metrics)`.
+    """Builds `train_step(state, clip, carried, stage=0) -> (state, StepMetrics)`.
 
     To be jitted with `state` donated, and static: `carried` (the clip goes on where the previous
     step stopped) and the number of the stage. A stage may have, beside what every stage has,
@@ -176,7 +196,7 @@ def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Call
         if penalty:
             loss += stage.penalty.beta * penalties.mean()
         psnr = losses.psnr(recon, clip.frames).mean((0, 1))
-        metrics = {
+        outputs = {
             "loss": loss,
             "bpp_y": bpp["y"].mean(),
             "bpp_z": bpp["z"].mean(),
@@ -185,17 +205,17 @@ def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Call
             "psnr_u": psnr[1],
             "psnr_v": psnr[2],
         }
-        return loss, (metrics, refs)
+        return loss, (outputs, refs)
 
     def train_step(state, clip, carried, stage=0):
         stage = config.stages[stage]
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         refs = first_refs(model, state, clip, carried, key)
-        grads, (metrics, refs) = jax.grad(loss_fn, has_aux=True)(
+        grads, (outputs, refs) = jax.grad(loss_fn, has_aux=True)(
             state.params, clip, refs, key, stage
         )  # fmt: skip
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        finite = jnp.isfinite(norm) & jnp.isfinite(outputs["loss"])
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         # Also against weight decay, and what the moments remember from earlier stages.
         updates = {
@@ -219,10 +239,13 @@ def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Call
             skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
             carry=jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0.0), new_carry),
         )
-        metrics["grad_norm"] = norm
-        metrics["skipped"] = state.skipped
-        metrics["skipped_in_row"] = state.skipped_in_row
-        return state, metrics
+        return state, StepMetrics.single_from_model_output(
+            **outputs,
+            grad_norm=norm,
+            # As the types of `StepMetrics.empty()`, so that merging never changes a type.
+            skipped=jnp.float32(state.skipped),
+            skipped_in_row=jnp.float32(state.skipped_in_row),
+        )
 
     return train_step
 

@@ -130,10 +130,12 @@ def _ui2c_kernels(cfg) -> dict[str, np.ndarray]:
 def _intra_kernels(cfg) -> dict[str, np.ndarray]:
     atoms = _atoms(cfg.width, temporal=False)
     down, up = _latent_kernels(atoms, cfg.y)
+    # But for the half-width form, the block after the sub-pixels adds its input twice.
+    gain = 1.0 if cfg.form == "uf2" else 0.5
     return {
         "encoder/patch/adaptor/dense": _analysis(atoms, 1),
         "encoder/latent/conv": down,
-        "decoder/up/subpixel/dense": up,
+        "decoder/up/subpixel/dense": up * gain,
         "decoder/pixels/adaptor/dense": _analysis(atoms, 1).T,
     }
 
@@ -151,10 +153,11 @@ def transform_start(codec: str, cfg: Any, params: dict) -> dict:
         raise NvcError(f"transform_start does not know '{codec}'; switch it off in the config")
     flat = traverse_util.flatten_dict(params, sep="/")
     for name, kernel in KERNELS[codec](cfg).items():
-        old = flat[f"{name}/kernel"]
-        if old.shape != kernel.shape:
+        old = flat.get(f"{name}/kernel")
+        if old is None or old.shape != kernel.shape:
+            found = "missing" if old is None else old.shape
             raise NvcError(
-                f"transform_start cannot serve this size: {name} is {old.shape} in the model, "
+                f"transform_start cannot serve this size: {name} is {found} in the model, "
                 f"{kernel.shape} in the transform; switch it off in the config"
             )
         flat[f"{name}/kernel"] = (kernel + RANDOM_SHARE * np.asarray(old)).astype(np.float32)

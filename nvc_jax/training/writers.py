@@ -10,29 +10,37 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
+from nvc_jax.files import writing
+
 
 class MetricWriter:
-    """Writes `metrics.jsonl`, TensorBoard events and `samples/*.png` below `workdir`."""
+    """Writes `metrics.jsonl`, TensorBoard events and `samples/*.png` below `workdir`.
+
+    Raises:
+      NvcError: from everything but `close`, when `workdir` cannot be written.
+    """
 
     def __init__(self, workdir: str | Path):
         self._dir = Path(workdir)
-        self._dir.mkdir(parents=True, exist_ok=True)
-        self._lines = open(self._dir / "metrics.jsonl", "a")  # noqa: SIM115 (lives with the run)
-        self._events = SummaryWriter(str(self._dir))
+        with writing(workdir):
+            self._dir.mkdir(parents=True, exist_ok=True)
+            self._lines = open(self._dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+            self._events = SummaryWriter(str(self._dir))
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
-        self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._lines.flush()
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+        with writing(self._dir):
+            self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
+            for name, value in scalars.items():
+                self._events.add_scalar(name, value, step)
 
     def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
         """images: name -> uint8 [height, width, 3]."""
-        for name, image in images.items():
-            folder = self._dir / name
-            folder.mkdir(exist_ok=True)
-            Image.fromarray(image).save(folder / f"{step:08d}.png")
-            self._events.add_image(name, image, step, dataformats="HWC")
+        with writing(self._dir):
+            for name, image in images.items():
+                folder = self._dir / name
+                folder.mkdir(exist_ok=True)
+                Image.fromarray(image).save(folder / f"{step:08d}.png")
+                self._events.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         self._lines.close()
