@@ -21,8 +21,15 @@ from nvc_jax.errors import NvcError, StreamError
 
 u32 = st.integers(0, 2**32 - 1)
 names = st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]), min_size=1, max_size=16)
+protections = st.one_of(
+    st.sampled_from([(0, ()), (2, ())]),
+    st.lists(st.integers(5, 20), min_size=1, max_size=8).map(lambda e: (1, tuple(e))),
+)
 headers = st.builds(
-    Header,
+    lambda protection, **others: Header(
+        **others, entropy_mode=protection[0], margin_exponents=protection[1]
+    ),
+    protection=protections,
     model=names,
     fingerprint=st.binary(min_size=16, max_size=16),
     width=st.integers(1, 16384),
@@ -234,6 +241,10 @@ GOOD_BODY = b"\x01m\x09two_frame" + bytes(16) + b"\x10\x10\x19\x01\x02\x00\x02\x
         (b"\x01m", b"\xffm", "cut off|cannot look like this"),
         (b"\x00\x00\x00", b"\x02\x00\x00", "cannot look like this"),
         (b"\x00\x00\x00", b"\x00\x01\x00", "unknown entropy settings: mode 1"),
+        (b"\x00\x00\x00", b"\x00\x03\x00", "unknown entropy settings: mode 3"),
+        (b"\x00\x00\x00", b"\x00\x01\x01\x04", "margin exponents"),
+        (b"\x00\x00\x00", b"\x00\x01\x09" + 9 * b"\x0a", "margin exponents"),
+        (b"\x00\x00\x00", b"\x00\x01\x02\x0a", "cannot look like this|cut off"),
         (b"\x00\x00\x00", b"\x00\x00", "cannot look like this|cut off"),
         (b"\x00\x00\x00", b"\x00\x00\x00\x00", "cannot look like this"),
     ],
@@ -255,9 +266,9 @@ def test_hand_made_header_is_accepted(tmp_path):
 
 def test_a_newer_version_asks_for_an_update(sample):
     data = bytearray(sample.read_bytes())
-    data[4] = 2
+    data[4] = 3
     sample.write_bytes(data)
-    with pytest.raises(StreamError, match=r"version 2 .* update nvc_jax"):
+    with pytest.raises(StreamError, match=r"version 3 .* update nvc_jax"):
         bitstream.read_header(sample)
 
 
@@ -387,6 +398,11 @@ def test_packets_that_cannot_be_stored_are_refused(tmp_path, packet):
         {"colour": (256, 2, 2, False)},
         {"schedule": schedule.two_frame(2**33)},
         {"entropy_mode": 1},
+        {"entropy_mode": 3},
+        {"entropy_mode": 0, "margin_exponents": (10,)},
+        {"entropy_mode": 2, "margin_exponents": (10,)},
+        {"entropy_mode": 1, "margin_exponents": (4,)},
+        {"entropy_mode": 1, "margin_exponents": (10,) * 9},
     ],
 )
 def test_headers_that_cannot_be_stored_are_refused(change):

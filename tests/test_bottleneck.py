@@ -14,6 +14,7 @@ from nvc_jax.entropy.bottleneck import (
     CodingSpec,
     Estimate,
 )
+from nvc_jax.entropy.calibration import FLOAT
 from nvc_jax.entropy.freeze import concatenate, factorized_tables, gaussian_tables
 
 EDGES = np.geomspace(0.11, 32, 16)
@@ -40,9 +41,8 @@ def latents(seed: int):
 
 
 def code_both(bottleneck, z, y, mean, scale, qp):
-    return bottleneck.factorized(z, jnp.asarray(CHAINS)[qp], qp), bottleneck.gaussian(
-        y, mean, scale
-    )
+    z_hat = bottleneck.factorized(z, jnp.asarray(CHAINS)[qp], qp)
+    return z_hat, bottleneck.gaussian(y - mean, scale) + mean
 
 
 @jax.jit
@@ -53,7 +53,7 @@ def run(source, latent, qp, payload, state, given):
             lambda *a: coder.decode_step(*map(np.asarray, a), TABLES), result, payload, state, index
         )
 
-    bottleneck = Coded(SPEC, source, jnp.bool_(True), pull, state, given)
+    bottleneck = Coded(SPEC, FLOAT, source, jnp.bool_(True), pull, state, given)
     hats = code_both(bottleneck, *latent, qp)
     return hats, bottleneck.symbols, bottleneck.indices, bottleneck.state
 
@@ -168,7 +168,7 @@ def test_gradients_of_the_rate_reach_latents_and_parameters():
     def rate(z, y, mean, scale, chain):
         bottleneck = Estimate(jax.random.key(0))
         bottleneck.factorized(z, chain, None)
-        bottleneck.gaussian(y, mean, scale)
+        bottleneck.gaussian(y - mean, scale)
         return (bottleneck.bits["z"] + bottleneck.bits["y"]).sum()
 
     for gradient in jax.grad(rate, range(5))(z, y, mean, scale, CHAINS[:1]):

@@ -71,6 +71,7 @@ def test_only_uncertain_and_coded_elements_are_listed():
     level = np.append(level, [31 - m / 2, 31 + m / 2, 31.5, 32 - m / 2, 40])
     # No boundary at 0 or 32; at 1 and 5 both sides are skipped; at 6 one side is coded.
     expected = np.isin(level, [6 - m / 2, 6 + m / 2, 31 - m / 2, 31 + m / 2])
+    assert expected.sum() == 4
     np.testing.assert_array_equal(listed(scale_at(level), exponent), expected)
     assert not listed(np.float32([np.nan, np.inf, -np.inf, -1, 0]), exponent).any()
 

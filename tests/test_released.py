@@ -10,9 +10,12 @@ import safetensors.numpy
 from conftest import SIZES, random_parameters
 from flax import traverse_util
 
+from nvc_jax import codec
 from nvc_jax.entropy import tables
+from nvc_jax.entropy.calibration import CALIBRATED, EXACT
 from nvc_jax.errors import NvcError
 from nvc_jax.models import registry, released
+from nvc_jax.nn import integer
 
 NAMES = tuple(SIZES)
 
@@ -38,10 +41,14 @@ def test_what_is_saved_comes_back(frozen, saved):
     model = released.load(saved)
     assert (model.name, model.codec) == ("some-model", name)
     assert model.module == module
-    assert jax.tree.structure(model.params) == jax.tree.structure(params)
-    for ours, original in zip(jax.tree.leaves(model.params), jax.tree.leaves(params), strict=True):
-        assert ours.dtype == np.float32
-        np.testing.assert_array_equal(ours, original.astype(np.float16).astype(np.float32))
+    floats = {name: tree for name, tree in params.items() if name != "scale_head"}
+    ours = model.variables["params"]
+    assert jax.tree.structure(ours) == jax.tree.structure(floats)
+    for mine, original in zip(jax.tree.leaves(ours), jax.tree.leaves(floats), strict=True):
+        assert mine.dtype == np.float32
+        np.testing.assert_array_equal(mine, original.astype(np.float16).astype(np.float32))
+    integers = model.variables["integers"]["scale_head"]
+    jax.tree.map(np.testing.assert_array_equal, integers, integer.freeze(params["scale_head"]))
     tables.validate(model.tables)
     assert model.spec.z_table_base + module.qp_rows * module.cfg.z == len(model.tables.size)
     assert len(model.fingerprint) == released.FINGERPRINT_BYTES
@@ -61,9 +68,35 @@ def test_tables_belong_to_the_weights_as_stored(frozen):
     """Frozen from the rounded weights, which are what the encoder estimates with."""
     name, module, params, tensors, _ = frozen
     rounded = jax.tree.map(lambda p: p.astype(np.float16).astype(np.float32), params)
+    rounded["scale_head"] = params["scale_head"]  # rounded to integers, see test_integer.py
     again, _ = released.freeze("some-model", name, module, rounded)
     for key, value in tensors.items():
         np.testing.assert_array_equal(again[key], value)
+
+
+def test_models_of_the_first_format_have_no_integer_scales(frozen, tmp_path):
+    tensors = {k: v for k, v in frozen[3].items() if not k.startswith("integers/")}
+    size = json.loads(frozen[4]["size"]) | {"scale_head": 0}
+    metadata = frozen[4] | {"format": "nvc-model-1", "size": json.dumps(size)}
+    del metadata["known_answer"]
+    path = tmp_path / "old.safetensors"
+    released.save(path, tensors, metadata)
+    model = released.load(path)
+    assert not model.exact and codec.default_mode(model) == CALIBRATED
+    with pytest.raises(NvcError, match="no integer scales"):
+        codec.prepare(model, 32, 32, EXACT)
+
+
+def test_a_processor_that_computes_something_else_is_refused(saved, monkeypatch):
+    model = released.load(saved)
+    released.check_integers(model)
+    monkeypatch.setattr(released.jax, "default_backend", lambda: "abacus")
+    with pytest.raises(NvcError, match="abacus fails the known-answer test"):
+        released.check_integers(model._replace(known_answer="0123456789abcdef"))
+    head = model.variables["integers"]["scale_head"]
+    head["levels_0"]["bias"] = head["levels_0"]["bias"].at[0].add(1000)
+    with pytest.raises(NvcError, match="known-answer"):
+        codec.prepare(model, 32, 32, EXACT)
 
 
 def test_the_fingerprint_depends_on_every_weight_and_table(frozen, tmp_path):
@@ -117,7 +150,7 @@ def test_weights_of_other_programs_are_refused(tmp_path):
     safetensors.numpy.save_file({"weight": np.zeros(3, np.float32)}, path)
     with pytest.raises(NvcError, match="not a released model"):
         released.load(path)
-    safetensors.numpy.save_file({"w": np.zeros(3)}, path, {"format": "nvc-model-2"})
+    safetensors.numpy.save_file({"w": np.zeros(3)}, path, {"format": "nvc-model-3"})
     with pytest.raises(NvcError, match="not a released model"):
         released.load(path)
     header = {"w": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}

@@ -71,13 +71,13 @@ def margin(boundaries: np.ndarray, exponent: int) -> Margin:
         )
     logs = np.log(np.asarray(boundaries, np.float64))
     step = (logs[-1] - logs[0]) / (len(logs) - 1)
-    edges = np.concatenate([[logs[0] - step], logs, [np.inf]])  # of L levels
+    edges = np.concatenate([[logs[0] - step], logs, [np.nan]])  # of L levels; nothing reaches nan
     epsilon = 2.0**-exponent
     below = np.exp(edges[:-1] + epsilon * step)
     below[0] = -np.inf
     above = np.exp(edges[1:] - epsilon * step)
     middle = np.exp(edges[:-1] + step / 2)
-    middle[-1] = np.inf
+    middle[-1] = np.nan
     return Margin(*(a.astype(np.float32) for a in (below, above, middle)))
 
 

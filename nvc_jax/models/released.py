@@ -29,7 +29,7 @@ from nvc_jax.files import replacing, writing
 from nvc_jax.models import registry
 from nvc_jax.nn import integer
 
-FORMAT = "nvc-model-2"
+FORMAT, OLDER_FORMATS = "nvc-model-2", ("nvc-model-1",)
 FINGERPRINT_BYTES = 16
 SHIPPED = Path(nvc_jax.__file__).parent / "weights"
 
@@ -162,7 +162,7 @@ def load(model: str | Path) -> Released:
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as e:
         raise NvcError(f"{path}: cannot be read as a model ({e})") from None
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in (FORMAT, *OLDER_FORMATS):
         raise NvcError(f"{path}: not a released model of this program (format {FORMAT})")
     stored = metadata.pop("fingerprint", "")
     if stored != _fingerprint(tensors, metadata):
@@ -179,7 +179,7 @@ def load(model: str | Path) -> Released:
         tables=_unpack_tables(tensors),
         spec=CodingSpec(boundaries, int(metadata["skip_below"]), len(boundaries) + 1),
         fingerprint=bytes.fromhex(stored),
-        known_answer=metadata["known_answer"],
+        known_answer=metadata.get("known_answer", ""),
     )
 
 
