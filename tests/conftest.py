@@ -19,6 +19,7 @@ from flax import traverse_util  # noqa: E402
 
 from nvc_jax import codec  # noqa: E402
 from nvc_jax.benchmarks.codec import moving_texture  # noqa: E402
+from nvc_jax.entropy.calibration import FLOAT  # noqa: E402
 from nvc_jax.models import registry, released  # noqa: E402
 from nvc_jax.nn.blocks import quality_ramp  # noqa: E402
 from nvc_jax.video import Planes  # noqa: E402
@@ -91,11 +92,26 @@ def model_files(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def prepared(model_files):
-    """prepared(codec's name, width, height): as `codec.prepare`, compiled once for all tests."""
+    """prepared(codec's name, width, height, ...): as `codec.prepare`, compiled once for all tests.
+
+    Margins are inputs of a program, so that codecs that differ in nothing else share one.
+    """
     prepare = codec.prepare
-    return functools.cache(
-        lambda name, width, height: prepare(released.load(model_files[name]), width, height)
-    )
+
+    @functools.cache
+    def model_of(name):
+        return released.load(model_files[name])
+
+    @functools.cache
+    def compiled(name, width, height, mode):
+        return prepare(model_of(name), width, height, mode)
+
+    def cached(name, width, height, mode=None, margin_exponents=()):
+        mode = codec.default_mode(model_of(name)) if mode is None else mode
+        margins = prepare(model_of(name), width, height, mode, margin_exponents).margins
+        return compiled(name, width, height, mode)._replace(margins=margins)
+
+    return cached
 
 
 @pytest.fixture
@@ -103,10 +119,10 @@ def prepare_once(prepared, monkeypatch):
     """Commands run inside the test share its compiled programs, which take seconds to compile."""
     prepare = codec.prepare
 
-    def cached(model, width, height):
+    def cached(model, *args):
         if model.name not in ("tiny-ui2c", "tiny-intra"):
-            return prepare(model, width, height)
-        return prepared(model.codec, width, height)
+            return prepare(model, *args)
+        return prepared(model.codec, *args)
 
     monkeypatch.setattr(codec, "prepare", cached)
 
@@ -124,12 +140,12 @@ def large(tmp_path_factory) -> LargeClip:
     Payload and indices are more than 100 kB, from where on XLA copies arguments of a callback in
     the background.
     """
-    module = registry.build("ui2c", SIZES["ui2c"] | {"y": 96})
+    module = registry.build("ui2c", SIZES["ui2c"] | {"y": 96, "scale_head": 0})
     params, y = random_parameters(module), module.cfg.y
     params["prior_fusion"]["params"]["dense"]["bias"][y : 2 * y] = 10
     params["spatial_prior"]["params"]["dense"]["bias"][:y] = 10
     path = tmp_path_factory.mktemp("large") / "wide-ui2c.safetensors"
     released.save(path, *released.freeze(path.stem, "ui2c", module, params))
     return LargeClip(
-        path, codec.prepare(released.load(path), 1280, 720), moving_texture(1280, 720, 4)
+        path, codec.prepare(released.load(path), 1280, 720, FLOAT), moving_texture(1280, 720, 4)
     )

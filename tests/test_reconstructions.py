@@ -12,6 +12,7 @@ import pytest
 
 from nvc_jax import bitstream, codec, video
 from nvc_jax.entropy.bottleneck import Estimate
+from nvc_jax.entropy.calibration import EXACT
 from nvc_jax.models import registry, released
 
 CLIPS = sorted((Path(__file__).parents[1].parent / "shared/data/eval").glob("*.mkv"))
@@ -35,14 +36,14 @@ def estimated_bits(unit_codec, picture, refs, qps):
     """The rate that training would report for these pictures and references."""
 
     @jax.jit
-    def estimate(params, planes, refs, qp):
-        bottleneck = Estimate()
+    def estimate(variables, planes, refs, qp):
+        bottleneck = Estimate(exact=unit_codec.mode == EXACT)
         frames = codec.planes_to_frames(planes, unit_codec.height, unit_codec.width)
-        unit_codec.model.module.apply({"params": params}, frames, refs, qp, bottleneck)
+        unit_codec.model.module.apply(variables, frames, refs, qp, bottleneck)
         return bottleneck.bits
 
     planes = tuple(np.stack(p) for p in zip(*picture, strict=True))
-    bits = estimate(unit_codec.model.params, planes, refs, np.array([qps], np.int32))
+    bits = estimate(unit_codec.model.variables, planes, refs, np.array([qps], np.int32))
     return float(bits["y"].sum() + bits["z"].sum())
 
 
