@@ -219,7 +219,9 @@ def decode(args: argparse.Namespace) -> None:
                     units.append({"frames": list(unit.frames), "checksum_ok": True})
                     bar.update(task, completed=written, note=f"{clock.fps():.1f} fps")
             if not units:
-                raise StreamError(losses[0].reason)
+                raise StreamError(
+                    _complaint(losses, "Nothing was written", stream.frame_count, args)
+                )
     concealed = written - clock.frames
     result = {
         "model": model.name,
@@ -231,24 +233,21 @@ def decode(args: argparse.Namespace) -> None:
     }
     _finish(args.json, result, f"{args.output}: {written} frames, {clock.summary()}")
     if losses:
-        raise StreamError(
-            f"{losses[0].reason} {args.output} holds "
-            + (
-                f"{written} frames, {concealed} of them concealed (lost in {_places(losses)})."
-                if args.conceal
-                else f"the {written} frames before{_hint(losses[0], stream.frame_count)}."
-            )
-        )
+        left = f"{args.output} holds "
+        if args.conceal:
+            places = "1 place" if len(losses) == 1 else f"{len(losses)} places"
+            left += f"{written} frames, {concealed} of them concealed (lost in {places})"
+        else:
+            left += f"the {written} frames before"
+        raise StreamError(_complaint(losses, left, stream.frame_count, args))
 
 
-def _places(losses: list) -> str:
-    return "1 place" if len(losses) == 1 else f"{len(losses)} places"
-
-
-def _hint(lost, frame_count: int | None) -> str:
-    if frame_count is None or lost.frame + lost.frames >= frame_count:
-        return ""
-    return f"; with --conceal, decoding goes on at frame {lost.frame + lost.frames}"
+def _complaint(losses: list, left: str, frame_count: int | None, args) -> str:
+    """What was lost, what is left, and whether there is more to get."""
+    first, hint = losses[0], ""
+    if not args.conceal and frame_count and first.frame + first.frames < frame_count:
+        hint = f"; with --conceal, decoding is tried again at frame {first.frame + first.frames}"
+    return f"{first.reason} {left}{hint}."
 
 
 def _check_limit(args: argparse.Namespace, what: str, count: int) -> None:

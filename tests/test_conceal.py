@@ -121,11 +121,15 @@ def test_without_concealment_decoding_stops_and_keeps_what_it_has(coded, decode)
     write(coded, (3, 6))
     status, complaint, result, pictures = decode()
     assert status == 2 and "holds the 6 frames before" in complaint
-    assert "with --conceal, decoding goes on at frame 8" in complaint
+    assert "with --conceal, decoding is tried again at frame 8" in complaint
     assert_same_pictures(pictures, coded[2][:6])
     assert (result["frames"], result["frames_concealed"], len(result["losses"])) == (6, 0, 1)
     write(coded, (7,))
     assert "--conceal" not in decode()[1]
+    write(coded, (0, 2))
+    status, complaint, _, pictures = decode()
+    assert (status, pictures) == (2, None)
+    assert "Nothing was written; with --conceal, decoding is tried again at frame 4" in complaint
 
 
 @pytest.mark.parametrize("inside", [0, 2, 8, 40, -1])
