@@ -218,7 +218,7 @@ def decode(args: argparse.Namespace) -> None:
                     clock.tick(len(unit.frames))
                     units.append({"frames": list(unit.frames), "checksum_ok": True})
                     bar.update(task, completed=written, note=f"{clock.fps():.1f} fps")
-            if not units:
+            if losses and not units:
                 raise StreamError(
                     _complaint(losses, "Nothing was written", stream.frame_count, args)
                 )

@@ -512,13 +512,11 @@ def decode_concealing(
         numbered = packets()
         try:
             for number, packet in numbered:
-                if reason and not packet.random_access:
-                    continue
-                first = packet.frames[0]
-                if not frame <= first <= max(packet.frames) < (stream.frame_count or read_frames):
-                    reason = reason or f"unit {number} has frames that cannot be its own"
-                    continue
                 if reason:
+                    first, last_frame = packet.frames[0], max(packet.frames)
+                    possible = frame <= first <= last_frame < (stream.frame_count or read_frames)
+                    if not (packet.random_access and possible):
+                        continue
                     yield _lost(unit, number, frame, first, reason, last)
                     unit, frame, reason = number, first, None
                 run = chain([(number, packet)], numbered)

@@ -215,6 +215,16 @@ def test_nothing_is_written_when_no_unit_decodes(coded, decode):
         assert complaint.startswith("nvc: unit 0 (frames 0, 1)")
 
 
+def test_a_stream_without_units(coded, decode):
+    """We never write one, but its checksums can be right."""
+    data = bitstream._header_bytes(coded[0])
+    data += bitstream._index_bytes(bitstream.Index(0, 0, ()), len(data))
+    Path("clip.nvc").write_bytes(data)
+    for options in ((), ("--conceal",)):
+        status, complaint, _, pictures = decode(*options)
+        assert (status, pictures) == (2, None) and "no pictures" in complaint
+
+
 @pytest.mark.parametrize("frames", [(6, 7), (2, 3), (4, 2**32 - 1), (2**32 - 2, 2**32 - 1)])
 @pytest.mark.parametrize("options", [(), ("--conceal",)])
 def test_a_unit_that_claims_other_frames(coded, decode, frames, options):

@@ -16,7 +16,7 @@ from conftest import noise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nvc_jax import bitstream, cli, codec
+from nvc_jax import bitstream, cli, codec, schedule
 from nvc_jax.errors import NvcError
 from nvc_jax.models import released
 from nvc_jax.video import WRITABLE, Colour, VideoInfo, open_video, write_video
@@ -70,6 +70,16 @@ def test_any_payload(choice, data):
     fuzz_stream.host_coder(choice + data)
 
 
+def test_found_by_coverage():
+    """A first unit of impossible frames was described differently with and without concealment."""
+    header = bitstream.Header("m", bytes(16), 16, 16, Fraction(25), schedule.all_intra())
+    with bitstream.write_stream(fuzz_stream.PATH, header) as out:
+        out.write(bitstream.Packet((29, 2120, 109, 2), (30,) * 4, bytes(57), 0, False))
+    data = fuzz_stream.PATH.read_bytes()
+    for stream in (data, data[:-1]):
+        fuzz_stream.container(b"\x01" + stream)
+
+
 def test_the_targets_notice_what_they_are_for(monkeypatch):
     """Concealment that forgets its pictures, and a coder that fails in a way of its own."""
     data = bytearray(STREAMS[0])
@@ -115,11 +125,11 @@ def test_the_compiled_loops_stay_inside_their_arrays(tmp_path):
 def stream(prepared):
     """(a valid stream of six units, where its first packet begins)."""
     unit_codec = prepared("ui2c", WIDTH, HEIGHT)
-    schedule = codec.schedule_for(unit_codec.model, 4)
-    header = codec.make_header(unit_codec.model, VideoInfo(WIDTH, HEIGHT, 25), schedule)
+    order = codec.schedule_for(unit_codec.model, 4)
+    header = codec.make_header(unit_codec.model, VideoInfo(WIDTH, HEIGHT, 25), order)
     with bitstream.write_stream(fuzz_stream.PATH, header) as out:
         first = out._size
-        for unit in codec.encode(unit_codec, noise(WIDTH, HEIGHT, 11), 10, schedule):
+        for unit in codec.encode(unit_codec, noise(WIDTH, HEIGHT, 11), 10, order):
             out.write(unit.packet)
     return fuzz_stream.PATH.read_bytes(), first
 
