@@ -1,7 +1,7 @@
 """Two fuzz targets: functions that take any bytes and fail only when the program has a bug.
 
 `tests/test_fuzz.py` feeds them with bytes from hypothesis. Run as a script, this file is a
-coverage-guided fuzzer (`pip install nvc-jax[fuzz]`):
+coverage-guided fuzzer (`pip install -e ".[fuzz]"`):
 
     python tests/fuzz_stream.py container -runs=100000
     python tests/fuzz_stream.py coder -runs=100000
