@@ -136,8 +136,7 @@ def load(model: str | Path) -> Released:
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as e:
         raise NvcError(f"{path}: cannot be read as a model ({e})") from None
-    if metadata.get("format") != FORMAT:
-        raise NvcError(f"{path}: not a released model of this program (format {FORMAT})")
+    _check_format(path, metadata.get("format", ""))
     stored = metadata.pop("fingerprint", "")
     if stored != _fingerprint(tensors, metadata):
         raise NvcError(f"{path}: the file is damaged (its contents do not match its fingerprint)")
@@ -152,6 +151,23 @@ def load(model: str | Path) -> Released:
         spec=CodingSpec(boundaries, int(metadata["skip_below"]), len(boundaries) + 1),
         fingerprint=bytes.fromhex(stored),
     )
+
+
+def _check_format(path: Path, found: str) -> None:
+    kind, _, version = found.rpartition("-")
+    known_kind, _, known = FORMAT.rpartition("-")
+    if kind != known_kind or not (version.isascii() and version.isdigit()):
+        raise NvcError(
+            f"{path}: not a released model of this program (format {FORMAT}); write one with "
+            "`nvc release`"
+        )
+    if found != FORMAT:
+        newer = int(version[:9]) > int(known)
+        remedy = "update nvc_jax" if newer else "use an older nvc_jax"
+        raise NvcError(
+            f"{path}: a model in version {version[:9]} of the format, this program reads version "
+            f"{known}; {remedy}, or release the model again"
+        )
 
 
 def shipped() -> dict[str, Path]:
