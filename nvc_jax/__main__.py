@@ -17,7 +17,11 @@ def main() -> int:
         os.environ.setdefault("NPROC", "2")
     from nvc_jax import cli
 
-    return cli.main()
+    status = cli.main()
+    if status:
+        # When memory ran out, JAX reports the same again at exit, with a traceback.
+        sys.unraisablehook = lambda _: None
+    return status
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import os
 import stat
 import struct
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,7 @@ from nvc_jax.schedule import Schedule
 
 MAGIC = b"\x8bNVC"
 VERSION = 2
+OLDEST_VERSION = 1  # that is still read: the same, with only mode 0
 END_MAGIC = b"CVN\x8b"
 
 MAX_SIDE = 16384  # pixels, width and height
@@ -50,6 +52,7 @@ MAX_ACCESS_POINTS = 2**20  # later ones are not listed; decoding then starts at 
 # fff = frames - 1. Nothing else but the index may stand where a packet could.
 _PACKET, _PACKET_MASK, _EXPLICIT, _RANDOM_ACCESS = 0b1100_0000, 0b1110_0000, 0b1_0000, 0b1000
 _INDEX = ord("I")
+_MIN_PACKET_BYTES = 12  # one frame, no payload
 
 
 class BrokenStream(StreamError):
@@ -82,6 +85,7 @@ class Header:
             `nvc_jax.entropy.calibration`.
         margin_exponents: CALIBRATED only, 1 to 8 numbers from 5 to 20: the calibration margin is
             2**-exponent for units of each level of the schedule's hierarchy.
+        version: of the format that it was read from.
 
     Raises:
         NvcError: if a value cannot be stored.
@@ -96,6 +100,7 @@ class Header:
     colour: tuple[int, int, int, bool] = (2, 2, 2, False)
     entropy_mode: int = 0
     margin_exponents: tuple[int, ...] = ()
+    version: int = VERSION
 
     def __post_init__(self):
         _require(
@@ -371,6 +376,13 @@ class Stream:
             )
         return max(points, key=lambda point: point.frame)
 
+    def next_access_point(self, unit: int) -> AccessPoint | None:
+        """The first listed unit after `unit` at which decoding can start; None if the index is
+        missing, damaged, or lists none."""
+        points = self.index.access_points if self.index else ()
+        place = bisect_right(points, unit, key=lambda point: point.unit)
+        return points[place] if place < len(points) else None
+
     def packets(self, start: AccessPoint | None = None) -> Iterator[tuple[int, Packet]]:
         """Unit numbers and packets in coding order, one in memory at a time.
 
@@ -394,7 +406,11 @@ class Stream:
                 tag = source.read(1)[0]
                 if tag & _PACKET_MASK != _PACKET:
                     break
-                packet = _read_packet(source, self.header, tag, unit, next_frame)
+                # No unit reaches into one that the index lists. This bounds what is read in vain
+                # where an index leads into damage again and again.
+                following = self.next_access_point(unit)
+                end = following.offset if following else source.size
+                packet = _read_packet(source, self.header, tag, unit, next_frame, end)
                 size = source.tell() - offset
                 yield unit, packet, size
                 offset += size
@@ -457,7 +473,7 @@ def stream_info(path: str | os.PathLike) -> dict:
         return {
             "file": str(path),
             "error": error,
-            "version": VERSION,
+            "version": header.version,
             "model": header.model,
             "fingerprint": header.fingerprint.hex(),
             "width": header.width,
@@ -550,10 +566,11 @@ def _read_header(source: _Source) -> Header:
     try:
         source.seek(len(MAGIC))
         version = source.read(1)[0]
-        if version > VERSION:
+        if not OLDEST_VERSION <= version <= VERSION:
+            remedy = "update nvc_jax" if version > VERSION else "use an older nvc_jax"
             raise StreamError(
                 f"{path}: written in version {version} of the format, this program reads versions "
-                f"up to {VERSION}; update nvc_jax"
+                f"{OLDEST_VERSION} to {VERSION}; {remedy}, or encode the video again"
             )
         end = source.varint(MAX_HEADER_BYTES) + source.tell()
         here = source.tell()
@@ -567,7 +584,7 @@ def _read_header(source: _Source) -> Header:
         )
         *codes, full_range, mode, levels = source.read(6)
         exponents = tuple(source.read(levels))
-        if source.tell() != end or full_range > 1 or denominator == 0 or version == 0:
+        if source.tell() != end or full_range > 1 or denominator == 0:
             raise _Unreadable("a header cannot look like this", here)
         header = Header(
             model=names[0],
@@ -579,6 +596,7 @@ def _read_header(source: _Source) -> Header:
             colour=(*codes, bool(full_range)),
             entropy_mode=mode,
             margin_exponents=exponents,
+            version=version,
         )
     except _Unreadable as error:
         what = "cut off" if error.truncated else "damaged"
@@ -598,8 +616,10 @@ def _read_header(source: _Source) -> Header:
     return header
 
 
-def _read_packet(source: _Source, header: Header, tag: int, unit: int, next_frame: int) -> Packet:
-    """The packet whose tag was read just now."""
+def _read_packet(
+    source: _Source, header: Header, tag: int, unit: int, next_frame: int, limit: int
+) -> Packet:
+    """The packet whose tag was read just now; it must end at byte `limit` at the latest."""
     start = source.tell() - 1
     count = (tag & 0b111) + 1
     frames = tuple(range(next_frame, next_frame + count))
@@ -613,6 +633,8 @@ def _read_packet(source: _Source, header: Header, tag: int, unit: int, next_fram
     head = source.read(end - start + 1)
     if head[-1] != _crc8(head[:-1]) or max(qps) > MAX_QP:
         raise _Unreadable("the checksum of the unit's header is wrong", start)
+    if limit < source.tell() + size + 4 <= source.size:
+        raise _Unreadable(f"the unit goes beyond byte {limit}, where another begins", start)
     payload = source.read(size)
     if source.u32() != _packet_crc(unit, frames[0], head, payload):
         raise _Unreadable("the checksum of the unit is wrong", start)
@@ -646,20 +668,28 @@ def _read_index(source: _Source, first_offset: int, offset: int) -> Index:
     after = source.tell()
     source.seek(body)
     units, frames = source.varint(2**32), source.varint(2**35)
-    points = [AccessPoint(0, 0, first_offset)]
+    if not units <= frames <= units * MAX_UNIT_FRAMES or (
+        units * _MIN_PACKET_BYTES > offset - first_offset
+    ):
+        raise _Unreadable(f"the index speaks of {units} units with {frames} frames", offset)
+    points = []
+    last = AccessPoint(0, 0, first_offset)
     for _ in range(source.varint(min(units, MAX_ACCESS_POINTS))):
-        point = AccessPoint(
-            points[-1].unit + source.varint(units),
-            source.varint(2**32 - 1),
-            points[-1].offset + source.varint(offset),
-        )
-        if point.unit >= units or point.offset >= offset:
+        more_units, frame, more_bytes = (source.varint(n) for n in (units, 2**32 - 1, offset))
+        point = AccessPoint(last.unit + more_units, frame, last.offset + more_bytes)
+        if (
+            point.unit >= units
+            or point.offset >= offset
+            or more_bytes < more_units * _MIN_PACKET_BYTES
+            or (points and not more_units)
+        ):
             raise _Unreadable("an index cannot look like this", offset)
         points.append(point)
+        last = point
     if source.tell() != body + size:
         raise _Unreadable("an index cannot look like this", offset)
     source.seek(after)
-    return Index(units, frames, tuple(points[1:]))
+    return Index(units, frames, tuple(points))
 
 
 # Numbers and checksums

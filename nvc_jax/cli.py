@@ -25,6 +25,7 @@ from nvc_jax.entropy.calibration import (
 from nvc_jax.errors import NvcError, StreamError
 
 DEFAULT_MODEL = "ui2c-nano"
+MAX_PIXELS = 8192 * 4320
 PROBE_FRAMES = 16
 # What the container takes at most around the clip and around each unit's payload.
 CLIP_BYTES, UNIT_BYTES = 160, 17
@@ -37,6 +38,12 @@ def main(argv: list[str] | None = None) -> int:
         args.run(args)
     except NvcError as e:
         print(f"nvc: {e}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as e:
+        # JAX's own errors are RuntimeErrors.
+        if not isinstance(e, MemoryError) and "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        print("nvc: there is not enough memory for pictures of this size", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return 2
@@ -77,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("input", help="the .nvc file")
     p.add_argument("output", help=f"the video to write: {', '.join(video.WRITABLE)}")
     p.add_argument("--model", help="file of the weights, if they are not shipped")
+    p.add_argument("--conceal", action="store_true",
+                   help="go on after damage; lost frames repeat the last good one")  # fmt: skip
+    p.add_argument("--max-pixels", type=positive, default=MAX_PIXELS,
+                   help="refuse larger pictures (default: %(default)s)")  # fmt: skip
+    p.add_argument("--max-frames", type=positive, help="refuse longer videos (default: any)")
     p.add_argument("--json", help="write machine-readable results to this file")
     p.set_defaults(run=decode)
 
@@ -223,6 +235,8 @@ def decode(args: argparse.Namespace) -> None:
     _check_distinct(args.input, args.output, args.json)
     with bitstream.open_stream(args.input) as stream:
         header = stream.header
+        _check_limit(args, "pixels", header.width * header.height)  # before memory is taken
+        _check_limit(args, "frames", stream.frame_count or 0)
 
         from nvc_jax import codec
         from nvc_jax.models import released
@@ -241,24 +255,62 @@ def decode(args: argparse.Namespace) -> None:
         info = video.VideoInfo(
             header.width, header.height, header.fps, video.Colour(*header.colour)
         )
-        clock, units, broken = _Clock(begin), [], None
+        clock, units, losses, written = _Clock(begin), [], [], 0
         with video.write_video(args.output, info) as out, _progress() as bar:
             task = bar.add_task("decoding", total=stream.frame_count, note="")
-            try:
-                for packet, pictures in codec.decode(unit_codec, stream):
-                    for picture in pictures:
-                        out.write(picture)
-                    clock.tick(len(pictures))
-                    units.append({"frames": list(packet.frames), "checksum_ok": True})
-                    bar.update(task, completed=clock.frames, note=f"{clock.fps():.1f} fps")
-            except StreamError as e:
-                if not clock.frames:
-                    raise
-                broken = e  # what was decoded is kept
-    result = {"model": model.name, **clock.results(), "units": units}
-    _finish(args.json, result, f"{args.output}: {clock.frames} frames, {clock.summary()}")
-    if broken:
-        raise StreamError(f"{broken} {args.output} holds the {clock.frames} frames before.")
+            for unit, pictures in codec.decode_concealing(unit_codec, stream):
+                if isinstance(unit, codec.Lost):
+                    losses.append(unit)
+                    if not args.conceal:
+                        break  # what was decoded is kept
+                for picture in pictures:
+                    written += 1
+                    _check_limit(args, "frames", written)
+                    out.write(picture)
+                if isinstance(unit, bitstream.Packet):
+                    clock.tick(len(unit.frames))
+                    units.append({"frames": list(unit.frames), "checksum_ok": True})
+                    bar.update(task, completed=written, note=f"{clock.fps():.1f} fps")
+            if losses and not units:
+                raise StreamError(
+                    _complaint(losses, "Nothing was written", stream.frame_count, args)
+                )
+    concealed = written - clock.frames
+    result = {
+        "model": model.name,
+        **clock.results(),
+        "frames_in_stream": stream.frame_count,
+        "frames_concealed": concealed,
+        "units": units,
+        "losses": [lost._asdict() for lost in losses],
+    }
+    _finish(args.json, result, f"{args.output}: {written} frames, {clock.summary()}")
+    if losses:
+        left = f"{args.output} holds "
+        if args.conceal:
+            places = "1 place" if len(losses) == 1 else f"{len(losses)} places"
+            left += f"{written} frames, {concealed} of them concealed (lost in {places})"
+        else:
+            left += f"the {written} frames before"
+        raise StreamError(_complaint(losses, left, stream.frame_count, args))
+
+
+def _complaint(losses: list, left: str, frame_count: int | None, args) -> str:
+    """What was lost, what is left, and whether there is more to get."""
+    first, hint = losses[0], ""
+    if not args.conceal and frame_count and first.frame + first.frames < frame_count:
+        hint = f"; with --conceal, decoding is tried again at frame {first.frame + first.frames}"
+    return f"{first.reason} {left}{hint}."
+
+
+def _check_limit(args: argparse.Namespace, what: str, count: int) -> None:
+    """Raises StreamError if a stream has more pixels or frames than the user allows."""
+    limit = getattr(args, f"max_{what}")
+    if limit is not None and count > limit:
+        raise StreamError(
+            f"{args.input}: {count} {what} are more than the limit of {limit}; if you trust the "
+            f"file, allow more with --max-{what}"
+        )
 
 
 def info(args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import os
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from nvc_jax import schedule as schedules
-from nvc_jax.bitstream import AccessPoint, Header, Packet, Stream, read_varint, varint
+from nvc_jax.bitstream import (
+    AccessPoint,
+    BrokenStream,
+    Header,
+    Packet,
+    Stream,
+    read_varint,
+    varint,
+)
 from nvc_jax.entropy import calibration, coder
 from nvc_jax.entropy.bottleneck import (
     FROM_CALLER,
@@ -508,15 +516,34 @@ def decode(
         do not have the checksum that the encoder stored.
     """
     first_unit, first_frame, _ = start or (0, 0, 0)
+    return _decode_run(codec, stream.header, stream.packets(start), first_unit, first_frame)
+
+
+def _decode_run(
+    codec: UnitCodec,
+    header: Header,
+    numbered: Iterable[tuple[int, Packet]],
+    first_unit: int,
+    first_frame: int,
+) -> Iterator[tuple[Packet, list[Planes]]]:
+    """Decodes units in a row, the first of which reads no reference."""
     packets, slots = [], {}
 
     def planned():
-        for number, packet in stream.packets(start):
-            (unit,) = schedules.units(
-                stream.header.schedule, packet.frames[0], len(packet.frames), number
-            )
+        next_frame = first_frame
+        for number, packet in numbered:
+            if packet.frames[0] != next_frame:
+                raise StreamError(
+                    f"unit {number} begins with frame {packet.frames[0]}, but frame {next_frame} "
+                    "is next; encode the video again"
+                )
+            (unit,) = schedules.units(header.schedule, next_frame, len(packet.frames), number)
             if unit.frames != packet.frames or packet.random_access != (not unit.refs):
-                raise StreamError(f"unit {number} does not follow the schedule in the header")
+                raise StreamError(
+                    f"unit {number} does not follow the schedule in the header; encode the video "
+                    "again"
+                )
+            next_frame += len(packet.frames)
             packets.append(packet)
             yield unit
 
@@ -525,7 +552,10 @@ def decode(
         for number, unit in enumerate(units, first_unit):
             packet = packets.pop()
             if max(packet.qps) >= codec.model.module.qp_rows:
-                raise StreamError(f"unit {number} has a qp of {max(packet.qps)}, beyond the model")
+                raise StreamError(
+                    f"unit {number} has a qp of {max(packet.qps)}, beyond the model; encode the "
+                    "video again"
+                )
             refs = references(codec, unit, slots)
             try:
                 decoded = decode_unit(codec, packet.payload, refs, packet.qps, unit.level)
@@ -551,3 +581,92 @@ def _mismatch(number: int, packet: Packet, what: str) -> StreamError:
         "intact, but arithmetic here differs from the encoder's. Decode it on the kind of machine, "
         "and with the version of JAX, that wrote it."
     )
+
+
+class Lost(NamedTuple):
+    """Units in a row that cannot be decoded.
+
+    Attributes:
+      unit, units: number of the first, and how many they are.
+      frame, frames: display index of their first frame, and how many they have.
+      reason: what is wrong with the first unit, for people.
+
+    A file that was cut off does not tell how much is missing: `units` and `frames` are then None.
+    """
+
+    unit: int
+    units: int | None
+    frame: int
+    frames: int | None
+    reason: str
+
+
+def decode_concealing(
+    codec: UnitCodec, stream: Stream
+) -> Iterator[tuple[Packet | Lost, Iterable[Planes]]]:
+    """As `decode`, but goes on after a unit that cannot be decoded.
+
+    Decoding resumes at the next random-access unit; behind damage of the container, at the next one
+    that the index lists. Units in between come as one `Lost` with the last decoded picture repeated
+    for each of their frames; mid-grey if there was none yet. No exception for bad data.
+    """
+    header, last = stream.header, _grey(codec)
+    unit = frame = 0  # the first that was not handed out
+    reason = None  # why it could not be decoded
+    start, broken = None, None
+
+    def packets():
+        nonlocal read_units, read_frames
+        for number, packet in stream.packets(start):
+            read_units = number + 1
+            read_frames += len(packet.frames)
+            yield number, packet
+
+    while True:
+        read_units, read_frames = (start.unit, start.frame) if start else (0, 0)
+        numbered = packets()
+        try:
+            for number, packet in numbered:
+                if reason:
+                    first, last_frame = packet.frames[0], max(packet.frames)
+                    possible = frame <= first <= last_frame < (stream.frame_count or read_frames)
+                    if not (packet.random_access and possible):
+                        continue
+                    yield _lost(unit, number, frame, first, reason, last)
+                    unit, frame, reason = number, first, None
+                run = chain([(number, packet)], numbered)
+                try:
+                    for decoded, pictures in _decode_run(codec, header, run, unit, frame):
+                        unit, frame, last = unit + 1, frame + len(pictures), pictures[-1]
+                        yield decoded, pictures
+                except BrokenStream:
+                    raise
+                except StreamError as e:
+                    reason = str(e)
+            break
+        except BrokenStream as e:
+            broken = str(e)
+            reason = reason or broken
+            start = stream.next_access_point(read_units)
+            if start is None:
+                break
+    if stream.index:
+        read_units, read_frames, *_ = stream.index
+    elif broken and not read_units > unit:
+        reason = None  # nothing was read of what follows
+    if reason:
+        yield _lost(unit, read_units, frame, read_frames, reason, last)
+    if broken and not stream.index:
+        yield Lost(read_units, None, read_frames, None, broken), ()
+
+
+def _lost(unit, next_unit, frame, next_frame, reason, picture) -> tuple[Lost, Iterable[Planes]]:
+    frames = max(next_frame - frame, 0)
+    lost = Lost(unit, max(next_unit - unit, 0), frame, frames, reason)
+    return lost, repeat(picture, frames)
+
+
+def _grey(codec: UnitCodec) -> Planes:
+    chroma = (-(-codec.height // 2), -(-codec.width // 2))
+    shapes = (codec.height, codec.width), chroma, chroma
+    return Planes(*(np.full(shape, 128, np.uint8) for shape in shapes))

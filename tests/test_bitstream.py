@@ -264,12 +264,17 @@ def test_hand_made_header_is_accepted(tmp_path):
     assert bitstream.read_header(path).fps == 25
 
 
-def test_a_newer_version_asks_for_an_update(sample):
-    data = bytearray(sample.read_bytes())
-    data[4] = 3
-    sample.write_bytes(data)
-    with pytest.raises(StreamError, match=r"version 3 .* update nvc_jax"):
-        bitstream.read_header(sample)
+@pytest.mark.parametrize("version", [0, bitstream.VERSION + 1, 255])
+def test_other_versions_say_which_program_they_need(sample, version):
+    """Whatever follows the version, which may look different there."""
+    for rest in (sample.read_bytes()[5:], b"", bytes(50), b"\xff" * 50):
+        sample.write_bytes(bitstream.MAGIC + bytes([version]) + rest)
+        remedy = "update nvc_jax" if version else "use an older nvc_jax"
+        complaint = (
+            rf"version {version} of the format, .* versions 1 to {bitstream.VERSION}; {remedy}"
+        )
+        with pytest.raises(StreamError, match=complaint):
+            bitstream.read_header(sample)
 
 
 @pytest.mark.parametrize("size", [2**20, 2**31, 2**40, 2**63, 2**70])
@@ -295,6 +300,11 @@ def test_huge_declared_payloads_cost_nothing(tmp_path, size):
         b"\x01\x02\x01\x01\x00\x00",  # a unit that does not exist
         b"\x01\x02\x01\x00\x00\x00\x00",  # something left over
         b"\x01\x02\x02\x00\x00\x00\x00\x00\x00",  # more points than units
+        b"\x02\x02\x02\x00\x00\x00\x00\x00\x0c",  # a unit twice
+        b"\x02\x02\x02\x00\x00\x00\x01\x00\x0b",  # units closer together than possible
+        b"\x03\x03\x00",  # more units than fit into the file
+        b"\x02\x01\x00",  # more units than frames
+        b"\x01\x09\x00",  # more frames than fit into the units
         b"\xff" * 40,
     ],
 )
@@ -323,6 +333,54 @@ def test_an_index_that_miscounts_is_noticed(tmp_path, units):
     path.write_bytes(data + block + len(block).to_bytes(4, "little") + bitstream.END_MAGIC)
     with bitstream.open_stream(path) as stream, pytest.raises(BrokenStream, match="speaks of"):
         list(stream.packets())
+
+
+def test_no_unit_reaches_into_an_access_point(tmp_path):
+    """An index that leads into damage again and again makes nobody read the file again and again.
+
+    Here every listed point is the head of a packet that claims the rest of the file.
+    """
+    path = tmp_path / "clip.nvc"
+    count, size = 2000, 40_000
+    data = bytearray(bitstream._header_bytes(Header("m", bytes(16), 99, 99, Fraction(25),
+                                                    schedule.all_intra())))  # fmt: skip
+    first = len(data)
+    points = []
+    for number in range(count):
+        points.append(bitstream.AccessPoint(number, number, len(data)))
+        head = b"\xc8\x20" + bitstream._varint(size) + bytes(4)
+        data += head + bytes([bitstream._crc8(head)]) + bytes(4)
+    data += bytes(size)
+    data += bitstream._index_bytes(bitstream.Index(count, count, tuple(points)), first)
+    path.write_bytes(data)
+    with bitstream.open_stream(path) as stream:
+        assert len(stream.index.access_points) == count
+        read, reading = 0, stream._source._file.read
+
+        class Counting:
+            def read(self, count):
+                nonlocal read
+                read += count
+                return reading(count)
+
+        stream._source._file = Counting()
+        point = stream.index.access_points[0]
+        while point:
+            with pytest.raises(BrokenStream):
+                list(stream.packets(point))
+            point = stream.next_access_point(point.unit)
+        assert read < 4 * len(data)
+
+
+def test_the_next_access_point(sample):
+    with bitstream.open_stream(sample) as stream:
+        units = [point.unit for point in stream.index.access_points]
+        assert units == [0, 2, 4]
+        found = [stream.next_access_point(unit) for unit in range(-1, 5)]
+        assert [point and point.unit for point in found] == [0, 2, 2, 4, 4, None]
+    sample.write_bytes(sample.read_bytes()[:-1])
+    with bitstream.open_stream(sample) as stream:
+        assert stream.next_access_point(0) is None
 
 
 def test_info_describes_the_file(sample):

@@ -150,14 +150,37 @@ def test_weights_of_other_programs_are_refused(tmp_path):
     safetensors.numpy.save_file({"weight": np.zeros(3, np.float32)}, path)
     with pytest.raises(NvcError, match="not a released model"):
         released.load(path)
-    safetensors.numpy.save_file({"w": np.zeros(3)}, path, {"format": "nvc-model-3"})
-    with pytest.raises(NvcError, match="not a released model"):
-        released.load(path)
+    for other in (
+        "",
+        "pt",
+        "nvc-model",
+        "nvc-model-",
+        "nvc-model-x",
+        "nvc-model-\u0661",
+        "model-1",
+    ):
+        safetensors.numpy.save_file({"w": np.zeros(3)}, path, {"format": other})
+        with pytest.raises(NvcError, match="not a released model"):
+            released.load(path)
     header = {"w": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}
     header = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     with pytest.raises(NvcError, match="not a released model"):
         released.load(path)
+
+
+@pytest.mark.parametrize(
+    "version, remedy",
+    [("0", "use an older"), ("3", "update"), ("10", "update"), ("9" * 5000, "update")],
+)
+def test_models_of_other_versions_say_which_program_they_need(frozen, tmp_path, version, remedy):
+    path = tmp_path / "model.safetensors"
+    tensors, metadata = frozen[3:]
+    released.save(path, tensors, {**metadata, "format": f"nvc-model-{version}"})
+    complaint = f"version {version[:9]} of the format, this program reads versions 1 to 2; {remedy}"
+    with pytest.raises(NvcError, match=complaint) as error:
+        released.load(path)
+    assert len(str(error.value)) < 500
 
 
 def test_unknown_names_and_missing_files(tmp_path):

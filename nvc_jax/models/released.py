@@ -29,7 +29,8 @@ from nvc_jax.files import replacing, writing
 from nvc_jax.models import registry
 from nvc_jax.nn import integer
 
-FORMAT, OLDER_FORMATS = "nvc-model-2", ("nvc-model-1",)
+FORMAT = "nvc-model-2"
+OLDEST_VERSION = 1  # that is still read: without scale heads
 FINGERPRINT_BYTES = 16
 SHIPPED = Path(nvc_jax.__file__).parent / "weights"
 
@@ -162,8 +163,7 @@ def load(model: str | Path) -> Released:
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as e:
         raise NvcError(f"{path}: cannot be read as a model ({e})") from None
-    if metadata.get("format") not in (FORMAT, *OLDER_FORMATS):
-        raise NvcError(f"{path}: not a released model of this program (format {FORMAT})")
+    _check_format(path, metadata.get("format", ""))
     stored = metadata.pop("fingerprint", "")
     if stored != _fingerprint(tensors, metadata):
         raise NvcError(f"{path}: the file is damaged (its contents do not match its fingerprint)")
@@ -181,6 +181,23 @@ def load(model: str | Path) -> Released:
         fingerprint=bytes.fromhex(stored),
         known_answer=metadata.get("known_answer", ""),
     )
+
+
+def _check_format(path: Path, found: str) -> None:
+    kind, _, version = found.rpartition("-")
+    known_kind, _, known = FORMAT.rpartition("-")
+    if kind != known_kind or not (version.isascii() and version.isdigit()):
+        raise NvcError(
+            f"{path}: not a released model of this program (format {FORMAT}); write one with "
+            "`nvc release`"
+        )
+    newer = int(version[:9]) > int(known)
+    if newer or int(version[:9]) < OLDEST_VERSION:
+        remedy = "update nvc_jax" if newer else "use an older nvc_jax"
+        raise NvcError(
+            f"{path}: a model in version {version[:9]} of the format, this program reads versions "
+            f"{OLDEST_VERSION} to {known}; {remedy}, or release the model again"
+        )
 
 
 def shipped() -> dict[str, Path]:

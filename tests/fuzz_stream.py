@@ -1,0 +1,300 @@
+"""Two fuzz targets: functions that take any bytes and fail only when the program has a bug.
+
+`tests/test_fuzz.py` feeds them with bytes from hypothesis. Run as a script, this file is a
+coverage-guided fuzzer (`pip install -e ".[fuzz]"`):
+
+    python tests/fuzz_stream.py container -runs=100000
+    python tests/fuzz_stream.py coder -runs=100000
+
+Further options are libFuzzer's; a bug ends it with a traceback and leaves the input in `crash-*`.
+"""
+
+import os
+import struct
+import sys
+import tempfile
+import types
+import zlib
+from contextlib import nullcontext
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+from test_coder import make_tables, random_tables, sampled
+
+from nvc_jax.entropy import coder
+from nvc_jax.errors import StreamError
+from nvc_jax.video import Planes
+
+FUZZING = __name__ == "__main__"
+if FUZZING:
+    import atheris
+
+# Not the coder: numba could not compile what the fuzzer would make of its loops.
+with (
+    atheris.instrument_imports(["nvc_jax.bitstream", "nvc_jax.schedule", "nvc_jax.codec"])
+    if FUZZING
+    else nullcontext()
+):
+    from nvc_jax import bitstream, codec, schedule
+
+FOLDER = tempfile.TemporaryDirectory(prefix="nvc-fuzz-")
+PATH = Path(FOLDER.name) / "any.nvc"
+
+
+def readable(error: StreamError) -> None:
+    """An error is one line, not too long, and says something."""
+    assert 20 < len(str(error)) < 1000 and str(error).isprintable(), repr(str(error))
+
+
+# The container, and decoding that goes on after damage
+
+
+def seal(data: bytes) -> bytes:
+    """Writes the right checksums to where a reader looks for them, so that it believes all else.
+
+    Packets are counted from 0, as they are when reading from the start.
+    """
+    data = bytearray(data)
+    at = 0
+
+    def varint():
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    def put(value, size=4):
+        nonlocal at
+        if at + size > len(data):
+            raise IndexError
+        data[at : at + size] = value.to_bytes(size, "little")
+        at += size
+
+    try:
+        at = 5
+        size = varint()
+        at += size
+        put(zlib.crc32(data[:at]))
+        unit = next_frame = 0
+        while data[at] >> 5 == 0b110:
+            start, tag = at, data[at]
+            at += 1
+            frames = [next_frame + k for k in range((tag & 7) + 1)]
+            if tag & 16:
+                frames = [varint() for _ in frames]
+            at += len(frames)
+            size = varint()
+            at += 4
+            put(bitstream._crc8(data[start:at]), 1)
+            head, at = data[start:at], at + size
+            place = struct.pack("<QQ", unit, frames[0])
+            put(zlib.crc32(place + head + data[at - size : at]))
+            unit, next_frame = unit + 1, frames[-1] + 1
+        if data[at] == ord("I"):
+            start, at = at, at + 1
+            size = varint()
+            at += size
+            put(zlib.crc32(data[start:at]))
+            put(at - start)
+            put(int.from_bytes(bitstream.END_MAGIC, "little"))
+    except (IndexError, OverflowError, struct.error):
+        pass
+    return bytes(data)
+
+
+def streams() -> list[bytes]:
+    """Valid streams to start from."""
+    found = []
+    for order, units, access in (
+        (schedule.two_frame(4), 7, lambda unit: unit % 2 == 0),
+        (schedule.two_frame(), 3, lambda unit: unit == 0),
+        (schedule.all_intra(), 4, lambda unit: True),
+    ):
+        header = bitstream.Header("m", bytes(16), 16, 16, Fraction(25), order)
+        with bitstream.write_stream(PATH, header) as out:
+            for unit in range(units):
+                frames = tuple(range(order.gop * unit, order.gop * (unit + 1)))
+                payload = bytes([unit]) * (3 * unit)
+                crc = codec.symbols_crc(_symbols(payload))
+                packet = (frames, (30,) * len(frames), payload, crc, access(unit))
+                out.write(bitstream.Packet(*packet))
+        found.append(PATH.read_bytes())
+    return found
+
+
+def _symbols(payload: bytes) -> list[np.ndarray]:
+    return [np.frombuffer(payload, np.uint8).astype(np.int16)]
+
+
+def _decode_unit(_, payload, refs, qps):
+    """In place of a model: payloads are their own symbols."""
+    if payload[:1] == b"\xff":
+        raise StreamError("the stand-in for a model refuses this")
+    return codec.CodedUnit([_GREY] * len(qps), (), _symbols(payload), [], None)
+
+
+_GREY = Planes(*(np.full((1, 1), 128, np.uint8) for _ in range(3)))
+_MODEL = SimpleNamespace(module=SimpleNamespace(qp_rows=72, blank_refs=lambda *_: ()))
+_UNIT_CODEC = SimpleNamespace(model=_MODEL, width=1, height=1)
+
+
+def container(data: bytes) -> None:
+    """Reads and decodes a stream in every way. Its checksums are made right first, if the first
+    byte, which does not belong to it, is even."""
+    data = data[1:] if data[:1] and data[0] % 2 else seal(data[1:])
+    PATH.write_bytes(data)
+    try:
+        info = bitstream.stream_info(PATH)
+    except StreamError as error:
+        readable(error)
+        return
+    with bitstream.open_stream(PATH) as stream, mock.patch.object(
+        codec, "decode_unit", _decode_unit
+    ):  # fmt: skip
+        index = stream.index
+        if info["error"] is None:
+            assert (index.units, index.frames) == (len(info["units"]), info["frames"])
+        for point in (index.access_points if index else ())[:8]:
+            try:
+                number, packet = next(stream.packets(point))
+                assert number == point.unit and len(packet.payload) < len(data)
+                assert stream.access_point(point.frame).frame == point.frame
+            except StreamError as error:
+                readable(error)
+        complaint = None
+        try:
+            for _ in codec.decode(_UNIT_CODEC, stream):
+                pass
+        except StreamError as error:
+            readable(error)
+            complaint = str(error)
+        shown, losses = 0, []
+        for unit, pictures in codec.decode_concealing(_UNIT_CODEC, stream):
+            if isinstance(unit, codec.Lost):
+                assert unit.frame == shown
+                losses.append(unit)
+            else:
+                assert unit.frames[0] == shown
+            shown += len(list(pictures))
+        assert [lost.reason for lost in losses[:1]] == [complaint] * bool(complaint)
+        assert shown <= bitstream.MAX_UNIT_FRAMES * len(data) / 12
+        assert index is None or shown >= index.frames
+
+
+# The host coder
+
+TABLES = [
+    make_tables([[65535, 1], [1, 65535], [32768, 32768]], [0, -32768, 32766]),
+    make_tables([[256] * 256, [1] * 200 + [65336]], [-128, 30_000]),
+    random_tables(np.random.default_rng(1), 5, 40),
+    random_tables(np.random.default_rng(2), 3, 3000),
+]
+PREPARED = [coder.prepare(tables) for tables in TABLES]
+# The same loop without numba: it shows its branches to the fuzzer, and Python checks every index.
+_INTERPRETED = types.FunctionType(coder._decode.py_func.__code__, vars(coder))
+
+
+def host_coder(data: bytes) -> None:
+    """Decodes a payload that is the bytes themselves, a valid one that they damage, or one whose
+    trailer is valid and whose words they are. The first six bytes choose."""
+    kind, which, seed, (a, b) = data[:1], data[1:2], data[2:4], (*data[4:6], 0, 0)[:2]
+    kind, which, data = (*kind, 0)[0], (*which, 0)[0], data[6:]
+    rng = np.random.default_rng(int.from_bytes(seed, "little"))
+    tables, prepared = TABLES[which % len(TABLES)], PREPARED[which % len(TABLES)]
+    sizes = rng.integers(0, 20, rng.integers(0, 4))
+    steps = [sampled(rng, tables, n, rng.random() / 2, rng.random() / 4) for n in sizes]
+    indices = [index for _, index in steps]
+    payload, intact = data, False
+    if kind % 4 == 1:
+        payload = coder.encode(steps, prepared, streams=1 + b % 8)
+        intact = not data
+        at = a % (len(payload) + 1)
+        payload = payload[:at] + data + payload[at + (b % 16 if data else 0) :]
+    elif kind % 4 == 2:
+        lanes, streams, words = 1 << a % 3, 1 + b % 8, len(data) // 4
+        edges = np.sort(rng.integers(0, words + 1, streams - 1))
+        counts = np.diff(edges, prepend=0).tolist()
+        highs = [int(h) >> int(rng.integers(32)) for h in rng.integers(0, 2**31, lanes * streams)]
+        payload = data[: 4 * words] + coder._trailer(lanes, streams, counts + highs)
+    if kind & 64:
+        for index in indices[-1:]:
+            index[rng.random(index.size) < 0.1] = len(tables.size) + a
+            intact = False
+
+    symbols, state, complaint = _decoded(payload, indices, prepared, 0)
+    for (expected, _), got in zip(steps, symbols, strict=True):
+        assert got.shape == expected.shape and got.dtype == np.int16
+        assert not intact or (got == expected).all()
+    assert not (intact and complaint)
+    if coder.status(state) == coder.BAD_PAYLOAD:
+        assert not any(got.any() for got in symbols)
+    for got, index in zip(symbols, indices, strict=True):
+        assert not got[index == coder.SKIP].any()
+    again = [_decoded(payload, indices, prepared, 255)]
+    if kind & 128:
+        with mock.patch.object(coder, "_decode", _INTERPRETED), np.errstate(over="ignore"):
+            again.append(_decoded(payload, indices, prepared, 0))
+    for others, other_state, other_complaint in again:
+        assert complaint == other_complaint and (state == other_state).all()
+        assert all((x == y).all() for x, y in zip(symbols, others, strict=True))
+
+
+def _decoded(payload, indices, prepared, around: int):
+    """(symbols, state, complaint); `around` stands in memory before and behind the payload."""
+    buffer = np.full(len(payload) + 32, around, np.uint8)
+    shifted = buffer[1:-7] if around else buffer[:-8]
+    shifted[: len(payload)] = np.frombuffer(payload, np.uint8)
+    state, symbols, complaint = coder.begin_decode(shifted, len(payload)), [], None
+    for index in indices:
+        decoded, state = coder.decode_step(shifted, state, index, prepared)
+        symbols.append(decoded)
+    try:
+        coder.finish_decode(shifted, state)
+    except StreamError as error:
+        readable(error)
+        complaint = str(error)
+    assert set(np.delete(buffer, np.s_[bool(around) : bool(around) + len(payload)])) <= {around}
+    return symbols, state, complaint
+
+
+def payloads() -> list[bytes]:
+    """Inputs of `host_coder` to start from."""
+    return [bytes([kind, which, 7, 1, 3, 2]) + bytes(range(40)) * (kind % 4 != 1)
+            for kind in (0, 1, 2, 65, 128, 129, 130) for which in range(4)]  # fmt: skip
+
+
+def main() -> None:
+    target = sys.argv[1]
+    targets = {
+        "container": (container, [bytes([odd]) + s for s in streams() for odd in (0, 1)]),
+        "coder": (host_coder, payloads()),
+    }
+    if target not in targets:
+        sys.exit("give a target, container or coder, then libFuzzer's options")
+    function, seeds = targets[target]
+    for name in ("_read_trailer", "begin_decode", "decode_step", "_decode_stream", "finish_decode"):
+        atheris.instrument_func(getattr(coder, name))
+    atheris.instrument_func(_INTERPRETED)
+    corpus = Path(FOLDER.name) / "corpus"
+    corpus.mkdir()
+    for number, seed in enumerate(seeds):
+        (corpus / f"{number}").write_bytes(seed)
+    options = ["-max_len=2048", "-len_control=0", "-timeout=20", "-use_value_profile=1"]
+    # The fuzzer ends its process the hard way; another has to remove the folder.
+    child = os.fork()
+    if child:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    atheris.Setup([sys.argv[0], *options, *sys.argv[2:], str(corpus)], function)
+    atheris.Fuzz()
+
+
+if FUZZING:
+    main()
