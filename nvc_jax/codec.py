@@ -36,7 +36,7 @@ from nvc_jax.entropy.bottleneck import (
     Coded,
     Estimate,
 )
-from nvc_jax.entropy.calibration import CALIBRATED, EXACT, Margin
+from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT, Margin
 from nvc_jax.errors import NvcError, StreamError, WeightsMismatch
 from nvc_jax.models import registry, released
 from nvc_jax.models.released import Released
@@ -561,9 +561,9 @@ def _decode_run(
                 decoded = decode_unit(codec, packet.payload, refs, packet.qps, unit.level)
             except StreamError:
                 reason = "its coded data does not end with its last symbol"
-                raise _mismatch(number, packet, reason) from None
+                raise _mismatch(codec.mode, number, packet, reason) from None
             if symbols_crc(decoded.symbols) != packet.symbols_crc:
-                raise _mismatch(number, packet, "the checksum of its symbols is wrong")
+                raise _mismatch(codec.mode, number, packet, "the checksum of its symbols is wrong")
             slots[number] = decoded.refs
             for slot in unit.release:
                 del slots[slot]
@@ -574,12 +574,24 @@ def _decode_run(
         raise StreamError(f"the stream cannot be decoded in its order: {e}") from None
 
 
-def _mismatch(number: int, packet: Packet, what: str) -> StreamError:
+# What a wrong symbol in a file that is intact means, and what helps.
+_CAUSES = {
+    FLOAT: "arithmetic here differs from the encoder's, and the file was written without protection "
+    "against that. Decode it on the kind of machine, and with the version of JAX, that wrote it, or "
+    "encode the video again without `--calibration off`.",
+    CALIBRATED: "arithmetic here differs from the encoder's by more than the file's calibration "
+    "margin. Decode it on the kind of machine, and with the version of JAX, that wrote it, or encode "
+    "the video again with a larger `--calibration` (`nvc calibrate` measures which).",
+    EXACT: "its scales do not depend on the machine, so a processor or its memory, here or where the "
+    "file was written, made an error. Decode it once more, and on another machine.",
+}
+
+
+def _mismatch(mode: int, number: int, packet: Packet, what: str) -> StreamError:
     frames = ", ".join(map(str, packet.frames))
     return StreamError(
         f"unit {number} (frames {frames}) does not decode to what was encoded: {what}. The file is "
-        "intact, but arithmetic here differs from the encoder's. Decode it on the kind of machine, "
-        "and with the version of JAX, that wrote it."
+        f"intact, but {_CAUSES[mode]}"
     )
 
 
