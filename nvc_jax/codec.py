@@ -576,14 +576,14 @@ def _decode_run(
 
 # What a wrong symbol in a file that is intact means, and what helps.
 _CAUSES = {
-    FLOAT: "arithmetic here differs from the encoder's, and the file was written without protection "
-    "against that. Decode it on the kind of machine, and with the version of JAX, that wrote it, or "
-    "encode the video again without `--calibration off`.",
+    FLOAT: "arithmetic here differs from the encoder's, and the file was written without "
+    "protection against that. Decode it on the kind of machine, and with the version of JAX, that "
+    "wrote it, or encode the video again without `--calibration off`.",
     CALIBRATED: "arithmetic here differs from the encoder's by more than the file's calibration "
-    "margin. Decode it on the kind of machine, and with the version of JAX, that wrote it, or encode "
-    "the video again with a larger `--calibration` (`nvc calibrate` measures which).",
-    EXACT: "its scales do not depend on the machine, so a processor or its memory, here or where the "
-    "file was written, made an error. Decode it once more, and on another machine.",
+    "margin. Decode it on the kind of machine, and with the version of JAX, that wrote it, or "
+    "encode the video again with a larger `--calibration` (`nvc calibrate` measures which).",
+    EXACT: "its scales do not depend on the machine, so a processor or its memory, here or where "
+    "the file was written, made an error. Decode it again, on another machine if possible.",
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 from conftest import assert_same_pictures, noise
 
 from nvc_jax import bitstream, cli, codec
+from nvc_jax.entropy.calibration import FLOAT
 from nvc_jax.models import released
 from nvc_jax.video import VideoInfo, open_video
 
@@ -22,9 +23,9 @@ pytestmark = pytest.mark.usefixtures("prepare_once")
 @pytest.fixture(scope="module")
 def coded(prepared):
     """(header, packets, reconstructions)."""
-    unit_codec = prepared("ui2c", WIDTH, HEIGHT)
+    unit_codec = prepared("ui2c", WIDTH, HEIGHT, FLOAT)
     schedule = codec.schedule_for(unit_codec.model, 4)
-    header = codec.make_header(unit_codec.model, VideoInfo(WIDTH, HEIGHT, 25), schedule)
+    header = codec.make_header(unit_codec.model, VideoInfo(WIDTH, HEIGHT, 25), schedule, FLOAT)
     units = list(codec.encode(unit_codec, noise(WIDTH, HEIGHT, 2 * UNITS), 20, schedule, True))
     return header, [u.packet for u in units], [r for u in units for r in u.recons]
 

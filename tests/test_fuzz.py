@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nvc_jax import bitstream, cli, codec, schedule
+from nvc_jax.entropy.calibration import CALIBRATED
 from nvc_jax.errors import NvcError
 from nvc_jax.models import released
 from nvc_jax.video import WRITABLE, Colour, VideoInfo, open_video, write_video
@@ -124,9 +125,11 @@ def test_the_compiled_loops_stay_inside_their_arrays(tmp_path):
 @pytest.fixture(scope="module")
 def stream(prepared):
     """(a valid stream of six units, where its first packet begins)."""
-    unit_codec = prepared("ui2c", WIDTH, HEIGHT)
+    # The mode with the most to parse.
+    unit_codec = prepared("ui2c", WIDTH, HEIGHT, CALIBRATED, (6,))
     order = codec.schedule_for(unit_codec.model, 4)
-    header = codec.make_header(unit_codec.model, VideoInfo(WIDTH, HEIGHT, 25), order)
+    info = VideoInfo(WIDTH, HEIGHT, 25)
+    header = codec.make_header(unit_codec.model, info, order, CALIBRATED, (6,))
     with bitstream.write_stream(fuzz_stream.PATH, header) as out:
         first = out._size
         for unit in codec.encode(unit_codec, noise(WIDTH, HEIGHT, 11), 10, order):
@@ -189,10 +192,10 @@ class _OtherSizeError(Exception):
 
 
 def _only_this_size(prepare):
-    def checked(model, width, height):
+    def checked(model, width, height, *how):
         if (width, height) != (WIDTH, HEIGHT):
             raise _OtherSizeError
-        return prepare(model, width, height)
+        return prepare(model, width, height, *how)
 
     return checked
 

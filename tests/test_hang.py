@@ -22,6 +22,7 @@ LIBRARY = """\
 import sys, zlib
 from concurrent.futures import ThreadPoolExecutor
 from nvc_jax import bitstream, codec
+from nvc_jax.entropy.calibration import FLOAT
 from nvc_jax.models import released
 
 path, model, at_once = sys.argv[1:]
@@ -33,7 +34,7 @@ def decode(unit_codec):
     return [zlib.crc32(plane) for _, pictures in units for p in pictures for plane in p]
 
 with ThreadPoolExecutor(int(at_once)) as pool:
-    for result in pool.map(decode, [codec.prepare(model, 1280, 720)] * int(at_once)):
+    for result in pool.map(decode, [codec.prepare(model, 1280, 720, FLOAT)] * int(at_once)):
         print(*result)
 """
 
@@ -47,7 +48,8 @@ def stream(large, tmp_path_factory):
     info = video.VideoInfo(large.codec.width, large.codec.height, video.DEFAULT_FPS)
     schedule = codec.schedule_for(large.codec.model)
     recons = []
-    with bitstream.write_stream(path, codec.make_header(large.codec.model, info, schedule)) as out:
+    header = codec.make_header(large.codec.model, info, schedule, large.codec.mode)
+    with bitstream.write_stream(path, header) as out:
         for unit in codec.encode(large.codec, large.pictures, 16, schedule, render=True):
             out.write(unit.packet)
             recons += unit.recons

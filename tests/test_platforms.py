@@ -1,0 +1,176 @@
+"""Decoding where floats come out differently: without protection it fails, with it never.
+
+Another platform is stood in for by networks whose weights differ a little, which shifts every float
+in a program as another order of additions would, only more; processes with other settings of the
+compiler are tested too, but slowly.
+"""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import noise
+
+from nvc_jax import cli, codec, platforms
+from nvc_jax.benchmarks import platforms as bench
+from nvc_jax.benchmarks.codec import moving_texture
+from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT
+from nvc_jax.errors import NvcError, StreamError, WeightsMismatch
+from nvc_jax.models import released
+from nvc_jax.video import VideoInfo, write_video
+
+WIDTH, HEIGHT, FRAMES = 70, 50, 12
+CLIP = [*moving_texture(WIDTH, HEIGHT, FRAMES // 2), *noise(WIDTH, HEIGHT, FRAMES // 2)]
+NAMES = ("ui2c", "intra")
+
+
+# Latents of random networks amplify differences much more in intra.
+SIZES = {"ui2c": 1e-5, "intra": 1e-6}
+
+
+def elsewhere(unit_codec, size=None):
+    """The same codec on a platform whose floats differ."""
+    size = SIZES[unit_codec.model.codec] if size is None else size
+    rng = np.random.default_rng(0)
+
+    def shifted(p):
+        return p * np.float32(1 + size * rng.uniform(-1, 1, p.shape))
+
+    params = jax.tree.map(shifted, unit_codec.model.variables["params"])
+    variables = unit_codec.model.variables | {"params": params}
+    return unit_codec._replace(model=unit_codec.model._replace(variables=variables))
+
+
+def failures(here, there):
+    """Units of the clip at three qps that `there` decodes to other symbols, and all units."""
+    failed = total = 0
+    for qp in (10, 35, 60):
+        schedule = codec.schedule_for(here.model)
+        refs = codec.blank_references(there)
+        for unit in codec.encode(here, CLIP, qp, schedule):
+            packet = unit.packet
+            try:
+                decoded = codec.decode_unit(there, packet.payload, refs, packet.qps)
+                wrong = codec.symbols_crc(decoded.symbols) != packet.symbols_crc
+            except StreamError:
+                wrong = True
+            if wrong:
+                decoded = codec.replay_unit(
+                    there, np.concatenate(unit.coded.symbols), refs, packet.qps
+                )
+            if here.model.module.references:
+                refs = tuple(decoded.refs)
+            failed, total = failed + wrong, total + 1
+    return failed, total
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_margin_that_calibration_recommends_is_enough(name, prepared):
+    here = prepared(name, WIDTH, HEIGHT, CALIBRATED, (20,))
+    records = [
+        platforms.make_record(here, CLIP, qp, codec.schedule_for(here.model)) for qp in (10, 35, 60)
+    ]
+    found = [platforms.compare(elsewhere(here), record)[0] for record in records]
+    assert sum(d.units for d in found) == 3 * len(records[0].units)
+    worst = max(d.largest for d in found)
+    exponent = platforms.recommended_exponent(worst)
+    assert 4 * worst <= 2.0**-exponent < 16 * worst
+    protected = prepared(name, WIDTH, HEIGHT, CALIBRATED, (exponent,))
+    assert failures(protected, elsewhere(protected))[0] == 0
+    # Without protection, some of the units that the comparison counted do fail.
+    unprotected = prepared(name, WIDTH, HEIGHT, FLOAT)
+    failed, total = failures(unprotected, elsewhere(unprotected))
+    assert 0 < failed <= total and any(d.changed_units for d in found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_integer_scales_do_not_care_about_floats(name, prepared):
+    here = prepared(name, WIDTH, HEIGHT, EXACT)
+    for size in (1e-6, 1e-2):
+        assert failures(here, elsewhere(here, size))[0] == 0
+
+
+def test_one_machine_agrees_with_itself(prepared, tmp_path):
+    here = prepared("ui2c", WIDTH, HEIGHT, CALIBRATED)
+    record = platforms.make_record(here, CLIP[:5], 30, codec.schedule_for(here.model))
+    assert record.frames == 5 and len(record.units) == 3
+    platforms.save(tmp_path / "a.npz", record)
+    again = platforms.load(tmp_path / "a.npz")
+    assert again[:-1] == record[:-1]
+    for a, b in zip(again.units, record.units, strict=True):
+        assert a.qps == b.qps
+        np.testing.assert_array_equal(a.symbols, b.symbols)
+        np.testing.assert_array_equal(a.levels, b.levels)
+    difference = platforms.compare(here, again)
+    assert difference == {0: platforms.Difference(3, 0.0, 0, 20)}
+
+
+def test_records_of_other_models_and_other_files_are_refused(prepared, tmp_path):
+    here = prepared("ui2c", WIDTH, HEIGHT, CALIBRATED)
+    record = platforms.make_record(here, CLIP[:2], 30, codec.schedule_for(here.model))
+    with pytest.raises(WeightsMismatch, match="record is of weights 00"):
+        platforms.compare(here, record._replace(fingerprint=bytes(16)))
+    with pytest.raises(NvcError, match="no frames"):
+        platforms.make_record(here, [], 30, codec.schedule_for(here.model))
+    np.savez(tmp_path / "b.npz", other=np.zeros(3))
+    (tmp_path / "c.npz").write_bytes(b"PK\x03\x04 something else")
+    for name in ("b.npz", "c.npz", "missing.npz"):
+        with pytest.raises(NvcError, match="cannot be read as a record"):
+            platforms.load(tmp_path / name)
+
+
+def test_differences_too_large_for_any_margin_have_none():
+    assert platforms.recommended_exponent(2.0**-7) == 5
+    assert platforms.recommended_exponent(2.0**-7 * 1.01) is None
+    assert platforms.recommended_exponent(1e-12) == 20
+
+
+def test_the_calibrate_command(prepare_once, model_files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with write_video("clip.y4m", VideoInfo(WIDTH, HEIGHT, 25)) as out:
+        for picture in CLIP[:4]:
+            out.write(picture)
+    model = ["--model", str(model_files["ui2c"])]
+    assert cli.main(["calibrate", "clip.y4m", "here.npz", "--qp", "20", *model]) == 0
+    assert "4 frames in 2 units" in capsys.readouterr().out
+    assert cli.main(["calibrate", "here.npz", "--json", "out.json", *model]) == 0
+    assert "recommended --calibration 2^-20" in capsys.readouterr().out
+    level = json.loads((tmp_path / "out.json").read_text())["levels"]["0"]
+    assert level == {"units": 2, "largest": 0.0, "changed_units": 0, "exponent": 20}
+    other = ["--model", str(model_files["intra"])]
+    assert cli.main(["calibrate", "here.npz", *other]) == 2
+    assert "record is of weights" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_with_other_compiler_settings(model_files, tmp_path):
+    """The benchmark, small: two platforms, all four pairs, three ways of protection."""
+    path = tmp_path / "clip.y4m"
+    with write_video(path, VideoInfo(WIDTH, HEIGHT, 25)) as out:
+        for picture in CLIP:
+            out.write(picture)
+    chosen = [p for p in bench.PLATFORMS if p.name in ("default", "unoptimised")]
+    result = bench.benchmark(
+        [str(path)], str(model_files["ui2c"]), [10, 60], FRAMES, (64, 48), [10], chosen
+    )
+    assert len(result["pairs"]) == 4 * 3
+    for pair in result["pairs"]:
+        assert pair["units"] == FRAMES
+        if pair["protection"] != "none" or pair["encoder"] == pair["decoder"]:
+            assert pair["failed_units"] == 0, pair
+        assert pair["largest_psnr_difference_db"] < 0.05
+    assert released.load(model_files["ui2c"]).exact
+
+
+def test_pictures_are_cut_from_the_middle(tmp_path):
+    path = tmp_path / "clip.y4m"
+    with write_video(path, VideoInfo(WIDTH, HEIGHT, 25)) as out:
+        for picture in CLIP:
+            out.write(picture)
+    pictures = bench.clip_pictures(str(path), (32, 100), 3)
+    assert [p.shape for p in pictures[0]] == [(HEIGHT, 32), (25, 16), (25, 16)] and len(
+        pictures
+    ) == 3
+    np.testing.assert_array_equal(pictures[1].y, CLIP[1].y[:, 18:50])
+    np.testing.assert_array_equal(pictures[1].u, CLIP[1].u[:, 9:25])
