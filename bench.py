@@ -3,6 +3,7 @@
 python bench.py coder [--symbols N] [--repeats N] [--json FILE]
 python bench.py codec [--model NAME] [--size WxH] [--frames N] [--qp Q] [--json FILE]
 python bench.py complexity [--json FILE]
+python bench.py platforms --clips CLIP... [--model NAME] [--qp Q...] [--python PYTHON...] [--json FILE]
 """
 
 from nvc_jax.launch import setup
@@ -30,6 +31,17 @@ def codec(args: argparse.Namespace) -> dict:
     from nvc_jax.benchmarks.codec import benchmark
 
     return benchmark(args.model, *args.size, args.frames, args.qp)
+
+
+def platforms(args: argparse.Namespace) -> dict:
+    from nvc_jax.benchmarks.platforms import available, benchmark
+
+    chosen = available(args.python)
+    if args.platforms:
+        chosen = [p for p in chosen if p.name in args.platforms]
+        if missing := set(args.platforms) - {p.name for p in chosen}:
+            raise NvcError(f"no platform {', '.join(missing)} here")
+    return benchmark(args.clips, args.model, args.qp, args.frames, args.size, args.margins, chosen)
 
 
 def complexity(args: argparse.Namespace) -> dict:
@@ -65,6 +77,19 @@ def main() -> int:
     p.set_defaults(run=codec)
     p = commands.add_parser("complexity", help="parameters and MACs of every model and size")
     p.set_defaults(run=complexity)
+    p = commands.add_parser("platforms", help="write on one platform, decode on another")
+    p.add_argument("--clips", nargs="+", required=True)
+    p.add_argument("--model", default=DEFAULT_MODEL)
+    p.add_argument("--qp", type=int, nargs="+", default=[0, 16, 32, 48, 63])
+    p.add_argument("--frames", type=positive, default=97)
+    p.add_argument("--size", type=picture_size, default=(176, 144), help="clips are cut to it")
+    p.add_argument("--margins", type=int, nargs="*", default=[14, 10, 6],
+                   help="exponents e of calibration margins 2^-e")  # fmt: skip
+    p.add_argument(
+        "--python", nargs="*", default=[], help="interpreters with other versions of JAX"
+    )
+    p.add_argument("--platforms", nargs="*", help="names of those to use, in place of all")
+    p.set_defaults(run=platforms)
     for p in commands.choices.values():
         p.add_argument("--json", help="write the results to this file")
     args = parser.parse_args()
