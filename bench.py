@@ -3,7 +3,7 @@
 python bench.py coder [--symbols N] [--repeats N] [--json FILE]
 python bench.py codec [--model NAME] [--size WxH] [--frames N] [--qp Q] [--json FILE]
 python bench.py complexity [--json FILE]
-python bench.py platforms --clips CLIP... [--model NAME] [--qp Q...] [--python PYTHON...] [--json FILE]
+python bench.py platforms --clips CLIP... [--model NAME] [--qp Q...] [--json FILE]
 """
 
 from nvc_jax.launch import setup
