@@ -34,7 +34,7 @@ class Unit(NamedTuple):
     Attributes:
       qps: of its frames.
       symbols: int16 [total], all steps in coding order.
-      levels: float32 [coded with scales], real-valued scale levels, clamped to -1..levels.
+      levels: float32 [coded with scales], see `real_levels`.
     """
 
     qps: tuple[int, ...]
@@ -79,13 +79,19 @@ class Difference(NamedTuple):
 
 
 def real_levels(codec: UnitCodec, unit: coding.CodedUnit) -> np.ndarray:
-    """Real-valued levels of a unit's scales, float32 [elements], clamped to -1..levels."""
+    """Real-valued levels of a unit's scales, float32 [elements].
+
+    Clamped from one below the first level that is coded, where logarithms of scales near zero
+    differ much and matter nothing, to one above the last.
+    """
     boundaries = np.log(codec.model.spec.scale_boundaries.astype(np.float64))
     step = (boundaries[-1] - boundaries[0]) / (len(boundaries) - 1)
     scales = np.concatenate(jax.device_get(unit.scales)).astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         levels = (np.log(np.maximum(scales, 0)) - boundaries[0]) / step + 1
-    return np.clip(np.nan_to_num(levels, nan=-1.0), -1, len(boundaries) + 1).astype(np.float32)
+    lowest = codec.model.spec.skip_below - 1
+    levels = np.nan_to_num(levels, nan=lowest)
+    return np.clip(levels, lowest, len(boundaries) + 1).astype(np.float32)
 
 
 def make_record(
@@ -137,10 +143,9 @@ def replay(codec: UnitCodec, record: Record) -> Iterator[tuple[schedules.Unit, c
 def compare(codec: UnitCodec, record: Record) -> dict[int, Difference]:
     """Differences between this machine and a record's, by level of the schedule's hierarchy."""
     found: dict[int, list[tuple[float, bool]]] = {}
-    skip = codec.model.spec.skip_below
     for (unit, coded), recorded in zip(replay(codec, record), record.units, strict=True):
         ours = real_levels(codec, coded)
-        floors = [np.maximum(np.floor(levels), skip - 1) for levels in (ours, recorded.levels)]
+        floors = [np.floor(levels) for levels in (ours, recorded.levels)]
         largest = float(np.abs(ours - recorded.levels).max())
         found.setdefault(unit.level, []).append((largest, bool((floors[0] != floors[1]).any())))
     result = {}
