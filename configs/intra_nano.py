@@ -10,11 +10,17 @@ The model card of the released weights (nvc_jax/weights/intra-nano.md) says what
 from ml_collections import ConfigDict
 
 
-def stage(steps, units, walk, batch, crop, lr, end_lr):
-    """units: pictures per sample. walk: 1, there is nothing to carry on."""
-    return ConfigDict(
-        dict(steps=steps, units=units, walk=walk, batch=batch, crop=crop, lr=lr, end_lr=end_lr)
-    )
+def stage(steps, units, walk, batch, crop, lr, end_lr, **special):
+    """units: pictures per sample. walk: 1, there is nothing to carry on.
+
+    special: see `nvc_jax.training.step.make_train_step`.
+    """
+    common = dict(steps=steps, units=units, walk=walk, batch=batch, crop=crop, lr=lr, end_lr=end_lr)
+    return ConfigDict(common | special)
+
+
+# Rates come from integer scales, and nothing but the network behind them learns.
+SCALE_HEAD = dict(exact=True, trainable=("scale_head",))
 
 
 def get_config():
@@ -27,7 +33,9 @@ def get_config():
     c.stages = (
         stage(steps=4_000, units=1, walk=1, batch=8, crop=128, lr=1e-3, end_lr=1e-5),
         # A warm restart: the shipped weights went on from there.
-        stage(steps=12_000, units=1, walk=1, batch=8, crop=128, lr=8e-4, end_lr=1e-5),
+        stage(steps=6_000, units=1, walk=1, batch=8, crop=128, lr=8e-4, end_lr=1e-5),
+        # The exact mode, which the shipped weights do not have yet.
+        stage(steps=4_000, units=1, walk=1, batch=8, crop=128, lr=3e-3, end_lr=2e-5, **SCALE_HEAD),
     )
     c.warmup_steps = 200
     c.clip_norm = 1.0

@@ -10,11 +10,17 @@ The model card of the released weights (nvc_jax/weights/ui2c-nano.md) says what 
 from ml_collections import ConfigDict
 
 
-def stage(steps, units, walk, batch, crop, lr, end_lr):
-    """units: coded pairs per step. walk: steps that go through one clip, see training.loop."""
-    return ConfigDict(
-        dict(steps=steps, units=units, walk=walk, batch=batch, crop=crop, lr=lr, end_lr=end_lr)
-    )
+def stage(steps, units, walk, batch, crop, lr, end_lr, **special):
+    """units: coded pairs per step. walk: steps that go through one clip, see training.loop.
+
+    special: see `nvc_jax.training.step.make_train_step`.
+    """
+    common = dict(steps=steps, units=units, walk=walk, batch=batch, crop=crop, lr=lr, end_lr=end_lr)
+    return ConfigDict(common | special)
+
+
+# Rates come from integer scales, and nothing but the network behind them learns.
+SCALE_HEAD = dict(exact=True, trainable=("scale_head",))
 
 
 def get_config():
@@ -30,8 +36,10 @@ def get_config():
         stage(steps=8_000, units=2, walk=8, batch=4, crop=128, lr=6e-4, end_lr=1e-4),
         stage(steps=2_000, units=3, walk=5, batch=4, crop=128, lr=1e-4, end_lr=1e-5),
         # A warm restart of the two stages above: the shipped weights went on from there.
-        stage(steps=20_000, units=2, walk=8, batch=4, crop=128, lr=5e-4, end_lr=1e-4),
-        stage(steps=3_000, units=3, walk=5, batch=4, crop=128, lr=1e-4, end_lr=1e-5),
+        stage(steps=16_000, units=2, walk=8, batch=4, crop=128, lr=5e-4, end_lr=1e-4),
+        stage(steps=2_500, units=3, walk=5, batch=4, crop=128, lr=1e-4, end_lr=1e-5),
+        # The exact mode, which the shipped weights do not have yet.
+        stage(steps=8_000, units=2, walk=8, batch=4, crop=128, lr=3e-3, end_lr=2e-5, **SCALE_HEAD),
     )
     c.warmup_steps = 200
     c.clip_norm = 1.0

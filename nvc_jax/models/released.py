@@ -6,6 +6,7 @@ The fingerprint is a hash of all of it; streams carry it, and only a model with 
 them. The tables are data: nobody recomputes them from floats when decoding.
 """
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -216,6 +217,12 @@ def find(model: str | Path) -> Path:
     raise NvcError(
         f"no model '{model}': give a .safetensors file or one of: {', '.join(known) or '(none)'}"
     )
+
+
+def without_scale_head(module: nn.Module, params: dict) -> tuple[nn.Module, dict]:
+    """The same model for the calibrated mode only."""
+    cfg = dataclasses.replace(module.cfg, scale_head=0)
+    return module.clone(cfg=cfg), {k: p for k, p in params.items() if k != "scale_head"}
 
 
 def trainable_params(model: Released) -> dict:

@@ -222,6 +222,8 @@ def with_params(state: training.TrainState, params) -> training.TrainState:
 def release(config_file: str, workdir: str, output: str) -> Path:
     """Writes the averaged weights of a run's newest checkpoint as a released model.
 
+    A scale head is left out if the run has not finished a stage with `exact`.
+
     Raises:
       NvcError: no such config, no checkpoint in `workdir`, or `output` cannot be written.
     """
@@ -242,12 +244,25 @@ def release(config_file: str, workdir: str, output: str) -> Path:
         if manager.latest_step() is None:
             raise NvcError(f"{workdir}: no checkpoint there to release")
         state = resume(manager, model, config)
-    tensors, metadata = released.freeze(output.stem, config.model.name, model, state.average)
+    params = state.average
+    if registry.has_scale_head(model) and not _head_has_learnt(config, int(state.step)):
+        # Integer scales from an untrained head would cost many times the bits.
+        model, params = released.without_scale_head(model, params)
+    tensors, metadata = released.freeze(output.stem, config.model.name, model, params)
     released.save(output, tensors, metadata)
     return output
 
 
 @contextmanager
+def _head_has_learnt(config: ml_collections.ConfigDict, step: int) -> bool:
+    """Whether a stage that trains the scale head has been gone through by this step."""
+    ends = np.cumsum([stage.steps for stage in config.stages])
+    return any(
+        stage.get("exact", False) and end <= step
+        for stage, end in zip(config.stages, ends, strict=True)
+    )
+
+
 def _checkpoints(workdir: str) -> Iterator[ocp.CheckpointManager]:
     options = ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(2))
     manager = ocp.CheckpointManager(Path(workdir).absolute() / CHECKPOINTS, options=options)
