@@ -747,3 +747,44 @@ def test_transform_start_passes_pictures_through(name, form):
     qp = np.zeros((1, module.frames_per_unit), np.int32)
     code = jax.jit(lambda params: module.apply({"params": params}, frames, (), qp, Open())[0])
     assert losses.psnr(code(start), frames).mean() > 25 > losses.psnr(code(params), frames).mean()
+
+
+def test_scale_heads_are_released_only_after_their_stage():
+    stages = [ConfigDict(dict(steps=5)), ConfigDict(dict(steps=5, exact=True))]
+    config = ConfigDict(dict(stages=tuple(stages)))
+    assert [loop._head_has_learnt(config, step) for step in (5, 9, 10)] == [False, False, True]
+
+
+def test_a_model_without_its_scale_head_is_calibrated(tmp_path):
+    module = registry.build("ui2c", SIZES["ui2c"])
+    bare = released.without_scale_head(module, random_parameters(module))
+    path = tmp_path / "bare.safetensors"
+    released.save(path, *released.freeze("bare", "ui2c", *bare))
+    assert not released.load(path).exact
+
+
+def test_only_what_a_stage_trains_changes():
+    config = runpy.run_path(str(ROOT / "configs/ui2c_nano.py"))["get_config"]()
+    with config.unlocked():
+        config.stages = (config.stages[0], config.stages[-1])
+    model = registry.build("ui2c", SIZES["ui2c"])
+    stage = config.stages[-1]
+    rng = np.random.default_rng(0)
+    frames = rng.uniform(0, 1, (2, 4, 32, 32, 3)).astype(np.float32)
+    clip = training.Clip(frames[:, 0], frames, np.array([20, 50], np.int32), np.zeros(2, np.int32))
+    with stage.unlocked():
+        stage.batch, stage.crop = 2, 32
+    state = training.init_state(model, config, stage)
+    step = jax.jit(training.make_train_step(model, config), static_argnums=(2, 3))
+    after, metrics = step(state, clip, False, 1)
+    for name, before in state.params.items():
+        changed = [
+            bool((a != b).any())
+            for a, b in zip(
+                jax.tree.leaves(before), jax.tree.leaves(after.params[name]), strict=True
+            )
+        ]
+        assert any(changed) == (name == "scale_head"), name
+    assert after.carry[0].memory.shape == state.carry[0].memory.shape
+    assert (after.carry[0].memory != 0).any()
+    assert np.isfinite(metrics.compute()["bpp_y"])

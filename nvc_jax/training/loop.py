@@ -253,7 +253,6 @@ def release(config_file: str, workdir: str, output: str) -> Path:
     return output
 
 
-@contextmanager
 def _head_has_learnt(config: ml_collections.ConfigDict, step: int) -> bool:
     """Whether a stage that trains the scale head has been gone through by this step."""
     ends = np.cumsum([stage.steps for stage in config.stages])
@@ -263,6 +262,7 @@ def _head_has_learnt(config: ml_collections.ConfigDict, step: int) -> bool:
     )
 
 
+@contextmanager
 def _checkpoints(workdir: str) -> Iterator[ocp.CheckpointManager]:
     options = ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(2))
     manager = ocp.CheckpointManager(Path(workdir).absolute() / CHECKPOINTS, options=options)
