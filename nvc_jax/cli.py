@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--calibration", type=margin_exponents, metavar="EPS|off",
                    help="list scales closer than EPS levels to a boundary (a power of two such as "
                    "2^-10; several, for the levels of a hierarchy, with commas between), or do not "
-                   "protect them at all; default: integer scales, or 2^-10 for models "
+                   "protect them at all; default: integer scales, or 2^-11 for models "
                    "without")  # fmt: skip
     p.add_argument("--size", type=picture_size, help="WIDTHxHEIGHT of raw input")
     p.add_argument("--fps", help="frame rate, for raw input or to override")

@@ -43,7 +43,9 @@ from nvc_jax.models.released import Released
 from nvc_jax.video import Planes, VideoInfo
 
 MAX_QP = 63
-MARGIN_EXPONENT = 10  # of the calibrated mode, unless one is given
+# Of the calibrated mode, unless one is given: four times the largest difference of levels that
+# `nvc calibrate` has shown between builds of XLA for CPUs (8e-5, docs/cross_platform.md), or more.
+MARGIN_EXPONENT = 11
 
 
 class CodedUnit(NamedTuple):
@@ -108,7 +110,7 @@ def prepare(
     Args:
       mode: FLOAT, CALIBRATED or EXACT; by default `default_mode(model)`.
       margin_exponents: CALIBRATED only, the margin is 2^-exponent levels for units of each level of
-        the hierarchy, the last one also for the levels beyond; by default (10,).
+        the hierarchy, the last one also for the levels beyond; by default (11,).
 
     Raises:
       NvcError: the model has no scale head for the exact mode, this machine's integer arithmetic
