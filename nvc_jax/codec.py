@@ -43,8 +43,8 @@ from nvc_jax.models.released import Released
 from nvc_jax.video import Planes, VideoInfo
 
 MAX_QP = 63
-# Of the calibrated mode, unless one is given: four times the largest difference of levels that
-# `nvc calibrate` has shown between builds of XLA for CPUs (8e-5, docs/cross_platform.md), or more.
+# Of the calibrated mode, unless one is given: over four times the largest difference of levels that
+# `nvc calibrate` has shown between settings of XLA for CPUs (8e-5, docs/cross_platform.md).
 MARGIN_EXPONENT = 11
 
 
