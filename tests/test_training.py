@@ -106,7 +106,7 @@ class Toy(nn.Module):
         return recon, (Ref(feature=feature),)
 
 
-TOY = registry.Entry(Toy, ToyConfig, {"small": ToyConfig()}, "two_frame", "video", True)
+TOY = registry.Entry(Toy, ToyConfig, {"small": ToyConfig()}, "two_frame", "video")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -32,6 +32,7 @@ from nvc_jax.errors import NvcError
 from nvc_jax.evaluation.anchors import ANCHORS, code_clip, ffmpeg_version, find_ffmpeg
 from nvc_jax.evaluation.bdrate import bd_table
 from nvc_jax.evaluation.metrics import clip_scores, ms_ssim_db, scene_cuts
+from nvc_jax.files import replacing, writing
 from nvc_jax.video import Planes, VideoInfo, open_video
 
 CLI = (sys.executable, "-m", "nvc_jax")
@@ -442,12 +443,21 @@ def evaluate(config: Mapping, say: Callable[[str], None] = print, cli=CLI) -> di
         say(f"note: {note}")
 
     jobs = plan(config, clips, with_anchors, cli)
-    results["points"] = _run_jobs(jobs, say)
+    results["points"] = []
+    for point in _run_jobs(jobs, say):
+        # After every point, so that an interrupted run leaves what it has measured.
+        results["points"].append(point)
+        _write_results(workdir, results)
     results["bd_rates"] = [
         row for quality in ("psnr", "ms_ssim_db") for row in bd_table(results["points"], quality)
     ]
-    (workdir / "results.json").write_text(json.dumps(results, indent=1))
+    _write_results(workdir, results)
     return results
+
+
+def _write_results(workdir: Path, results: dict) -> None:
+    with replacing(workdir / "results.json") as hidden, writing(workdir / "results.json"):
+        hidden.write_text(json.dumps(results, indent=1))
 
 
 def _plain(value):
@@ -457,12 +467,11 @@ def _plain(value):
     return list(value) if isinstance(value, list | tuple) else value
 
 
-def _run_jobs(jobs: list[Job], say: Callable[[str], None]) -> list[dict]:
-    points, seconds = [], {}
+def _run_jobs(jobs: list[Job], say: Callable[[str], None]) -> Iterator[dict]:
+    seconds = {}
     for index, job in enumerate(jobs):
         start = time.perf_counter()
         point = run_job(job)
-        points.append(point)
         seconds.setdefault(job.codec, []).append(time.perf_counter() - start)
         means = {codec: sum(times) / len(times) for codec, times in seconds.items()}
         typical = sum(means.values()) / len(means)
@@ -471,7 +480,7 @@ def _run_jobs(jobs: list[Job], say: Callable[[str], None]) -> list[dict]:
             f"[{index + 1}/{len(jobs)}] {point['clip']} {point['codec']} {point['setting']}: "
             f"{_outcome(point)}; {seconds[job.codec][-1]:.1f} s, about {_duration(left)} left"
         )
-    return points
+        yield point
 
 
 def _outcome(point: dict) -> str:

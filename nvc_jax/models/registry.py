@@ -26,7 +26,6 @@ class Entry(NamedTuple):
       sizes: named configs.
       schedule: name of its coding order in `nvc_jax.schedule`.
       content: "image" or "video", which lambda range it is trained with.
-      inter: whether units refer to earlier ones.
     """
 
     module: type[nn.Module]
@@ -34,12 +33,11 @@ class Entry(NamedTuple):
     sizes: dict[str, Any]
     schedule: str
     content: str
-    inter: bool
 
 
 CODECS = {
-    "intra": Entry(intra.Intra, intra.Config, intra.SIZES, "all_intra", "image", False),
-    "ui2c": Entry(ui2c.UI2C, ui2c.Config, ui2c.SIZES, "two_frame", "video", True),
+    "intra": Entry(intra.Intra, intra.Config, intra.SIZES, "all_intra", "image"),
+    "ui2c": Entry(ui2c.UI2C, ui2c.Config, ui2c.SIZES, "two_frame", "video"),
 }
 
 

@@ -166,7 +166,8 @@ def first_refs(model: nn.Module, state: TrainState, clip: Clip, carried: bool, k
         return ()
     if carried:
         return state.carry
-    return (Ref(frame=mixed_reference(jax.random.fold_in(key, 1), clip.reference)),)
+    # Not fold_in(key, 1): that is what `unroll` gets for its noise when it splits the key.
+    return (Ref(frame=mixed_reference(jax.random.fold_in(key, 2), clip.reference)),)
 
 
 def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Callable:
