@@ -348,7 +348,7 @@ def test_no_unit_reaches_into_an_access_point(tmp_path):
     points = []
     for number in range(count):
         points.append(bitstream.AccessPoint(number, number, len(data)))
-        head = b"\xc8\x20" + bitstream._varint(size) + bytes(4)
+        head = b"\xc8\x20" + bitstream.varint(size) + bytes(4)
         data += head + bytes([bitstream._crc8(head)]) + bytes(4)
     data += bytes(size)
     data += bitstream._index_bytes(bitstream.Index(count, count, tuple(points)), first)
