@@ -25,6 +25,7 @@ import numpy as np
 from test_coder import make_tables, random_tables, sampled
 
 from nvc_jax.entropy import coder
+from nvc_jax.entropy.calibration import CALIBRATED, FLOAT
 from nvc_jax.errors import StreamError
 from nvc_jax.video import Planes
 
@@ -118,7 +119,10 @@ def streams() -> list[bytes]:
         (schedule.two_frame(), 3, lambda unit: unit == 0),
         (schedule.all_intra(), 4, lambda unit: True),
     ):
-        header = bitstream.Header("m", bytes(16), 16, 16, Fraction(25), order)
+        # Calibrated, with margins for three levels: the longest header.
+        header = bitstream.Header(
+            "m", bytes(16), 16, 16, Fraction(25), order, (2, 2, 2, False), CALIBRATED, (9, 10, 11)
+        )
         with bitstream.write_stream(PATH, header) as out:
             for unit in range(units):
                 frames = tuple(range(order.gop * unit, order.gop * (unit + 1)))
@@ -134,16 +138,16 @@ def _symbols(payload: bytes) -> list[np.ndarray]:
     return [np.frombuffer(payload, np.uint8).astype(np.int16)]
 
 
-def _decode_unit(_, payload, refs, qps):
+def _decode_unit(_, payload, refs, qps, level):
     """In place of a model: payloads are their own symbols."""
     if payload[:1] == b"\xff":
         raise StreamError("the stand-in for a model refuses this")
-    return codec.CodedUnit([_GREY] * len(qps), (), _symbols(payload), [], None)
+    return codec.CodedUnit([_GREY] * len(qps), (), _symbols(payload), [], [], [], None)
 
 
 _GREY = Planes(*(np.full((1, 1), 128, np.uint8) for _ in range(3)))
 _MODEL = SimpleNamespace(module=SimpleNamespace(qp_rows=72, blank_refs=lambda *_: ()))
-_UNIT_CODEC = SimpleNamespace(model=_MODEL, width=1, height=1)
+_UNIT_CODEC = SimpleNamespace(model=_MODEL, width=1, height=1, mode=FLOAT)
 
 
 def container(data: bytes) -> None:
