@@ -4,6 +4,7 @@ python bench.py coder [--symbols N] [--repeats N] [--json FILE]
 python bench.py codec [--model NAME] [--size WxH] [--frames N] [--qp Q] [--json FILE]
 python bench.py complexity [--json FILE]
 python bench.py platforms --clips CLIP... [--model NAME] [--qp Q...] [--json FILE]
+python bench.py calibration --clips CLIP... [--models NAME...] [--qp Q...] [--json FILE]
 """
 
 from nvc_jax.launch import setup
@@ -42,6 +43,15 @@ def platforms(args: argparse.Namespace) -> dict:
         if missing := set(args.platforms) - {p.name for p in chosen}:
             raise NvcError(f"no platform {', '.join(missing)} here")
     return benchmark(args.clips, args.model, args.qp, args.frames, args.size, args.margins, chosen)
+
+
+def calibration(args: argparse.Namespace) -> dict:
+    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
+    from nvc_jax.benchmarks.calibration import benchmark
+
+    return benchmark(
+        args.clips, args.models, args.qp, args.frames, args.size, args.margins, args.skip_scales
+    )
 
 
 def complexity(args: argparse.Namespace) -> dict:
@@ -90,6 +100,18 @@ def main() -> int:
     )
     p.add_argument("--platforms", nargs="*", help="names of those to use, in place of all")
     p.set_defaults(run=platforms)
+    p = commands.add_parser("calibration", help="rates under margins, skipping and scale tables")
+    p.add_argument("--clips", nargs="+", required=True)
+    p.add_argument("--models", nargs="+", default=[DEFAULT_MODEL], help="compared with the first")
+    p.add_argument("--qp", type=int, nargs="+", default=[8, 24, 40, 56], help="four or more")
+    p.add_argument("--frames", type=positive, default=33)
+    p.add_argument("--size", type=picture_size, default=(352, 288), help="clips are cut to it")
+    p.add_argument("--margins", type=int, nargs="*", default=[13, 11, 10, 7],
+                   help="exponents e of calibration margins 2^-e")  # fmt: skip
+    p.add_argument("--skip-scales", type=float, nargs="+",
+                   default=[0, 0.13, 0.15, 0.2, 0.25, 0.3, 0.4],
+                   help="scales below which nothing is coded")  # fmt: skip
+    p.set_defaults(run=calibration)
     for p in commands.choices.values():
         p.add_argument("--json", help="write the results to this file")
     args = parser.parse_args()

@@ -115,6 +115,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("output", help="the .safetensors file to write; its name names the model")
     p.add_argument("--config", required=True, help="the run's config file")
     p.add_argument("--workdir", required=True, help="the run's directory")
+    p.add_argument("--levels", type=int, help="number of scale tables (default: 64)")
+    p.add_argument("--scales", type=float, nargs=2, metavar=("MIN", "MAX"),
+                   help="of the scale tables (default: 0.11 32)")  # fmt: skip
+    p.add_argument("--skip-scale", type=float,
+                   help="smaller scales are not coded (default: 0.15)")  # fmt: skip
+    p.add_argument("--lower-end", action="store_true",
+                   help="tables for the lower end of a level and not its middle, which costs more "
+                   "and is how the paper prints it")  # fmt: skip
     p.set_defaults(run=release)
     return parser
 
@@ -180,7 +188,7 @@ def encode(args: argparse.Namespace) -> None:
         pictures = chain(probe, pictures)
 
     total = min(filter(None, (info.frame_count, args.frames)), default=None)
-    header = codec.make_header(model, info, schedule, mode, margins)
+    header = codec.make_header(unit_codec, info, schedule)
     clock, units, pixels = _Clock(begin), [], info.width * info.height
     with ExitStack() as stack:
         stream = stack.enter_context(bitstream.write_stream(args.output, header))
@@ -391,7 +399,9 @@ def models(args: argparse.Namespace) -> None:
 def release(args: argparse.Namespace) -> None:
     from nvc_jax.training import loop
 
-    path = loop.release(args.config, args.workdir, args.output)
+    tables = {"levels": args.levels, "scale_range": args.scales, "skip_scale": args.skip_scale}
+    tables = {name: value for name, value in tables.items() if value is not None}
+    path = loop.release(args.config, args.workdir, args.output, middle=not args.lower_end, **tables)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -78,7 +78,9 @@ class UnitCodec(NamedTuple):
       tables: its tables, prepared for the host coder.
       width, height: of the pictures.
       mode: FLOAT, CALIBRATED or EXACT.
-      margins: thresholds per level of the hierarchy; only if CALIBRATED.
+      margin_exponents: the margins are 2^-exponent, one per level of the hierarchy; only if
+        CALIBRATED.
+      margins: their thresholds.
       step_sizes: symbols in each coding step of a unit.
       program: jitted, see `_unit_program`.
     """
@@ -88,6 +90,7 @@ class UnitCodec(NamedTuple):
     width: int
     height: int
     mode: int
+    margin_exponents: tuple[int, ...]
     margins: tuple[Margin, ...]
     step_sizes: tuple[int, ...]
     program: Any
@@ -122,11 +125,6 @@ def prepare(
         if not model.exact:
             raise NvcError(f"the model '{model.name}' has no integer scales for the exact mode")
         released.check_integers(model)
-    margins = ()
-    if mode == CALIBRATED:
-        boundaries = model.spec.scale_boundaries
-        exponents = margin_exponents or (MARGIN_EXPONENT,)
-        margins = tuple(calibration.margin(boundaries, exponent) for exponent in exponents)
     sizes = []
 
     def probe(variables):
@@ -143,7 +141,20 @@ def prepare(
     jax.eval_shape(probe, params)
     tables = coder.prepare(model.tables)
     program = jax.jit(functools.partial(_unit_program, model, tables, width, height, mode))
-    return UnitCodec(model, tables, width, height, mode, margins, tuple(sizes), program)
+    codec = UnitCodec(model, tables, width, height, mode, (), (), tuple(sizes), program)
+    if mode == CALIBRATED:
+        codec = with_margins(codec, margin_exponents or (MARGIN_EXPONENT,))
+    return codec
+
+
+def with_margins(codec: UnitCodec, exponents: Sequence[int]) -> UnitCodec:
+    """The same codec, which must be CALIBRATED, under other margins; see `prepare`.
+
+    They are inputs of the program, so nothing is compiled again.
+    """
+    boundaries = codec.model.spec.scale_boundaries
+    margins = tuple(calibration.margin(boundaries, exponent) for exponent in exponents)
+    return codec._replace(margin_exponents=tuple(exponents), margins=margins)
 
 
 def _unit_program(model, tables, width, height, mode, variables, planes, refs, qp, source, render,
@@ -415,28 +426,19 @@ def schedule_for(model: Released, intra_period: int = 0) -> schedules.Schedule:
     return schedules.two_frame(intra_period)
 
 
-def make_header(
-    model: Released,
-    info: VideoInfo,
-    schedule: schedules.Schedule,
-    mode: int | None = None,
-    margin_exponents: Sequence[int] = (),
-) -> Header:
-    """Header of a stream of `model` for pictures of `info`; mode and margins as in `prepare`."""
+def make_header(codec: UnitCodec, info: VideoInfo, schedule: schedules.Schedule) -> Header:
+    """Header of a stream that `codec` writes, for pictures of `info`."""
     c = info.colour
-    mode = default_mode(model) if mode is None else mode
-    if mode == CALIBRATED:
-        margin_exponents = margin_exponents or (MARGIN_EXPONENT,)
     return Header(
-        model=model.name,
-        fingerprint=model.fingerprint,
+        model=codec.model.name,
+        fingerprint=codec.model.fingerprint,
         width=info.width,
         height=info.height,
         fps=info.fps,
         schedule=schedule,
         colour=(c.primaries, c.transfer, c.matrix, c.full_range),
-        entropy_mode=mode,
-        margin_exponents=tuple(margin_exponents),
+        entropy_mode=codec.mode,
+        margin_exponents=codec.margin_exponents,
     )
 
 

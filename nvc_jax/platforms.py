@@ -19,6 +19,7 @@ import numpy as np
 from nvc_jax import codec as coding
 from nvc_jax import schedule as schedules
 from nvc_jax.codec import UnitCodec
+from nvc_jax.entropy import calibration
 from nvc_jax.entropy.calibration import LARGEST_EXPONENT, LEAST_EXPONENT
 from nvc_jax.errors import NvcError, WeightsMismatch
 from nvc_jax.files import replacing, writing
@@ -84,11 +85,11 @@ def real_levels(codec: UnitCodec, unit: coding.CodedUnit) -> np.ndarray:
     Clamped from one below the first level that is coded, where logarithms of scales near zero
     differ much and matter nothing, to one above the last.
     """
-    boundaries = np.log(codec.model.spec.scale_boundaries.astype(np.float64))
-    step = (boundaries[-1] - boundaries[0]) / (len(boundaries) - 1)
+    boundaries = codec.model.spec.scale_boundaries
+    first, step = calibration.ladder(boundaries)
     scales = np.concatenate(jax.device_get(unit.scales)).astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        levels = (np.log(np.maximum(scales, 0)) - boundaries[0]) / step + 1
+        levels = (np.log(np.maximum(scales, 0)) - first) / step + 1
     lowest = codec.model.spec.skip_below - 1
     levels = np.nan_to_num(levels, nan=lowest)
     return np.clip(levels, lowest, len(boundaries) + 1).astype(np.float32)

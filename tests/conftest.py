@@ -108,8 +108,8 @@ def prepared(model_files):
 
     def cached(name, width, height, mode=None, margin_exponents=()):
         mode = codec.default_mode(model_of(name)) if mode is None else mode
-        margins = prepare(model_of(name), width, height, mode, margin_exponents).margins
-        return compiled(name, width, height, mode)._replace(margins=margins)
+        unit_codec = compiled(name, width, height, mode)
+        return codec.with_margins(unit_codec, margin_exponents) if margin_exponents else unit_codec
 
     return cached
 

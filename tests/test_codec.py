@@ -49,7 +49,7 @@ def pairs(prepared):
 def header_of(unit_codec, intra_period=0):
     info = VideoInfo(unit_codec.width, unit_codec.height, Fraction(25))
     schedule = codec.schedule_for(unit_codec.model, intra_period)
-    return codec.make_header(unit_codec.model, info, schedule, unit_codec.mode)
+    return codec.make_header(unit_codec, info, schedule)
 
 
 def encode(unit_codec, pictures, qp, render=True, intra_period=0):

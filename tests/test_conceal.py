@@ -25,7 +25,7 @@ def coded(prepared):
     """(header, packets, reconstructions)."""
     unit_codec = prepared("ui2c", WIDTH, HEIGHT, FLOAT)
     schedule = codec.schedule_for(unit_codec.model, 4)
-    header = codec.make_header(unit_codec.model, VideoInfo(WIDTH, HEIGHT, 25), schedule, FLOAT)
+    header = codec.make_header(unit_codec, VideoInfo(WIDTH, HEIGHT, 25), schedule)
     units = list(codec.encode(unit_codec, noise(WIDTH, HEIGHT, 2 * UNITS), 20, schedule, True))
     return header, [u.packet for u in units], [r for u in units for r in u.recons]
 

@@ -129,7 +129,7 @@ def stream(prepared):
     unit_codec = prepared("ui2c", WIDTH, HEIGHT, CALIBRATED, (6,))
     order = codec.schedule_for(unit_codec.model, 4)
     info = VideoInfo(WIDTH, HEIGHT, 25)
-    header = codec.make_header(unit_codec.model, info, order, CALIBRATED, (6,))
+    header = codec.make_header(unit_codec, info, order)
     with bitstream.write_stream(fuzz_stream.PATH, header) as out:
         first = out._size
         for unit in codec.encode(unit_codec, noise(WIDTH, HEIGHT, 11), 10, order):

@@ -48,7 +48,7 @@ def stream(large, tmp_path_factory):
     info = video.VideoInfo(large.codec.width, large.codec.height, video.DEFAULT_FPS)
     schedule = codec.schedule_for(large.codec.model)
     recons = []
-    header = codec.make_header(large.codec.model, info, schedule, large.codec.mode)
+    header = codec.make_header(large.codec, info, schedule)
     with bitstream.write_stream(path, header) as out:
         for unit in codec.encode(large.codec, large.pictures, 16, schedule, render=True):
             out.write(unit.packet)

@@ -18,14 +18,14 @@ HEAD = integer.ScaleHead(Y, WIDTH, STEPS)
 def everything(head, z, qp, memory, symbols):
     hidden = head.begin(z, qp, [memory, None], (H, W))
     levels = [head.level(hidden, step, symbols) for step in range(STEPS)]
-    return *levels, head.remember(symbols, levels[-1])
+    return *levels, head.remember(hidden, symbols, levels[-1])
 
 
 def inputs(seed: int, spread: float = 4.0):
     rng = np.random.default_rng(seed)
     z = np.round(rng.normal(0, spread, (1, 2, 3, Z)))
     symbols = np.round(rng.normal(0, spread, (1, H, W, Y)))
-    memory = np.round(rng.uniform(-64, 64, (1, H, W, 2 * Y)))
+    memory = np.round(rng.uniform(-64, 64, (1, H, W, integer.memory_channels(Y))))
     qp = rng.integers(0, 73, (1, 2), np.int32)
     return jnp.float32(z), qp, jnp.float32(memory), jnp.float32(symbols)
 
@@ -59,9 +59,10 @@ def shifted(total, shift):
 
 
 def depthwise(x, layer):
+    h, w = x.shape[1:3]
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     total = layer["bias"].astype(np.int64) + sum(
-        padded[:, i : i + H, j : j + W] * layer["kernel"][i, j].astype(np.int64)
+        padded[:, i : i + h, j : j + w] * layer["kernel"][i, j].astype(np.int64)
         for i in range(3)
         for j in range(3)
     )
@@ -91,22 +92,26 @@ def reference(n, z, qp, memory, symbols):
     hats = np.maximum(0, 64 - 8 * abs(qp[..., None] - 8 * np.arange(10))).reshape(1, 1, 1, -1)
     x = np.concatenate(
         [
-            code(z).repeat(4, 1).repeat(4, 2)[:, :H, :W],
             memory.astype(np.int64),
-            np.zeros((1, H, W, 2 * Y), np.int64),
+            np.zeros_like(memory, np.int64),
             np.broadcast_to(hats, (1, H, W, 20)),
         ],
         axis=-1,
     )
-    hidden = block(silu(narrow(dense(x, n["first"]))), n["trunk"])
+    hyper = block(silu(narrow(dense(code(z), n["hyper"]))), n["hyper_block"])
+    hyper = dense(hyper, n["up"]).reshape(1, *z.shape[1:3], WIDTH, 4, 4)
+    hyper = hyper.transpose(0, 1, 4, 2, 5, 3).reshape(1, 8, 12, WIDTH)[:, :H, :W]
+    hidden = silu(narrow(hyper + dense(x, n["first"])))
+    hidden = block(block(hidden, n["trunk_0"]), n["trunk_1"])
     later = np.concatenate([hidden, abs(code(symbols))], axis=-1)
     features = [hidden, silu(narrow(dense(later, n["later_0"])))]
     levels = [
         narrow(dense(block(x, n[f"blocks_{s}"]), n[f"levels_{s}"], 4) + 24, 0, 63)
         for s, x in enumerate(features)
     ]
-    memory = np.concatenate([abs(code(symbols)), narrow(2 * levels[-1] - 64)], axis=-1)
-    return *levels, memory
+    memory = [abs(code(symbols)), narrow(2 * levels[-1] - 64)]
+    memory.append(silu(narrow(dense(np.concatenate([hidden, *memory], axis=-1), n["state"]))))
+    return *levels, np.concatenate(memory, axis=-1)
 
 
 @pytest.mark.parametrize("spread", [0.7, 1.0, 4.0])
@@ -155,7 +160,8 @@ def test_gradients_reach_every_layer():
     args, params = inputs(3), parameters(3, 0.5)
 
     def distance(params):
-        *levels, _ = run({"params": params}, *args)
+        *levels, memory = run({"params": params}, *args)
+        levels += run({"params": params}, *args[:2], memory, args[3])[:STEPS]
         return sum(jnp.square(level - 40).mean() for level in levels)
 
     gradients = jax.grad(distance)(params)
@@ -173,6 +179,6 @@ def test_accelerators_get_integer_arithmetic(platform):
     program = jax.jit(lambda v, *a: HEAD.apply(v, *a, method=everything))
     text = program.trace(*args).lower(lowering_platforms=(platform,)).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]
-    assert len(products) == 7  # 2 first layers, 3 blocks, 2 last ones
+    assert len(products) == 12
     assert all("xi8>" in line and line.rstrip().count("xi32>") for line in products), products
     assert "f16" not in text

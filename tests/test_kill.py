@@ -29,7 +29,7 @@ def test_killed_encodes(prepared, model_files, tmp_path):
             out.write(picture)
     unit_codec = prepared("ui2c", WIDTH, HEIGHT)
     schedule = codec.schedule_for(unit_codec.model)
-    header = codec.make_header(unit_codec.model, info, schedule)
+    header = codec.make_header(unit_codec, info, schedule)
     with bitstream.write_stream(whole, header) as out:
         for unit in codec.encode(unit_codec, pictures, 32, schedule):
             out.write(unit.packet)

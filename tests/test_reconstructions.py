@@ -59,7 +59,7 @@ def test_decoder_repeats_the_encoder_on_real_clips(models, clip, tmp_path):
         for qp in QPS:
             path = tmp_path / "clip.nvc"
             recons = []
-            with bitstream.write_stream(path, codec.make_header(model, info, schedule)) as out:
+            with bitstream.write_stream(path, codec.make_header(unit_codec, info, schedule)) as out:
                 for unit in codec.encode(unit_codec, pictures, qp, schedule, render=True):
                     out.write(unit.packet)
                     recons += unit.recons

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nvc_jax import bitstream
+from nvc_jax import codec as coding
+from nvc_jax import schedule as schedules
+from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT
 from nvc_jax.errors import NvcError, StreamError
-from nvc_jax.video import Planes, open_video
+from nvc_jax.evaluation.metrics import psnr_611
+from nvc_jax.models import released
+from nvc_jax.video import Planes, VideoInfo, open_video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +87,6 @@ def available(pythons: list[str]) -> list[Platform]:
 
 def variants(exact: bool, exponents: list[int]) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Name -> (mode, margin exponents) of every way to protect a file."""
-    from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT
-
     result = {"none": (FLOAT, ())}
     result |= {f"margin 2^-{e}": (CALIBRATED, (e,)) for e in exponents}
     return result | ({"exact": (EXACT, ())} if exact else {})
@@ -114,9 +119,6 @@ def _tasks(job: dict) -> Iterator[tuple[str, str, int, str]]:
 
 def _codecs(job: dict):
     """(clip, variant) -> (pictures, prepared codec), compiled once per picture size and mode."""
-    from nvc_jax import codec as coding
-    from nvc_jax.models import released
-
     model = released.load(job["model"])
     pictures, compiled = {}, {}
 
@@ -126,44 +128,43 @@ def _codecs(job: dict):
         height, width = pictures[clip][0].y.shape
         mode, exponents = job["variants"][variant]
         codec = coding.prepare(model, width, height, mode, exponents)
-        # Programs take margins as inputs.
         first = compiled.setdefault((width, height, mode), codec)
-        return pictures[clip], first._replace(margins=codec.margins)
+        # With the first one's program, that nothing is compiled twice.
+        return pictures[clip], codec._replace(program=first.program)
 
     return get
 
 
+def encode_clip(
+    codec: coding.UnitCodec, pictures: list[Planes], fps: Fraction, qp: int, path: Path
+) -> tuple[list[coding.EncodedUnit], list[float]]:
+    """Encodes pictures into a file. Returns (the `EncodedUnit`s, PSNR 6:1:1 of every picture)."""
+    schedule = coding.schedule_for(codec.model)
+    info = VideoInfo(codec.width, codec.height, fps)
+    header = coding.make_header(codec, info, schedule)
+    units, scores = [], []
+    with bitstream.write_stream(path, header) as out:
+        for unit in coding.encode(codec, pictures, qp, schedule, render=True):
+            out.write(unit.packet)
+            units.append(unit)
+            scores += map(psnr_611, unit.pictures, unit.recons)
+    return units, scores
+
+
 def run_encode(job: dict) -> None:
     """Encodes everything into job["folder"]; keeps symbols and reconstructions' PSNR beside."""
-    from nvc_jax import bitstream
-    from nvc_jax import codec as coding
-    from nvc_jax.evaluation.metrics import psnr_611
-    from nvc_jax.video import VideoInfo
-
     get = _codecs(job)
     for clip, variant, qp, stem in _tasks(job):
         pictures, codec = get(clip, variant)
-        schedule = coding.schedule_for(codec.model)
-        info = VideoInfo(codec.width, codec.height, open_video(clip)[0].fps)
-        header = coding.make_header(codec.model, info, schedule, *job["variants"][variant])
-        symbols, scores = [], []
         path = Path(job["folder"]) / f"{stem}.nvc"
-        with bitstream.write_stream(path, header) as out:
-            for unit in coding.encode(codec, pictures, qp, schedule, render=True):
-                out.write(unit.packet)
-                symbols.append(np.concatenate(unit.coded.symbols))
-                scores += map(psnr_611, unit.pictures, unit.recons)
-        np.savez_compressed(path.with_suffix(".npz"), symbols=np.stack(symbols), psnr=scores)
+        units, scores = encode_clip(codec, pictures, open_video(clip)[0].fps, qp, path)
+        symbols = np.stack([np.concatenate(unit.coded.symbols) for unit in units])
+        np.savez_compressed(path.with_suffix(".npz"), symbols=symbols, psnr=scores)
         print("done", flush=True)
 
 
 def run_decode(job: dict) -> None:
     """Decodes what an encoder wrote; writes a list of results to job["results"]."""
-    from nvc_jax import bitstream
-    from nvc_jax import codec as coding
-    from nvc_jax import schedule as schedules
-    from nvc_jax.evaluation.metrics import psnr_611
-
     get, results = _codecs(job), []
     for clip, variant, qp, stem in _tasks(job):
         pictures, codec = get(clip, variant)
@@ -237,8 +238,6 @@ def benchmark(
     platforms: list[Platform],
 ) -> dict[str, Any]:
     """Runs the matrix, prints and returns it."""
-    from nvc_jax.models import released
-
     ways = variants(released.load(model).exact, exponents)
     if Path(model).exists():
         model = str(Path(model).resolve())

@@ -13,7 +13,7 @@ Bottleneck interface, used by the models:
   factorized(z, chain, qp)   -> symbols            rounded hyper-latent
   exact                                            whether scales come as levels or as floats
   gaussian(residual, scale)  -> symbols            rounded y - mean; one call per step
-  leveled(residual, level)   -> symbols            the same under scale levels
+  leveled(residual, level, scale) -> symbols       the same under scale levels; scale: to compare
 """
 
 from collections.abc import Callable
@@ -37,7 +37,8 @@ class Estimate:
     """Training and rate estimates: straight-through rounding, bits from the likelihoods.
 
     Attributes:
-      bits: {"z", "y"} -> float32 [batch], bits so far.
+      bits: {"z", "y", "y_float"} -> float32 [batch], bits so far; "y_float": what "y" would be
+        under float scales.
       sizes: elements of each coding step so far.
     """
 
@@ -55,7 +56,8 @@ class Estimate:
             adds it up, float32 [batch].
         """
         self._key, self.exact, self._penalty = noise_key, exact, penalty
-        self.bits, self.sizes, self.penalty = {"z": 0.0, "y": 0.0}, [], 0.0
+        self.bits = {"z": 0.0, "y": 0.0, "y_float": 0.0}
+        self.sizes, self.penalty = [], 0.0
 
     def encoder_only(self, module, fn, *shapes):
         return fn(module)
@@ -74,14 +76,18 @@ class Estimate:
         return likelihood.round_straight_through(z)
 
     def gaussian(self, residual, scale):
-        bits = likelihood.gaussian_bits(self._stand_in(residual), scale)
-        self.bits["y"] += bits.sum((1, 2, 3))
+        return self._latent(residual, scale, scale)
+
+    def leveled(self, residual, level, scale):
+        return self._latent(residual, likelihood.scale_of_level(level), scale)
+
+    def _latent(self, residual, used, scale):
+        stand_in = self._stand_in(residual)
+        self.bits["y"] += likelihood.gaussian_bits(stand_in, used).sum((1, 2, 3))
+        self.bits["y_float"] += likelihood.gaussian_bits(stand_in, scale).sum((1, 2, 3))
         if self._penalty is not None:
             self.penalty += self._penalty(scale).sum((1, 2, 3))
         return likelihood.round_straight_through(residual)
-
-    def leveled(self, residual, level):
-        return self.gaussian(residual, likelihood.scale_of_level(level))
 
 
 class CodingSpec(NamedTuple):
@@ -190,7 +196,7 @@ class Coded:
             level = self._calibrate(scale, level)
         return self._code(residual, level)
 
-    def leveled(self, residual, level):
+    def leveled(self, residual, level, scale):
         return self._code(residual, level.astype(jnp.int32))
 
     def _calibrate(self, scale, floor):

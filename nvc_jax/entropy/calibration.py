@@ -54,6 +54,12 @@ class Margin(NamedTuple):
     middle: np.ndarray
 
 
+def ladder(boundaries: np.ndarray) -> tuple[float, float]:
+    """(logarithm of the first boundary, distance between logarithms) of log-spaced boundaries."""
+    first, last = np.log(np.asarray(boundaries, np.float64)[[0, -1]])
+    return first, (last - first) / (len(boundaries) - 1)
+
+
 def margin(boundaries: np.ndarray, exponent: int) -> Margin:
     """The thresholds of the margin 2^-exponent levels.
 
@@ -69,9 +75,9 @@ def margin(boundaries: np.ndarray, exponent: int) -> Margin:
             f"a calibration margin of 2^-{exponent} is out of range; it must lie between "
             f"2^-{LARGEST_EXPONENT} and 2^-{LEAST_EXPONENT}"
         )
-    logs = np.log(np.asarray(boundaries, np.float64))
-    step = (logs[-1] - logs[0]) / (len(logs) - 1)
-    edges = np.concatenate([[logs[0] - step], logs, [np.nan]])  # of L levels; nothing reaches nan
+    first, step = ladder(boundaries)
+    edges = first + step * np.arange(-1.0, len(boundaries) + 1)  # of L levels
+    edges[-1] = np.nan  # nothing reaches it
     epsilon = 2.0**-exponent
     below = np.exp(edges[:-1] + epsilon * step)
     below[0] = -np.inf

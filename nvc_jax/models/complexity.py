@@ -112,7 +112,8 @@ class _Everything:
     def gaussian(self, residual, scale):
         return residual
 
-    leveled = gaussian
+    def leveled(self, residual, level, scale):
+        return self.gaussian(residual, level)
 
 
 class _Encode(_Everything):

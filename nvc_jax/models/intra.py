@@ -65,7 +65,7 @@ SIZES = {
     "full": Config(),
     "nano": Config(
         width=112, y=128, z=32, prior=112, spatial_width=96, encoder=3, decoder=5, fusion=2,
-        spatial=1, offset=0.5, form="uf2", latent_gain=True, scale_head=96,
+        spatial=1, offset=0.5, form="uf2", latent_gain=True, scale_head=128,
     ),
 }  # fmt: skip
 

@@ -90,8 +90,13 @@ def freeze(
       (tensors, metadata) for `save`.
 
     Raises:
-      NvcError: a weight is not finite in `weights_dtype`.
+      NvcError: a weight is not finite in `weights_dtype`, or there cannot be such tables.
     """
+    if not (2 <= levels <= 256 and 0 < scale_range[0] < scale_range[1] < 1e3):
+        raise NvcError(
+            f"{levels} scale tables from {scale_range[0]} to {scale_range[1]}: give 2 to 256 of "
+            "them, and scales that grow from above 0 to below 1000"
+        )
     head = None
     if registry.has_scale_head(module):
         if (levels, *scale_range) != (
@@ -99,7 +104,10 @@ def freeze(
             likelihood.SCALE_MIN,
             likelihood.SCALE_MAX,
         ):
-            raise NvcError("the scales of a model with a scale head cannot be chosen")
+            raise NvcError(
+                f"the model's scale head has learnt {likelihood.LEVELS} tables for scales from "
+                f"{likelihood.SCALE_MIN} to {likelihood.SCALE_MAX}; others would need another head"
+            )
         params = dict(params)
         head = integer.freeze(params.pop("scale_head"))
     with np.errstate(over="ignore"):
@@ -259,12 +267,18 @@ def _integer_answer(module: nn.Module, integers: dict) -> str:
     def answer(integers):
         def run(m):
             head = m.scale_head
-            memory = head.remember(noise(1, side, side, c.y), noise(2, side, side, c.y) + 30)
-            memories = [memory] * module.references
             qp = jnp.array([[9] + [44] * (module.frames_per_unit - 1)])
-            hidden = head.begin(noise(3, side // 4, side // 4, c.z), qp, memories, (side, side))
-            symbols = noise(4, side, side, c.y)
-            return [memory, *(head.level(hidden, step, symbols) for step in range(head.steps))]
+            memories = [None] * module.references
+            answers = []
+            for seed in (1, 3):  # two units, of which the second refers to the first
+                z = noise(seed, side // 4, side // 4, c.z)
+                symbols = noise(seed + 1, side, side, c.y)
+                hidden = head.begin(z, qp, memories, (side, side))
+                levels = [head.level(hidden, step, symbols) for step in range(head.steps)]
+                answers += levels
+                if memories:
+                    memories = [head.remember(hidden, symbols, levels[-1])] * len(memories)
+            return answers
 
         return nn.apply(run, module)({"params": {}, "integers": integers})
 

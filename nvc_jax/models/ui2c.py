@@ -37,7 +37,7 @@ from nvc_jax.nn.hyperprior import (
     code_in_steps,
     pad_to_multiple,
 )
-from nvc_jax.nn.integer import ScaleHead
+from nvc_jax.nn.integer import ScaleHead, memory_channels
 
 QP_ROWS = 72  # 64 quality points and offsets of up to 8
 
@@ -82,7 +82,7 @@ SIZES = {
     "nano": Config(
         width=144, y=160, z=48, recon=112, prior=160, temporal=128, extractor=(2, 2),
         encoder=2, decoder=2, recon_blocks=2, fusion=2, spatial=1, subpixel=1, form="uf2",
-        latent_gain=True, scale_head=128,
+        latent_gain=True, scale_head=160,
     ),
 }  # fmt: skip
 
@@ -95,8 +95,8 @@ class Ref(NamedTuple):
       feature: float32 [batch, height/8, width/8, width], or None.
       blank: bool [], disregard the feature and start from a blank frame. Lets one compiled program
         serve both kinds of unit. None: no.
-      memory: [batch, height/16, width/16, 2 y], decoded symbols and their levels in the form that
-        the scale head takes, or None.
+      memory: [batch, height/16, width/16, memory_channels(y)], what the scale head remembers of
+        the unit, or None.
     """
 
     frame: jax.Array | None = None
@@ -217,7 +217,7 @@ class UI2C(nn.Module):
     def blank_refs(self, height, width, exact=False):
         """`refs` of a unit without references, in the form that the others have too."""
         feature = jnp.zeros((1, height // 8, width // 8, self.cfg.width))
-        memory = jnp.zeros((1, height // 16, width // 16, 2 * self.cfg.y), jnp.int8)
+        memory = jnp.zeros((1, height // 16, width // 16, memory_channels(self.cfg.y)), jnp.int8)
         return (Ref(feature=feature, blank=jnp.bool_(True), memory=memory if exact else None),)
 
     def _reference(self, ref, shape):
@@ -293,7 +293,7 @@ class UI2C(nn.Module):
             levels = partial(self.scale_head.level, hidden)
         y_hat, symbols, level_map = code_in_steps(y / step_size, 2, predict, bottleneck, levels)
         if bottleneck.exact:
-            memory = self.scale_head.remember(symbols, level_map)
+            memory = self.scale_head.remember(hidden, symbols, level_map)
         y_hat = y_hat * step_size / gain
 
         feature = self.decoder(y_hat.astype(self.dtype), ctx, self.q_decoder(qp))

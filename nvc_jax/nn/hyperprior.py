@@ -137,14 +137,13 @@ def code_in_steps(y, steps: int, predict: Callable, bottleneck, levels: Callable
     y_hat = symbols = jnp.zeros_like(y)
     level_map = None
     for s in range(steps):
-        mean, scale = predict(s, y_hat)
-        mean = pack_step(mean, group(s), steps)
+        mean, scale = (pack_step(p, group(s), steps) for p in predict(s, y_hat))
         residual = pack_step(y, group(s), steps) - mean
         if levels is None:
-            coded = bottleneck.gaussian(residual, pack_step(scale, group(s), steps))
+            coded = bottleneck.gaussian(residual, scale)
         else:
             level = pack_step(levels(s, symbols), group(s), steps)
-            coded = bottleneck.leveled(residual, level)
+            coded = bottleneck.leveled(residual, level, scale)
             placed = unpack_step(level, group(s), steps)
             level_map = placed if level_map is None else level_map + placed
         symbols = symbols + unpack_step(coded, group(s), steps)

@@ -26,6 +26,7 @@ import numpy as np
 from jax import lax
 
 from nvc_jax.entropy.likelihood import LEVELS, round_straight_through
+from nvc_jax.nn.blocks import depth_to_space
 
 ACTIVATION_BITS = 5
 LEVEL_BITS = 4  # a last layer's result of 1 is 16 levels
@@ -37,6 +38,12 @@ INTEGERS = ("kernel", "bias", "exponent")  # of a frozen layer
 MAX_INPUTS = 768
 START_LEVEL = 24  # of a head that nobody trained: a scale of about 1
 QP_KNOTS = 10  # hat functions over qp 0..72
+STATE = 64  # channels that the head hands on from unit to unit, beside symbols and levels
+
+
+def memory_channels(channels: int) -> int:
+    """What `ScaleHead.remember` gives for a latent of so many channels."""
+    return 2 * channels + STATE
 
 
 def activation(x, np=jnp):
@@ -46,7 +53,8 @@ def activation(x, np=jnp):
 
 def symbol_code(s, np=jnp):
     """Symbols as activations: their sign times log2(1 + magnitude), so that 15 gives 4."""
-    return np.sign(s) * 32 * np.log2(1 + np.abs(s))
+    # Not with sign and abs, whose gradients at 0 would vanish.
+    return 32 * (np.log2(1 + np.maximum(s, 0)) - np.log2(1 + np.maximum(-s, 0)))
 
 
 def _table(function) -> np.ndarray:
@@ -198,9 +206,10 @@ def _wide(x):
 class ScaleHead(nn.Module):
     """Scale levels of a latent, from decoded symbols only; for any codec of the project.
 
-    `begin` digests what is known before the latent's first step, `level` is called for every step.
-    Integer or float arithmetic: see the module's docstring. Symbols come in as float32 that hold
-    integers, levels go out as int32 or float32.
+    `begin` digests what is known before the latent's first step, `level` is called for every step,
+    and `remember` condenses the unit for those that refer to it. Integer or float arithmetic: see
+    the module's docstring. Symbols come in as float32 that hold integers, levels go out as int32 or
+    float32.
 
     Attributes:
       channels: of the latent.
@@ -215,11 +224,15 @@ class ScaleHead(nn.Module):
     def setup(self):
         self.code = Lookup(symbol_code)
         self.activation = Lookup(activation)
+        self.hyper = IntegerDense(self.width)
+        self.hyper_block = IntegerBlock(self.activation)
+        self.up = IntegerDense(16 * self.width)
         self.first = IntegerDense(self.width)
-        self.trunk = IntegerBlock(self.activation)
+        self.trunk = [IntegerBlock(self.activation) for _ in range(2)]
         self.later = [IntegerDense(self.width) for _ in range(self.steps - 1)]
         self.blocks = [IntegerBlock(self.activation) for _ in range(self.steps)]
         self.levels = [IntegerDense(self.channels, LEVEL_BITS) for _ in range(self.steps)]
+        self.state = IntegerDense(STATE)
 
     def begin(self, z, qp, memories, shape):
         """Hidden features [b, h, w, width].
@@ -232,14 +245,19 @@ class ScaleHead(nn.Module):
         """
         h, w = shape
         code = self.code(self._narrow(z))
-        blank = jnp.zeros((len(z), h, w, 2 * self.channels), code.dtype)
-        x = [code.repeat(4, axis=1).repeat(4, axis=2)[:, :h, :w]]
-        x += [blank if memory is None else memory for memory in memories]
+        # At the hyper-latent's resolution layers cost next to nothing.
+        hyper = self.hyper_block(self.activation(saturate(self.hyper(code))))
+        hyper = depth_to_space(self.up(hyper), 4)[:, :h, :w]
+        blank = jnp.zeros((len(z), h, w, memory_channels(self.channels)), code.dtype)
+        known = [blank if memory is None else memory for memory in memories]
         hats = jnp.maximum(0, 64 - 8 * jnp.abs(qp[..., None] - 8 * jnp.arange(QP_KNOTS)))
         hats = hats.reshape(len(qp), 1, 1, -1).astype(code.dtype)
-        x.append(jnp.broadcast_to(hats, (len(qp), h, w, hats.shape[-1])))
-        x = saturate(self.first(jnp.concatenate(x, axis=-1)))
-        return self.trunk(self.activation(x))
+        known.append(jnp.broadcast_to(hats, (len(qp), h, w, hats.shape[-1])))
+        x = self.first(jnp.concatenate(known, axis=-1))
+        x = self.activation(saturate(hyper + x))
+        for block in self.trunk:
+            x = block(x)
+        return x
 
     def level(self, hidden, step: int, symbols):
         """Levels of one step, [b, h, w, channels] in 0..63, of which the step uses its group.
@@ -253,17 +271,21 @@ class ScaleHead(nn.Module):
         level = self.levels[step](self.blocks[step](hidden)) + START_LEVEL
         return saturate(level, 0, LEVELS - 1)
 
-    def remember(self, symbols, levels):
-        """What later units may know of this one: codes of symbols' magnitudes, and levels.
+    def remember(self, hidden, symbols, levels):
+        """What later units may know of this one.
 
         Args:
+          hidden: what `begin` gave.
           symbols: float32 [b, h, w, channels].
           levels: [b, h, w, channels] in 0..63.
         Returns:
-          [b, h, w, 2 * channels], int8 or float32.
+          [b, h, w, memory_channels(channels)], int8 or float32: codes of the symbols' magnitudes,
+          levels, and a state, in which hidden features go on from unit to unit.
         """
         code = jnp.abs(self.code(self._narrow(symbols)))
-        return jnp.concatenate([code, saturate(2 * _wide(levels) - LEVELS)], axis=-1)
+        known = [code, saturate(2 * _wide(levels) - LEVELS)]
+        state = saturate(self.state(jnp.concatenate([hidden, *known], axis=-1)))
+        return jnp.concatenate([*known, self.activation(state)], axis=-1)
 
     def _narrow(self, symbols):
         """Symbols within -127..127 in the type to compute with."""

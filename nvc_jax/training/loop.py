@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -219,10 +220,14 @@ def with_params(state: training.TrainState, params) -> training.TrainState:
     )
 
 
-def release(config_file: str, workdir: str, output: str) -> Path:
+def release(config_file: str, workdir: str, output: str, **tables: Any) -> Path:
     """Writes the averaged weights of a run's newest checkpoint as a released model.
 
     A scale head is left out if the run has not finished a stage with `exact`.
+
+    Args:
+      output: the .safetensors file to write.
+      tables: of the scales, see `nvc_jax.models.released.freeze`.
 
     Raises:
       NvcError: no such config, no checkpoint in `workdir`, or `output` cannot be written.
@@ -248,7 +253,7 @@ def release(config_file: str, workdir: str, output: str) -> Path:
     if registry.has_scale_head(model) and not _head_has_learnt(config, int(state.step)):
         # Integer scales from an untrained head would cost many times the bits.
         model, params = released.without_scale_head(model, params)
-    tensors, metadata = released.freeze(output.stem, config.model.name, model, params)
+    tensors, metadata = released.freeze(output.stem, config.model.name, model, params, **tables)
     released.save(output, tensors, metadata)
     return output
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from nvc_jax.entropy.likelihood import LEVEL_STEP, LEVELS, SCALE_MIN
+from nvc_jax.entropy.likelihood import LEVELS, SCALE_MAX, SCALE_MIN
 
 QP_COUNT = 64
 # Lambda at qp 0 and qp 63.
@@ -61,24 +61,28 @@ def scale_penalty(config: ml_collections.ConfigDict) -> Callable[[jax.Array], ja
     width delta. The printed delta of 1 makes it nearly flat there; 0.1 or the hinge have a slope.
 
     Args:
-      config: `variant` "gaussian" or "hinge" ((d - eta)^2), `eta`, `delta`; `beta` is its weight.
+      config: `variant` "gaussian" or "hinge" ((d - eta)^2), `eta`, `delta`; `beta` is its weight;
+        `levels`, `scale_min`, `scale_max` of the tables, unless the defaults of a release.
 
     Returns:
       An elementwise function of float scales.
     """
+
+    levels, low = config.get("levels", LEVELS), config.get("scale_min", SCALE_MIN)
+    step = math.log(config.get("scale_max", SCALE_MAX) / low) / (levels - 1)
 
     def density(d):
         width = config.delta
         return jnp.exp(-0.5 * ((d - 0.5) / width) ** 2) / (width * math.sqrt(2 * math.pi))
 
     def penalty(scale):
-        level = jnp.log(jnp.maximum(scale, 1e-6) / SCALE_MIN) / LEVEL_STEP
+        level = jnp.log(jnp.maximum(scale, 1e-6) / low) / step
         d = jnp.abs(level - jnp.floor(level) - 0.5)
         if config.variant == "hinge":
             value = (d - config.eta) ** 2
         else:
             value = (density(0.5) - density(d)) ** 2
-        active = (d >= config.eta) & (level >= config.eta) & (level < LEVELS - 1)
+        active = (d >= config.eta) & (level >= config.eta) & (level < levels - 1)
         return jnp.where(active, value, 0.0)
 
     return penalty

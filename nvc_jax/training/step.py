@@ -19,6 +19,7 @@ from jax import lax
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.models import registry
 from nvc_jax.models.registry import Ref
+from nvc_jax.nn.integer import memory_channels
 from nvc_jax.schedule import QP_OFFSETS
 from nvc_jax.training import losses
 from nvc_jax.training.references import mixed_reference
@@ -71,6 +72,7 @@ class StepMetrics(metrics.Collection):
 
     loss: metrics.Average.from_output("loss")
     bpp_y: metrics.Average.from_output("bpp_y")
+    bpp_y_float: metrics.Average.from_output("bpp_y_float")
     bpp_z: metrics.Average.from_output("bpp_z")
     distortion: metrics.Average.from_output("distortion")
     psnr_y: metrics.Average.from_output("psnr_y")
@@ -105,7 +107,8 @@ class Unrolled(NamedTuple):
     """What a codec makes of a clip.
 
     Attributes:
-      bpp: {"z", "y"} -> [batch], bits per pixel of one frame, summed over units.
+      bpp: of "z", "y" and "y_float" (see `Estimate`), [batch], bits per pixel of one frame, summed
+        over units.
       distortion: [batch], weighted, summed over frames.
       recon: like clip.frames.
       refs: what the next unit would refer to.
@@ -141,7 +144,8 @@ def unroll(
     per_unit = model.frames_per_unit
     inter = per_unit > 1
     offsets, weights = jnp.asarray(QP_OFFSETS), jnp.asarray(losses.FRAME_WEIGHTS)
-    bits, distortion, recons, refs = {"z": 0.0, "y": 0.0}, 0.0, [], first_refs
+    bits = {"z": 0.0, "y": 0.0, "y_float": 0.0}
+    distortion, recons, refs = 0.0, [], first_refs
     penalties = jnp.zeros(len(clip.frames))
     for start in range(0, count, per_unit):
         index = (clip.phase[:, None] + start + jnp.arange(per_unit)) % 8
@@ -177,6 +181,8 @@ def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Call
     step stopped) and the number of the stage. A stage may have, beside what every stage has,
       trainable: names of the sub-networks that learn, the others being frozen;
       exact: bool, rates come from the integer scale head;
+      float_share: of the latent's rate that is taken from float scales all the same, so that a
+        codec that learns under integer scales stays good in the other modes (default: 0);
       penalty: of scales, see `nvc_jax.training.losses.scale_penalty`.
     """
     codec = registry.entry(config.model.name)
@@ -190,7 +196,8 @@ def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Call
             model, params, clip, refs, key, exact, penalty
         )
         lam = losses.lambda_of_qp(clip.qp, codec.content)
-        rate = bpp["z"] + bpp["y"]
+        share = stage.get("float_share", 0.0)
+        rate = bpp["z"] + (1 - share) * bpp["y"] + share * bpp["y_float"]
         # Rates span two orders of magnitude over qp. Without a weight the high ones would drown
         # the low ones; lambda^-balance brings the terms to one scale (0: the published loss).
         loss = jnp.mean((lam * distortion + rate) * lam**-config.rate_balance)
@@ -200,6 +207,7 @@ def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Call
         outputs = {
             "loss": loss,
             "bpp_y": bpp["y"].mean(),
+            "bpp_y_float": bpp["y_float"].mean(),
             "bpp_z": bpp["z"].mean(),
             "distortion": distortion.mean(),
             "psnr_y": psnr[0],
@@ -275,7 +283,7 @@ def empty_carry(model: nn.Module, stage: ml_collections.ConfigDict) -> tuple:
     feature = jnp.zeros((stage.batch, 2 * side, 2 * side, model.cfg.width))
     memory = None
     if stage.get("exact", False):
-        memory = jnp.zeros((stage.batch, side, side, 2 * model.cfg.y))
+        memory = jnp.zeros((stage.batch, side, side, memory_channels(model.cfg.y)))
     return (Ref(feature=feature, memory=memory),)
 
 
