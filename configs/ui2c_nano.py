@@ -21,6 +21,8 @@ def stage(steps, units, walk, batch, crop, lr, end_lr, **special):
 
 # Rates come from integer scales, and nothing but the network behind them learns.
 SCALE_HEAD = dict(exact=True, trainable=("scale_head",))
+# All networks learn, under integer scales and under float ones, so that every mode stays good.
+BOTH_SCALES = dict(exact=True, float_share=0.5)
 
 
 def get_config():
@@ -38,8 +40,9 @@ def get_config():
         # A warm restart of the two stages above: the shipped weights went on from there.
         stage(steps=16_000, units=2, walk=8, batch=4, crop=128, lr=5e-4, end_lr=1e-4),
         stage(steps=2_500, units=3, walk=5, batch=4, crop=128, lr=1e-4, end_lr=1e-5),
-        # The exact mode, which the shipped weights do not have yet.
-        stage(steps=8_000, units=2, walk=8, batch=4, crop=128, lr=3e-3, end_lr=2e-5, **SCALE_HEAD),
+        # The exact mode: first the integer scales alone, then everything together.
+        stage(steps=5_000, units=2, walk=8, batch=4, crop=128, lr=3e-3, end_lr=5e-4, **SCALE_HEAD),
+        stage(steps=6_000, units=2, walk=8, batch=4, crop=128, lr=3e-4, end_lr=1e-5, **BOTH_SCALES),
     )
     c.warmup_steps = 200
     c.clip_norm = 1.0

@@ -4,6 +4,7 @@ import os
 import sys
 
 from nvc_jax.launch import setup
+from nvc_jax.machine import cores
 
 
 def main() -> int:
@@ -13,7 +14,7 @@ def main() -> int:
     # 24255 and 25861); coding waits for every unit anyway.
     os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
     # They need a thread to spare (see `nvc_jax.codec.decode_unit`), which a single core has not.
-    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1:
+    if cores() == 1:
         os.environ.setdefault("NPROC", "2")
     from nvc_jax import cli
 

@@ -171,6 +171,7 @@ def encode(args: argparse.Namespace) -> None:
 
     # JAX takes a second to import; errors in the arguments should not wait for it.
     from nvc_jax import codec
+    from nvc_jax.entropy.coder import SKIP
     from nvc_jax.models import released
 
     model = released.load(args.model)
@@ -190,6 +191,7 @@ def encode(args: argparse.Namespace) -> None:
     total = min(filter(None, (info.frame_count, args.frames)), default=None)
     header = codec.make_header(unit_codec, info, schedule)
     clock, units, pixels = _Clock(begin), [], info.width * info.height
+    elements = skipped = 0
     with ExitStack() as stack:
         stream = stack.enter_context(bitstream.write_stream(args.output, header))
         recon = stack.enter_context(
@@ -212,8 +214,12 @@ def encode(args: argparse.Namespace) -> None:
                     "bytes": size,
                     "payload_bytes": len(unit.packet.payload),
                     "ideal_bits": unit.ideal_bits,
+                    "listed_elements": sum(int(step.sum()) for step in unit.coded.flags),
                 }
             )
+            latent = unit.coded.indices[1:]  # the hyper-latent comes first, and is always coded
+            elements += sum(step.size for step in latent)
+            skipped += sum(int((step == SKIP).sum()) for step in latent)
             bpp = 8 * coded_bytes / (clock.frames * pixels)
             bar.update(task, completed=clock.frames,
                        note=f"{clock.fps():.1f} fps  {bpp:.4f} bpp")  # fmt: skip
@@ -222,6 +228,7 @@ def encode(args: argparse.Namespace) -> None:
         "model": model.name,
         "fingerprint": model.fingerprint.hex(),
         "entropy_mode": MODES[mode],
+        "skipped_share": skipped / elements,
         "qp": qp,
         "width": info.width,
         "height": info.height,

@@ -37,7 +37,8 @@ from nvc_jax.entropy.bottleneck import (
     Estimate,
 )
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT, Margin
-from nvc_jax.errors import NvcError, StreamError, WeightsMismatch
+from nvc_jax.errors import NvcError, OtherTables, StreamError, WeightsMismatch
+from nvc_jax.machine import cores
 from nvc_jax.models import registry, released
 from nvc_jax.models.released import Released
 from nvc_jax.video import Planes, VideoInfo
@@ -329,10 +330,11 @@ def _split_payload(codec: UnitCodec, payload: bytes) -> tuple[np.ndarray | None,
     flags = None
     if codec.mode == CALIBRATED:
         size, start = read_varint(payload)
-        if size > len(payload) - start:
-            raise StreamError("the list of calibrated elements is damaged")
         # The hyper-latent comes first and has fixed tables: nothing of it is ever listed.
         hyper, *steps = codec.step_sizes
+        # A Rice code of parameter 0 never takes more than a bit per element and some per step.
+        if size > min(len(payload) - start, sum(steps) // 8 + 8 * len(steps)):
+            raise StreamError("the list of calibrated elements is damaged")
         flags = calibration.read_flags(payload[start : start + size], steps)
         flags = np.concatenate([np.zeros(hyper, bool), flags])
         payload = payload[start + size :]
@@ -369,7 +371,7 @@ def _xla_threads() -> int:
     wanted = os.environ.get("NPROC", "")
     if wanted.isdecimal():
         return int(wanted)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores()
 
 
 def decode_unit_from_host(
@@ -563,9 +565,11 @@ def _decode_run(
             refs = references(codec, unit, slots)
             try:
                 decoded = decode_unit(codec, packet.payload, refs, packet.qps, unit.level)
-            except StreamError:
+            except OtherTables:
                 reason = "its coded data does not end with its last symbol"
                 raise _mismatch(codec.mode, number, packet, reason) from None
+            except StreamError as e:
+                raise StreamError(f"{_place(number, packet)} cannot be decoded: {e}") from None
             if symbols_crc(decoded.symbols) != packet.symbols_crc:
                 raise _mismatch(codec.mode, number, packet, "the checksum of its symbols is wrong")
             slots[number] = decoded.refs
@@ -592,11 +596,14 @@ _CAUSES = {
 
 
 def _mismatch(mode: int, number: int, packet: Packet, what: str) -> StreamError:
-    frames = ", ".join(map(str, packet.frames))
     return StreamError(
-        f"unit {number} (frames {frames}) does not decode to what was encoded: {what}. The file is "
+        f"{_place(number, packet)} does not decode to what was encoded: {what}. The file is "
         f"intact, but {_CAUSES[mode]}"
     )
+
+
+def _place(number: int, packet: Packet) -> str:
+    return f"unit {number} (frames {', '.join(map(str, packet.frames))})"
 
 
 class Lost(NamedTuple):

@@ -14,5 +14,9 @@ class StreamError(NvcError):
     """A `.nvc` stream is damaged, truncated, or not one at all."""
 
 
+class OtherTables(StreamError):
+    """A unit was coded under other probability tables than those it was decoded with."""
+
+
 class WeightsMismatch(StreamError):
     """A stream was written with other weights than the model that is to decode it."""

@@ -1,13 +1,14 @@
 """What another machine computes differently: recorded on one machine, compared on another.
 
-A record holds, for every unit of a clip, the symbols and the real-valued scale levels that one
-machine found. Another machine goes through the same symbols (so that its references differ from
-the first one's only as they would in decoding) and compares its levels: the largest difference is
-what a calibration margin has to cover (section "choosing the margin" of docs/cross_platform.md).
+A record holds, for every unit of a clip, the symbols and the scales that one machine found. Another
+machine goes through the same symbols (so that its references differ from the first one's only as
+they would in decoding) and compares levels: the largest difference is what a calibration margin has
+to cover (section "choosing the margin" of docs/cross_platform.md).
 """
 
 import json
 import math
+import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,9 +24,10 @@ from nvc_jax.entropy import calibration
 from nvc_jax.entropy.calibration import LARGEST_EXPONENT, LEAST_EXPONENT
 from nvc_jax.errors import NvcError, WeightsMismatch
 from nvc_jax.files import replacing, writing
+from nvc_jax.machine import cores, processor
 from nvc_jax.video import Planes
 
-FORMAT = "nvc-record-1"
+FORMAT = "nvc-record-2"
 SAFETY = 4  # margins are at least this many times the largest difference seen
 
 
@@ -35,12 +37,12 @@ class Unit(NamedTuple):
     Attributes:
       qps: of its frames.
       symbols: int16 [total], all steps in coding order.
-      levels: float32 [coded with scales], see `real_levels`.
+      scales: float32 [elements], of all steps that have them.
     """
 
     qps: tuple[int, ...]
     symbols: np.ndarray
-    levels: np.ndarray
+    scales: np.ndarray
 
 
 class Record(NamedTuple):
@@ -79,20 +81,24 @@ class Difference(NamedTuple):
     exponent: int | None
 
 
-def real_levels(codec: UnitCodec, unit: coding.CodedUnit) -> np.ndarray:
-    """Real-valued levels of a unit's scales, float32 [elements].
+def real_levels(codec: UnitCodec, scales: np.ndarray) -> np.ndarray:
+    """Real-valued levels of scales, float64.
 
-    Clamped from one below the first level that is coded, where logarithms of scales near zero
-    differ much and matter nothing, to one above the last.
+    Clamped half a level beyond those that tables exist and are used for: where logarithms of scales
+    near zero differ much, and where scales are larger than any table's, nothing matters.
     """
-    boundaries = codec.model.spec.scale_boundaries
-    first, step = calibration.ladder(boundaries)
-    scales = np.concatenate(jax.device_get(unit.scales)).astype(np.float64)
+    spec = codec.model.spec
+    first, step = calibration.ladder(spec.scale_boundaries)
     with np.errstate(divide="ignore", invalid="ignore"):
-        levels = (np.log(np.maximum(scales, 0)) - first) / step + 1
-    lowest = codec.model.spec.skip_below - 1
-    levels = np.nan_to_num(levels, nan=lowest)
-    return np.clip(levels, lowest, len(boundaries) + 1).astype(np.float32)
+        levels = (np.log(np.maximum(scales.astype(np.float64), 0)) - first) / step + 1
+    lowest = spec.skip_below - 0.5
+    return np.clip(np.nan_to_num(levels, nan=lowest), lowest, len(spec.scale_boundaries) + 0.5)
+
+
+def tables_of(codec: UnitCodec, scales: np.ndarray) -> np.ndarray:
+    """Levels that an unprotected file would use; all that are skipped count as one."""
+    levels = np.searchsorted(codec.model.spec.scale_boundaries, scales, side="right")
+    return np.maximum(levels, codec.model.spec.skip_below - 1)
 
 
 def make_record(
@@ -103,7 +109,7 @@ def make_record(
     for unit in coding.encode(codec, pictures, qp, schedule):
         packet, found = unit.packet, unit.coded
         symbols = np.concatenate(found.symbols)
-        units.append(Unit(packet.qps, symbols, real_levels(codec, found)))
+        units.append(Unit(packet.qps, symbols, _scales(found)))
         frames += len(packet.frames)
     if not units:
         raise NvcError("nothing to record: the clip has no frames")
@@ -113,10 +119,20 @@ def make_record(
     )  # fmt: skip
 
 
+def _scales(unit: coding.CodedUnit) -> np.ndarray:
+    return np.concatenate(jax.device_get(unit.scales))
+
+
 def machine() -> str:
-    """The machine that this process runs on, in words."""
+    """What this process computes with, in words."""
     device = jax.devices()[0]
-    return f"{device.platform} {device.device_kind}, JAX {jax.__version__}"
+    name = device.device_kind
+    if device.platform == "cpu":
+        name = f"{processor()}, {cores()} cores"
+    words = [f"{device.platform} {name}", f"JAX {jax.__version__}"]
+    if flags := os.environ.get("XLA_FLAGS"):
+        words.append(flags)
+    return ", ".join(words)
 
 
 def replay(codec: UnitCodec, record: Record) -> Iterator[tuple[schedules.Unit, coding.CodedUnit]]:
@@ -145,10 +161,11 @@ def compare(codec: UnitCodec, record: Record) -> dict[int, Difference]:
     """Differences between this machine and a record's, by level of the schedule's hierarchy."""
     found: dict[int, list[tuple[float, bool]]] = {}
     for (unit, coded), recorded in zip(replay(codec, record), record.units, strict=True):
-        ours = real_levels(codec, coded)
-        floors = [np.floor(levels) for levels in (ours, recorded.levels)]
-        largest = float(np.abs(ours - recorded.levels).max())
-        found.setdefault(unit.level, []).append((largest, bool((floors[0] != floors[1]).any())))
+        both = _scales(coded), recorded.scales
+        ours, theirs = (real_levels(codec, scales) for scales in both)
+        tables = [tables_of(codec, scales) for scales in both]
+        largest = float(np.abs(ours - theirs).max())
+        found.setdefault(unit.level, []).append((largest, bool((tables[0] != tables[1]).any())))
     result = {}
     for level, pairs in sorted(found.items()):
         largest = max(pair[0] for pair in pairs)
@@ -179,7 +196,7 @@ def save(path: str | Path, record: Record) -> None:
     }
     arrays = {"facts": np.array(json.dumps(facts))}
     for number, unit in enumerate(record.units):
-        arrays[f"symbols{number}"], arrays[f"levels{number}"] = unit.symbols, unit.levels
+        arrays[f"symbols{number}"], arrays[f"scales{number}"] = unit.symbols, unit.scales
     with replacing(path) as hidden, writing(path), open(hidden, "wb") as file:
         np.savez_compressed(file, **arrays)
 
@@ -192,7 +209,7 @@ def load(path: str | Path) -> Record:
             if facts["format"] != FORMAT:
                 raise ValueError(f"format {facts['format']}, not {FORMAT}")
             units = tuple(
-                Unit(tuple(qps), arrays[f"symbols{number}"], arrays[f"levels{number}"])
+                Unit(tuple(qps), arrays[f"symbols{number}"], arrays[f"scales{number}"])
                 for number, qps in enumerate(facts["qps"])
             )
         return Record(

@@ -140,10 +140,12 @@ def large(tmp_path_factory) -> LargeClip:
     Payload and indices are more than 100 kB, from where on XLA copies arguments of a callback in
     the background.
     """
-    module = registry.build("ui2c", SIZES["ui2c"] | {"y": 96, "scale_head": 0})
+    module = registry.build("ui2c", SIZES["ui2c"] | {"y": 96})
     params, y = random_parameters(module), module.cfg.y
     params["prior_fusion"]["params"]["dense"]["bias"][y : 2 * y] = 10
     params["spatial_prior"]["params"]["dense"]["bias"][:y] = 10
+    for step in range(2):
+        params["scale_head"][f"levels_{step}"]["bias"][:] = 32 / 16
     path = tmp_path_factory.mktemp("large") / "wide-ui2c.safetensors"
     released.save(path, *released.freeze(path.stem, "ui2c", module, params))
     return LargeClip(

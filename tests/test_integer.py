@@ -12,11 +12,11 @@ from nvc_jax.nn import integer
 
 Z, Y, WIDTH, STEPS = 6, 12, 20, 2
 H, W = 7, 10
-HEAD = integer.ScaleHead(Y, WIDTH, STEPS)
+HEAD = integer.ScaleHead(Y, WIDTH, STEPS, references=2)
 
 
 def everything(head, z, qp, memory, symbols):
-    hidden = head.begin(z, qp, [memory, None], (H, W))
+    hidden = head.begin(z, qp, [memory, memory[:, ::-1]], (H, W))
     levels = [head.level(hidden, step, symbols) for step in range(STEPS)]
     return *levels, head.remember(hidden, symbols, levels[-1])
 
@@ -90,18 +90,12 @@ def block(x, layers):
 def reference(n, z, qp, memory, symbols):
     z, memory, symbols = (np.asarray(a) for a in (z, memory, symbols))
     hats = np.maximum(0, 64 - 8 * abs(qp[..., None] - 8 * np.arange(10))).reshape(1, 1, 1, -1)
-    x = np.concatenate(
-        [
-            memory.astype(np.int64),
-            np.zeros_like(memory, np.int64),
-            np.broadcast_to(hats, (1, H, W, 20)),
-        ],
-        axis=-1,
-    )
     hyper = block(silu(narrow(dense(code(z), n["hyper"]))), n["hyper_block"])
     hyper = dense(hyper, n["up"]).reshape(1, *z.shape[1:3], WIDTH, 4, 4)
     hyper = hyper.transpose(0, 1, 4, 2, 5, 3).reshape(1, 8, 12, WIDTH)[:, :H, :W]
-    hidden = silu(narrow(hyper + dense(x, n["first"])))
+    known = [memory.astype(np.int64), memory[:, ::-1].astype(np.int64)]
+    known = sum(dense(x, n[f"digest_{i}"]) for i, x in enumerate(known))
+    hidden = silu(narrow(hyper + known + dense(hats, n["quality"])))
     hidden = block(block(hidden, n["trunk_0"]), n["trunk_1"])
     later = np.concatenate([hidden, abs(code(symbols))], axis=-1)
     features = [hidden, silu(narrow(dense(later, n["later_0"])))]
@@ -172,13 +166,13 @@ def test_gradients_reach_every_layer():
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_accelerators_get_integer_arithmetic(platform):
+def test_the_programs_of_accelerators_hold_integer_products_only(platform):
     frozen = integer.freeze(parameters(0, 1.0))
     z, qp, memory, symbols = inputs(0)
     args = {"integers": frozen}, z, qp, memory.astype(jnp.int8), symbols
     program = jax.jit(lambda v, *a: HEAD.apply(v, *a, method=everything))
     text = program.trace(*args).lower(lowering_platforms=(platform,)).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]
-    assert len(products) == 12
+    assert len(products) == 14
     assert all("xi8>" in line and line.rstrip().count("xi32>") for line in products), products
     assert "f16" not in text

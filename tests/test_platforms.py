@@ -17,7 +17,6 @@ from nvc_jax.benchmarks import platforms as bench
 from nvc_jax.benchmarks.codec import moving_texture
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT
 from nvc_jax.errors import NvcError, StreamError, WeightsMismatch
-from nvc_jax.models import released
 from nvc_jax.video import VideoInfo, write_video
 
 WIDTH, HEIGHT, FRAMES = 70, 50, 12
@@ -74,13 +73,14 @@ def test_the_margin_that_calibration_recommends_is_enough(name, prepared):
     assert sum(d.units for d in found) == len(QPS) * len(records[0].units)
     worst = max(d.largest for d in found)
     exponent = platforms.recommended_exponent(worst)
-    assert 4 * worst <= 2.0**-exponent < 16 * worst
+    assert 4 * worst <= 2.0**-exponent < 8 * worst
     protected = prepared(name, WIDTH, HEIGHT, CALIBRATED, (exponent,))
     assert failures(protected, elsewhere(protected))[0] == 0
     # Without protection, some of the units that the comparison counted do fail.
     unprotected = prepared(name, WIDTH, HEIGHT, FLOAT)
-    failed, total = failures(unprotected, elsewhere(unprotected))
-    assert 0 < failed <= total and any(d.changed_units for d in found)
+    failed, _ = failures(unprotected, elsewhere(unprotected))
+    # A unit fails if another table meets a symbol that it codes otherwise; not all do.
+    assert 0 < failed <= sum(d.changed_units for d in found)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,7 +100,7 @@ def test_one_machine_agrees_with_itself(prepared, tmp_path):
     for a, b in zip(again.units, record.units, strict=True):
         assert a.qps == b.qps
         np.testing.assert_array_equal(a.symbols, b.symbols)
-        np.testing.assert_array_equal(a.levels, b.levels)
+        np.testing.assert_array_equal(a.scales, b.scales)
     difference = platforms.compare(here, again)
     assert difference == {0: platforms.Difference(3, 0.0, 0, 20)}
 
@@ -159,7 +159,9 @@ def test_processes_with_other_compiler_settings(model_files, tmp_path):
         if pair["protection"] != "none" or pair["encoder"] == pair["decoder"]:
             assert pair["failed_units"] == 0, pair
         assert pair["largest_psnr_difference_db"] < 0.05
-    assert released.load(model_files["ui2c"]).exact
+    # Else nothing above would show that protection protects.
+    across = [p for p in result["pairs"] if p["encoder"] != p["decoder"]]
+    assert any(p["failed_units"] for p in across if p["protection"] == "none")
 
 
 def test_pictures_are_cut_from_the_middle(tmp_path):

@@ -765,28 +765,120 @@ def test_a_model_without_its_scale_head_is_calibrated(tmp_path):
     assert not released.load(path).exact
 
 
-def test_only_what_a_stage_trains_changes():
+@pytest.fixture(scope="module")
+def one_step():
+    """one_step(**special): (state before, state after, metrics) of a stage with these fields."""
     config = runpy.run_path(str(ROOT / "configs/ui2c_nano.py"))["get_config"]()
-    with config.unlocked():
-        config.stages = (config.stages[0], config.stages[-1])
     model = registry.build("ui2c", SIZES["ui2c"])
-    stage = config.stages[-1]
     rng = np.random.default_rng(0)
     frames = rng.uniform(0, 1, (2, 4, 32, 32, 3)).astype(np.float32)
     clip = training.Clip(frames[:, 0], frames, np.array([20, 50], np.int32), np.zeros(2, np.int32))
-    with stage.unlocked():
-        stage.batch, stage.crop = 2, 32
-    state = training.init_state(model, config, stage)
-    step = jax.jit(training.make_train_step(model, config), static_argnums=(2, 3))
-    after, metrics = step(state, clip, False, 1)
-    for name, before in state.params.items():
-        changed = [
-            bool((a != b).any())
-            for a, b in zip(
-                jax.tree.leaves(before), jax.tree.leaves(after.params[name]), strict=True
-            )
-        ]
-        assert any(changed) == (name == "scale_head"), name
-    assert after.carry[0].memory.shape == state.carry[0].memory.shape
+
+    def run(**special):
+        common = dict(steps=5, units=2, walk=1, batch=2, crop=32, lr=1e-3, end_lr=1e-3)
+        with config.unlocked():
+            config.stages = (ConfigDict(common | special),)
+        loop.check_config(config)
+        state = training.init_state(model, config, config.stages[0])
+        state = state.replace(params=random_parameters(model))
+        step = jax.jit(training.make_train_step(model, config), static_argnums=2)
+        after, metrics = step(state, clip, False)
+        return state, after, {name: float(v) for name, v in metrics.compute().items()}
+
+    return run
+
+
+def learnt(before, after) -> set[str]:
+    """Names of the sub-networks that a step has changed."""
+    differ = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, after.params)
+    return {name for name, leaves in differ.items() if any(jax.tree.leaves(leaves))}
+
+
+def test_only_what_a_stage_trains_changes(one_step):
+    before, after, metrics = one_step(exact=True, trainable=("scale_head",))
+    assert learnt(before, after) == {"scale_head"}
+    assert after.carry[0].memory.shape == before.carry[0].memory.shape
     assert (after.carry[0].memory != 0).any()
-    assert np.isfinite(metrics.compute()["bpp_y"])
+    assert np.isfinite(metrics["bpp_y"])
+    before, after, _ = one_step()
+    assert learnt(before, after) == set(before.params) - {"scale_head"}
+    before, after, _ = one_step(exact=True, float_share=0.5)
+    assert learnt(before, after) == set(before.params)
+
+
+def test_shares_of_the_rate_under_both_kinds_of_scales(one_step):
+    *_, exact = one_step(exact=True)
+    *_, mixed = one_step(exact=True, float_share=0.25)
+    *_, floats = one_step()
+    assert exact["bpp_y"] == mixed["bpp_y"] != exact["bpp_y_float"] == mixed["bpp_y_float"]
+    assert floats["bpp_y"] == floats["bpp_y_float"]
+    assert floats["bpp_y"] == pytest.approx(exact["bpp_y_float"], rel=1e-4)
+    expected = 0.75 * exact["loss"] + 0.25 * floats["loss"]
+    assert mixed["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_rates_without_noise_are_those_of_the_symbols(one_step):
+    *_, noisy = one_step()
+    *_, rounded = one_step(noise=False)
+    assert noisy["distortion"] == pytest.approx(rounded["distortion"], rel=1e-5)
+    assert noisy["bpp_y"] != pytest.approx(rounded["bpp_y"], rel=1e-3)
+
+
+# The constraint on scales
+
+
+PENALTY = dict(variant="gaussian", eta=0.3, delta=0.1, beta=1.0)
+
+
+def scale_at(level):
+    step = np.log(32 / 0.11) / 63
+    return jnp.float32(0.11 * np.exp(step * level))
+
+
+@pytest.mark.parametrize("delta, at_eta, at_boundary", [(1.0, 0.0015, 0.0022), (0.1, 0.29, 15.9)])
+def test_the_gaussian_constraint_has_the_published_values(delta, at_eta, at_boundary):
+    penalty = losses.scale_penalty(ConfigDict(PENALTY | {"delta": delta}))
+    found = [float(penalty(scale_at(20.5 + d))) for d in (0.3001, 0.4999, -0.3001, -0.4999)]
+    assert found == pytest.approx([at_eta, at_boundary] * 2, rel=0.03)
+
+
+@pytest.mark.parametrize("variant", ["gaussian", "hinge"])
+def test_the_constraint_pushes_away_from_boundaries_that_count(variant):
+    penalty = losses.scale_penalty(ConfigDict(PENALTY | {"variant": variant}))
+    slope = jax.grad(lambda level: penalty(0.11 * jnp.exp(np.log(32 / 0.11) / 63 * level)))
+    assert slope(20.95) > 0 > slope(21.05)  # a step against the slope leads to the middle
+    for level in (20.5, 20.75, 21.25, -3.05, 0.95, 1.05, 63.05, 64.0):
+        assert penalty(scale_at(level)) == slope(level) == 0, level
+    assert penalty(scale_at(2.95)) > 0 and penalty(scale_at(62.95)) > 0  # 3 is the first coded
+    few = losses.scale_penalty(
+        ConfigDict(PENALTY | dict(variant=variant, levels=32, scale_min=0.01, scale_max=64.0))
+    )
+    step = np.log(64 / 0.01) / 31
+    assert few(jnp.float32(0.01 * np.exp(20.5 * step))) == 0
+    assert few(jnp.float32(0.01 * np.exp(20.99 * step))) > 0
+
+
+def test_the_constraint_is_part_of_the_loss(one_step):
+    *_, plain = one_step()
+    before, after, constrained = one_step(penalty=ConfigDict(PENALTY), trainable=("spatial_prior",))
+    assert constrained["loss"] > plain["loss"] and constrained["bpp_y"] == plain["bpp_y"]
+    assert learnt(before, after) == {"spatial_prior"}
+
+
+@pytest.mark.parametrize(
+    "special, complaint",
+    [
+        (dict(trainable=("scale_haed",)), "scale_haed"),
+        (dict(penalty=ConfigDict(dict(variant="hinge"))), "beta"),
+        (dict(penalty=ConfigDict(PENALTY | {"variant": "square"})), "square"),
+        (dict(exakt=True), "exakt"),
+    ],
+)
+def test_stages_that_cannot_be_meant_are_refused(one_step, special, complaint):
+    with pytest.raises(NvcError, match=rf"config\.stages\[0\].*{complaint}"):
+        one_step(**special)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*nano*.py")), ids=lambda p: p.stem)
+def test_the_training_configs_can_be_meant(file):
+    loop.check_config(runpy.run_path(str(file))["get_config"]())

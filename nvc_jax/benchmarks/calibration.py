@@ -60,30 +60,38 @@ class Point(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Clips:
-    """What is coded for every variant. Attributes: see `benchmark`."""
+    """What is coded for every variant.
+
+    Attributes:
+      paths, qps, frames, size: see `benchmark`.
+      compiled: what earlier calls of `measure` have compiled, by model and picture size.
+    """
 
     paths: list[str]
     qps: list[int]
     frames: int
     size: tuple[int, int]
+    compiled: dict = dataclasses.field(default_factory=dict)
 
     def measure(
         self, model: Released, mode: int, exponents: tuple[int, ...], on_done: Callable
     ) -> dict[str, list[Point]]:
         """Codes everything: clip -> a point for every qp."""
-        points, programs = {}, {}
+        points = {}
         with tempfile.TemporaryDirectory() as folder:
             for clip in self.paths:
                 pictures = clip_pictures(clip, self.size, self.frames)
                 height, width = pictures[0].y.shape
                 codec = coding.prepare(model, width, height, mode, exponents)
-                codec = programs.setdefault((width, height), codec)
-                points[Path(clip).stem] = []
+                key = id(codec.model), mode, width, height
+                _, program = self.compiled.setdefault(key, (codec.model, codec.program))
+                codec = codec._replace(program=program)
+                points[clip] = []
                 for qp in self.qps:
                     path = Path(folder) / "clip.nvc"
                     units, scores = encode_clip(codec, pictures, open_video(clip)[0].fps, qp, path)
                     point = _point(path.stat().st_size, float(np.mean(scores)), units)
-                    points[Path(clip).stem].append(point)
+                    points[clip].append(point)
                     on_done()
         return points
 
@@ -130,11 +138,11 @@ def _variants(
 
 
 def with_ladder(model: Released, levels: int, low: float, high: float, middle: bool) -> Released:
-    """The same model, less its scale head, with other scale tables."""
+    """The same model, less its scale head, with other scale tables, and nothing skipped."""
     module, params = released.without_scale_head(model.module, dict(model.variables["params"]))
     tensors, metadata = released.freeze(
         model.name, model.codec, module, params,
-        levels=levels, scale_range=(low, high), middle=middle,
+        levels=levels, scale_range=(low, high), middle=middle, skip_scale=0.0,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{model.name}.safetensors"
@@ -173,7 +181,7 @@ def benchmark(
     results = {name: summarise(rows) for name, rows in tables.items()}
     for name, rows in results.items():
         _print(name, rows)
-    return results | {"clips": [Path(c).stem for c in clips], "qps": qps, "frames": frames}
+    return results | {"clips": clips, "qps": qps, "frames": frames}
 
 
 def summarise(rows: dict[str, dict[str, list[Point]]]) -> list[dict[str, Any]]:

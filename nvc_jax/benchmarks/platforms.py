@@ -78,7 +78,10 @@ def available(pythons: list[str]) -> list[Platform]:
             raise NvcError(f"{python}: cannot be run as an interpreter ({e})") from None
         if found.returncode:
             raise NvcError(f"{python}: has no JAX that can be imported")
-        result.append(Platform(f"JAX {found.stdout.strip()}", (CPU,), python=python))
+        name = f"JAX {found.stdout.strip()}"
+        if name in {p.name for p in result}:
+            name += f" ({python})"
+        result.append(Platform(name, (CPU,), python=python))
     probe = [sys.executable, "-c", "import jax; jax.devices('cuda')"]
     if not subprocess.run(probe, capture_output=True).returncode:
         result.append(GPU)
@@ -114,7 +117,8 @@ def _tasks(job: dict) -> Iterator[tuple[str, str, int, str]]:
     for clip in job["clips"]:
         for variant in job["variants"]:
             for qp in job["qps"]:
-                yield clip, variant, qp, f"{Path(clip).stem}-{variant.replace(' ', '')}-{qp}"
+                number = job["clips"].index(clip)
+                yield clip, variant, qp, f"{number}-{variant.replace(' ', '')}-{qp}"
 
 
 def _codecs(job: dict):
@@ -177,7 +181,9 @@ def run_decode(job: dict) -> None:
             for (number, packet), unit in zip(stream.packets(), plan, strict=True):
                 refs = coding.references(codec, unit, slots)
                 try:
-                    decoded = coding.decode_unit(codec, packet.payload, refs, packet.qps)
+                    decoded = coding.decode_unit(
+                        codec, packet.payload, refs, packet.qps, unit.level
+                    )
                     wrong = coding.symbols_crc(decoded.symbols) != packet.symbols_crc
                 except StreamError:
                     wrong = True
@@ -192,7 +198,7 @@ def run_decode(job: dict) -> None:
         difference = np.abs(np.array(scores) - expected)
         results.append(
             {
-                "clip": Path(clip).stem,
+                "clip": clip,
                 "variant": variant,
                 "qp": qp,
                 "units": len(failed),
@@ -254,7 +260,7 @@ def benchmark(
         total = per_process * len(platforms) * (1 + len(platforms))
         task = bar.add_task("", total=total)
         for encoder in platforms:
-            folder = Path(scratch) / encoder.name.replace(" ", "")
+            folder = Path(scratch) / str(platforms.index(encoder))
             folder.mkdir()
             bar.update(task, description=f"encoding: {encoder.name}")
             job["folder"] = str(folder)
@@ -316,6 +322,11 @@ def print_table(summary: list[dict], names: list[str], ways: list[str]) -> None:
         drift = max(s["largest_psnr_difference_db"] for s in mine.values())
         print(f"\nprotection: {way}; {extra:+.2f} % bytes; reconstructions differ by at most "
               f"{drift:.4f} dB; {one['units']} units a pair")  # fmt: skip
+        across = [s for s in mine.values() if s["encoder"] != s["decoder"]]
+        failed, total = (sum(s[key] for s in across) for key in ("failed_units", "units"))
+        print(f"between different platforms {failed} of {total} units failed")
+        if way == "none" and not failed and total:
+            print("No unprotected unit failed, so this run says nothing about protection.")
         print("failed units in % (lost, if a clip ends at its first failure)")
         print(" " * width + "".join(f"{name:>18}" for name in names) + "   <- decoded on")
         for encoder in names:

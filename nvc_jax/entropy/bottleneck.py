@@ -50,7 +50,8 @@ class Estimate:
     ):
         """
         Args:
-          noise_key: additive uniform noise replaces rounding in the rate (training).
+          noise_key: additive uniform noise replaces rounding in the rate. It has gradients that
+            are right on average, but overestimates low rates: scales are never seen to be small.
           exact: scales come from the integer scale head.
           penalty: of a float scale, elementwise, see `nvc_jax.training.losses`; `self.penalty`
             adds it up, float32 [batch].
@@ -67,7 +68,7 @@ class Estimate:
     def _stand_in(self, value):
         self.sizes.append(value.size)
         if self._key is None:
-            return jnp.round(value)
+            return likelihood.round_straight_through(value)
         self._key, key = jax.random.split(self._key)
         return value + jax.random.uniform(key, value.shape, minval=-0.5, maxval=0.5)
 

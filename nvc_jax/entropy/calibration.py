@@ -76,15 +76,15 @@ def margin(boundaries: np.ndarray, exponent: int) -> Margin:
             f"2^-{LARGEST_EXPONENT} and 2^-{LEAST_EXPONENT}"
         )
     first, step = ladder(boundaries)
-    edges = first + step * np.arange(-1.0, len(boundaries) + 1)  # of L levels
-    edges[-1] = np.nan  # nothing reaches it
-    epsilon = 2.0**-exponent
-    below = np.exp(edges[:-1] + epsilon * step)
+    edges = np.concatenate([[-np.inf], boundaries, [np.nan]]).astype(np.float64)
+    reach = np.exp(2.0**-exponent * step)
+    # Outwards to the next float32: the smallest margins are hardly wider than that.
+    below = np.nextafter((edges[:-1] * reach).astype(np.float32), np.float32(np.inf))
+    above = np.nextafter((edges[1:] / reach).astype(np.float32), np.float32(-np.inf))
     below[0] = -np.inf
-    above = np.exp(edges[1:] - epsilon * step)
-    middle = np.exp(edges[:-1] + step / 2)
-    middle[-1] = np.nan
-    return Margin(*(a.astype(np.float32) for a in (below, above, middle)))
+    middle = np.exp(first + step * (np.arange(len(edges) - 1) - 0.5)).astype(np.float32)
+    middle[-1] = np.nan  # nothing reaches it
+    return Margin(below, above, middle)
 
 
 def uncertain(scale: jax.Array, floor: jax.Array, margin: Margin, skip_below: int) -> jax.Array:

@@ -50,7 +50,8 @@ from numba.extending import intrinsic
 
 from nvc_jax.entropy import tables as cdf_tables
 from nvc_jax.entropy.tables import CdfTables
-from nvc_jax.errors import NvcError, StreamError
+from nvc_jax.errors import NvcError, OtherTables, StreamError
+from nvc_jax.machine import cores
 
 SKIP = 0xFFFF
 MAX_STREAMS = 8
@@ -326,10 +327,6 @@ def _decode(words, position, end, lanes, index, symbols, lookup):
     return np.int64(at), lanes
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @functools.lru_cache(maxsize=1)
 def _pool(process: int) -> ThreadPoolExecutor:
     """One pool per process: a forked child cannot use its parent's threads."""
@@ -340,7 +337,7 @@ def _share(job: Callable, streams: int, elements: int, threads: int | None) -> l
     """[job(first, stop), ...] over ranges of streams, in parallel if there is enough to do."""
     if streams == 1 or threads == 1 or elements < _MIN_STREAM_SYMBOLS:
         return [job(0, streams)]
-    threads = min(threads or _cores(), streams)
+    threads = min(threads or cores(), streams)
     edges = [streams * k // threads for k in range(threads + 1)]
     pool = _pool(os.getpid())
     others = [pool.submit(job, *edges[k : k + 2]) for k in range(1, threads)]
@@ -619,8 +616,8 @@ def finish_decode(payload: np.ndarray, state: np.ndarray) -> None:
     """Checks that all steps of a unit were decoded and the payload was used up exactly.
 
     Raises:
-      StreamError: the payload is damaged, or was decoded with other tables, indices or steps than
-        it was coded with.
+      StreamError: the payload is damaged.
+      OtherTables: it was decoded with other tables, indices or steps than it was coded with.
     """
     state = np.ascontiguousarray(state, np.uint32)
     if status(state) == BAD_PAYLOAD:
@@ -635,10 +632,9 @@ def finish_decode(payload: np.ndarray, state: np.ndarray) -> None:
         )
     start = _START_ALONE if state[_LANES] == 1 else _START_SHARED
     if any(r[0] != r[1] or (_lanes(state, r) != start).any() for r in _records(state)):
-        raise StreamError(
-            "the coded data of a picture does not end where its last symbol does: it is damaged, "
-            "or this machine computed other probabilities than the one that coded it "
-            "(re-encoding with a larger calibration margin helps against that)"
+        raise OtherTables(
+            "the coded data of a picture does not end where its last symbol does: it was coded "
+            "under other probability tables"
         )
 
 

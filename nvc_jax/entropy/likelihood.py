@@ -14,6 +14,7 @@ from nvc_jax.nn.hyperprior import factorized_logits
 SCALE_MIN = 0.11
 SCALE_MAX = 32.0
 LEVELS = 64  # log-spaced from SCALE_MIN to SCALE_MAX
+SKIP_SCALE = 0.15  # levels that end below this are not coded
 LEVEL_STEP = math.log(SCALE_MAX / SCALE_MIN) / (LEVELS - 1)
 # At most 29.9 bits, as in DCVC-RT/UF. The coder's escape, which such values go through, costs about
 # 31: on the few symbols that reach this bound, rate estimates are that much too low.

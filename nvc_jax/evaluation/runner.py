@@ -12,7 +12,6 @@ symbols as correct, and its pictures have to equal the encoder's reconstruction 
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from nvc_jax.evaluation.anchors import ANCHORS, code_clip, ffmpeg_version, find_
 from nvc_jax.evaluation.bdrate import bd_table
 from nvc_jax.evaluation.metrics import clip_scores, ms_ssim_db, scene_cuts
 from nvc_jax.files import replacing, writing
+from nvc_jax.machine import cores, processor
 from nvc_jax.video import Planes, VideoInfo, open_video
 
 CLI = (sys.executable, "-m", "nvc_jax")
@@ -379,19 +379,10 @@ def crop_png(planes: Planes, clip: Clip) -> bytes:
 
 def machine() -> dict:
     """What the timings were taken on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        cores = os.cpu_count()
     packages = ("nvc-jax", "jax", "jaxlib", "numpy", "av")
     return {
-        "cpu": cpu,
-        "cores": cores,
+        "cpu": processor(),
+        "cores": cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},

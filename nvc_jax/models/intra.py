@@ -135,7 +135,7 @@ class Intra(nn.Module):
         ]
         self.spatial_prior = ParameterNet(2 * c.y, c.spatial_width, c.spatial, c.form)
         if c.scale_head:
-            self.scale_head = ScaleHead(c.y, c.scale_head, STEPS)
+            self.scale_head = ScaleHead(c.y, c.scale_head, STEPS, references=0)
         self.decoder = Decoder(c, self.dtype)
         self.q_scale_dec = QpTable(QP_ROWS, c.width, self.dtype)
 

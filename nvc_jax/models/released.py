@@ -74,7 +74,7 @@ def freeze(
     levels: int = likelihood.LEVELS,
     scale_range: tuple[float, float] = (likelihood.SCALE_MIN, likelihood.SCALE_MAX),
     middle: bool = True,
-    skip_scale: float = 0.15,
+    skip_scale: float = likelihood.SKIP_SCALE,
     weights_dtype: Any = np.float16,
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Turns trained parameters into a released model's tensors and metadata.
@@ -90,7 +90,8 @@ def freeze(
       (tensors, metadata) for `save`.
 
     Raises:
-      NvcError: a weight is not finite in `weights_dtype`, or there cannot be such tables.
+      NvcError: a weight is not finite in `weights_dtype`, there cannot be such tables, or this
+        machine fails to compute a scale head's known answer.
     """
     if not (2 <= levels <= 256 and 0 < scale_range[0] < scale_range[1] < 1e3):
         raise NvcError(
@@ -99,14 +100,11 @@ def freeze(
         )
     head = None
     if registry.has_scale_head(module):
-        if (levels, *scale_range) != (
-            likelihood.LEVELS,
-            likelihood.SCALE_MIN,
-            likelihood.SCALE_MAX,
-        ):
+        learnt = likelihood.LEVELS, likelihood.SCALE_MIN, likelihood.SCALE_MAX, True
+        if (levels, *scale_range, middle) != learnt:
             raise NvcError(
-                f"the model's scale head has learnt {likelihood.LEVELS} tables for scales from "
-                f"{likelihood.SCALE_MIN} to {likelihood.SCALE_MAX}; others would need another head"
+                f"the model's scale head has learnt {learnt[0]} tables, for the middle of levels "
+                f"from {learnt[1]} to {learnt[2]}; others would need another head"
             )
         params = dict(params)
         head = integer.freeze(params.pop("scale_head"))
@@ -143,7 +141,13 @@ def freeze(
         "dtype": jnp.dtype(module.dtype).name,
         "skip_below": str(int(np.searchsorted(edges[1:], skip_scale, side="right"))),
     }
-    metadata["known_answer"] = _integer_answer(module, {"scale_head": head}) if head else ""
+    metadata["known_answer"] = ""
+    if head is not None:
+        metadata["known_answer"] = _integer_answer(module, {"integers": {"scale_head": head}})
+        # The same integers from floats: another way of computing them, on the same machine.
+        floats = {"params": {"scale_head": integer.thaw(head)}}
+        if _integer_answer(module, floats) != metadata["known_answer"]:
+            raise NvcError("integer and float arithmetic disagree here; release on another machine")
     return tensors, metadata
 
 
@@ -247,7 +251,7 @@ def check_integers(model: Released) -> None:
     Raises:
       NvcError: it computes something else than the machine that released the model.
     """
-    if _integer_answer(model.module, model.variables["integers"]) != model.known_answer:
+    if _integer_answer(model.module, model.variables) != model.known_answer:
         raise NvcError(
             f"{jax.default_backend()} fails the known-answer test of integer arithmetic with JAX "
             f"{jax.__version__}, so it would decode noise; use another version of JAX, or the CPU "
@@ -255,35 +259,38 @@ def check_integers(model: Released) -> None:
         )
 
 
-def _integer_answer(module: nn.Module, integers: dict) -> str:
-    """A hash of what the scale head makes of fixed inputs."""
-    c, side = module.cfg, 8
+def _integer_answer(module: nn.Module, variables: dict) -> str:
+    """A hash of what the scale head makes of fixed inputs, in two units of 384 x 640 pixels."""
+    c, h, w = module.cfg, 24, 40
 
     def noise(seed, *shape):
-        numbers = np.arange(seed, seed + np.prod(shape), dtype=np.uint64) * 2654435761
-        return ((numbers >> 13) % 41).astype(np.float32).reshape(1, *shape) - 20
+        """Small numbers, and some beyond what eight bits hold."""
+        numbers = np.arange(seed, seed + np.prod(shape), dtype=np.uint64) * 2654435761 >> 13
+        values = (numbers % 41).astype(np.float32) - 20
+        return np.where(numbers % 97 == 0, 10 * values, values).reshape(1, *shape)
 
     @jax.jit
-    def answer(integers):
+    def answer(variables):
         def run(m):
             head = m.scale_head
             qp = jnp.array([[9] + [44] * (module.frames_per_unit - 1)])
             memories = [None] * module.references
             answers = []
-            for seed in (1, 3):  # two units, of which the second refers to the first
-                z = noise(seed, side // 4, side // 4, c.z)
-                symbols = noise(seed + 1, side, side, c.y)
-                hidden = head.begin(z, qp, memories, (side, side))
+            for seed in (1, 3):  # the second unit refers to the first
+                z = noise(seed, h // 4, w // 4, c.z)
+                symbols = noise(seed + 1, h, w, c.y)
+                hidden = head.begin(z, qp, memories, (h, w))
                 levels = [head.level(hidden, step, symbols) for step in range(head.steps)]
                 answers += levels
                 if memories:
                     memories = [head.remember(hidden, symbols, levels[-1])] * len(memories)
+                    answers.append(memories[0])
             return answers
 
-        return nn.apply(run, module)({"params": {}, "integers": integers})
+        return nn.apply(run, module)({"params": {}} | variables)
 
     digest = hashlib.sha256()
-    for part in answer(integers):
+    for part in answer(variables):
         digest.update(np.asarray(part).astype(np.int8).tobytes())
     return digest.hexdigest()[:16]
 

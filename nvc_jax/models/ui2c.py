@@ -202,7 +202,7 @@ class UI2C(nn.Module):
         self.z_prior = FactorizedPrior(QP_ROWS, c.z)
         # ... to here: everything between decoded data and the scales.
         if c.scale_head:
-            self.scale_head = ScaleHead(c.y, c.scale_head, steps=2)
+            self.scale_head = ScaleHead(c.y, c.scale_head, steps=2, references=1)
         self.extractor_2 = Blocks(c.width, c.extractor[1], c.form, self.dtype)
         self.encoder = Encoder(c, self.dtype)
         self.hyper_encoder = HyperEncoder(c.z, c.form)

@@ -11,7 +11,8 @@ An activation a in -128..127 stands for a / 32. A weight w of an output channel 
 w / 2^k, k being the largest exponent with which the channel's weights fit into -127..127.
 
 While training, the same modules compute in float32 with float parameters that are rounded on the
-way, and every value is the very integer that the integer arithmetic gives (sums stay below 2^24).
+way, and every value is the very integer that the integer arithmetic gives (sums stay below 2^24,
+or are saturated next).
 Gradients pass through the roundings as if they were not there. `freeze` turns trained parameters
 into the integers that a released model holds; given those as the variable collection "integers",
 the modules compute in integers.
@@ -33,6 +34,8 @@ LEVEL_BITS = 4  # a last layer's result of 1 is 16 levels
 MAX_WEIGHT = 127
 MAX_EXPONENT = 14
 MAX_BIAS = 1 << 22
+# Exact, which a power or an exponential function computed on some device need not be.
+POWERS = np.ldexp(1.0, np.arange(MAX_EXPONENT + ACTIVATION_BITS + 1)).astype(np.float32)
 INTEGERS = ("kernel", "bias", "exponent")  # of a frozen layer
 # 127 * 128 * inputs + bias stays below 2^24, so that float32 emulates it exactly.
 MAX_INPUTS = 768
@@ -108,14 +111,14 @@ def exponent(kernel: jax.Array) -> jax.Array:
     """The weights' exponents k, int32 [outputs], of kernel [..., outputs]."""
     largest = jnp.max(jnp.abs(kernel), axis=tuple(range(kernel.ndim - 1)))
     # Powers of two are compared, not logarithms taken, so that nothing is rounded.
-    powers = jnp.float32(MAX_WEIGHT + 0.49) * 0.5 ** jnp.arange(1, MAX_EXPONENT + 1)
-    return jnp.sum(largest[:, None] <= powers, axis=1, dtype=jnp.int32)
+    limits = (MAX_WEIGHT + 0.49) / POWERS[1 : MAX_EXPONENT + 1]
+    return jnp.sum(largest[:, None] <= limits, axis=1, dtype=jnp.int32)
 
 
 def scaled(kernel: jax.Array, bias: jax.Array):
     """Float parameters -> (kernel, bias, exponent), the first two as floats that hold integers."""
     k = exponent(lax.stop_gradient(kernel))
-    unit = jnp.ldexp(jnp.float32(1), k)
+    unit = jnp.asarray(POWERS)[k]
     kernel = saturate(round_straight_through(kernel * unit), -MAX_WEIGHT, MAX_WEIGHT)
     bias = round_straight_through(bias * (unit * 2**ACTIVATION_BITS))
     return kernel, saturate(bias, -MAX_BIAS, MAX_BIAS), k
@@ -147,8 +150,10 @@ class _Layer(nn.Module):
         if jnp.issubdtype(total.dtype, jnp.integer):
             half = jnp.left_shift(1, shift) >> 1
             return jnp.right_shift(total + half, shift)
-        value = total * jnp.ldexp(jnp.float32(1), -shift)
-        return value + lax.stop_gradient(jnp.floor(value + 0.5) - value)
+        unit = jnp.asarray(POWERS)[shift]
+        value = total / unit
+        exact = jnp.floor((total + jnp.floor(unit / 2)) / unit)
+        return value + lax.stop_gradient(exact - value)
 
 
 class IntegerDense(_Layer):
@@ -208,18 +213,20 @@ class ScaleHead(nn.Module):
 
     `begin` digests what is known before the latent's first step, `level` is called for every step,
     and `remember` condenses the unit for those that refer to it. Integer or float arithmetic: see
-    the module's docstring. Symbols come in as float32 that hold integers, levels go out as int32 or
+    the module's docstring. Symbols come in as float32 that hold integers, levels go out as int8 or
     float32.
 
     Attributes:
       channels: of the latent.
       width: of the hidden layers, in channels.
       steps: of the spatial prior.
+      references: of a unit.
     """
 
     channels: int
     width: int
     steps: int
+    references: int
 
     def setup(self):
         self.code = Lookup(symbol_code)
@@ -227,7 +234,8 @@ class ScaleHead(nn.Module):
         self.hyper = IntegerDense(self.width)
         self.hyper_block = IntegerBlock(self.activation)
         self.up = IntegerDense(16 * self.width)
-        self.first = IntegerDense(self.width)
+        self.quality = IntegerDense(self.width)
+        self.digest = [IntegerDense(self.width) for _ in range(self.references)]
         self.trunk = [IntegerBlock(self.activation) for _ in range(2)]
         self.later = [IntegerDense(self.width) for _ in range(self.steps - 1)]
         self.blocks = [IntegerBlock(self.activation) for _ in range(self.steps)]
@@ -240,21 +248,20 @@ class ScaleHead(nn.Module):
         Args:
           z: float32 [b, ceil(h/4), ceil(w/4), z channels], symbols of the hyper-latent.
           qp: int32 [b, frames], 0..72.
-          memories: of each reference, what `remember` gave, or None if there is none.
+          memories: of each reference, what `remember` gave, or None if it is blank.
           shape: (h, w) of the latent.
         """
         h, w = shape
         code = self.code(self._narrow(z))
         # At the hyper-latent's resolution layers cost next to nothing.
         hyper = self.hyper_block(self.activation(saturate(self.hyper(code))))
-        hyper = depth_to_space(self.up(hyper), 4)[:, :h, :w]
-        blank = jnp.zeros((len(z), h, w, memory_channels(self.channels)), code.dtype)
-        known = [blank if memory is None else memory for memory in memories]
+        x = depth_to_space(self.up(hyper), 4)[:, :h, :w]
         hats = jnp.maximum(0, 64 - 8 * jnp.abs(qp[..., None] - 8 * jnp.arange(QP_KNOTS)))
-        hats = hats.reshape(len(qp), 1, 1, -1).astype(code.dtype)
-        known.append(jnp.broadcast_to(hats, (len(qp), h, w, hats.shape[-1])))
-        x = self.first(jnp.concatenate(known, axis=-1))
-        x = self.activation(saturate(hyper + x))
+        x += self.quality(hats.reshape(len(qp), 1, 1, -1).astype(code.dtype))
+        blank = jnp.zeros((len(z), h, w, memory_channels(self.channels)), code.dtype)
+        for digest, memory in zip(self.digest, memories, strict=True):
+            x += digest(blank if memory is None else memory)
+        x = self.activation(saturate(x))
         for block in self.trunk:
             x = block(x)
         return x
@@ -315,7 +322,7 @@ def freeze(params: dict) -> dict:
 def thaw(integers: dict) -> dict:
     """Float parameters that `freeze` turns into these integers again."""
     if "kernel" in integers:
-        unit = jnp.ldexp(jnp.float32(1), -integers["exponent"].astype(jnp.int32))
-        kernel = integers["kernel"] * unit
-        return {"kernel": kernel, "bias": integers["bias"] * unit / 2**ACTIVATION_BITS}
+        unit = POWERS[np.asarray(integers["exponent"], np.int32)]
+        bias = integers["bias"] / (unit * 2**ACTIVATION_BITS)
+        return {"kernel": integers["kernel"] / unit, "bias": bias}
     return {name: thaw(part) for name, part in integers.items() if "table" not in part}

@@ -37,6 +37,9 @@ FIELDS = {
     "sample_every", "checkpoint_every_seconds",
 }  # fmt: skip
 STAGE_FIELDS = {"steps", "units", "walk", "batch", "crop", "lr", "end_lr"}
+# See `nvc_jax.training.step.make_train_step`.
+SPECIAL_FIELDS = {"trainable", "exact", "noise", "float_share", "rate_balance", "penalty"}
+PENALTY_FIELDS = {"variant", "eta", "delta", "beta"}
 
 
 class Stopped(NvcError):
@@ -83,15 +86,35 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         )
     if not config.stages:
         raise NvcError("config.stages is empty: there is nothing to train")
+    model = registry.build(config.model.name, config.model.size, config.model.dtype)
+    names = sorted(jax.eval_shape(lambda: registry.init(model, jax.random.key(0))))
     for number, stage in enumerate(config.stages):
         where = f"config.stages[{number}]"
         if missing := sorted(STAGE_FIELDS - set(stage)):
             raise NvcError(f"{where}.{missing[0]} is missing")
+        if unknown := sorted(set(stage) - STAGE_FIELDS - SPECIAL_FIELDS):
+            raise NvcError(f"{where}.{unknown[0]} is nothing that a stage can have")
         for name in sorted(STAGE_FIELDS - {"end_lr"}):
             if not stage[name] > 0:
                 raise NvcError(f"{where}.{name} is {stage[name]}; it must be above 0")
         if stage.crop % 16:
             raise NvcError(f"{where}.crop is {stage.crop}; it must be a multiple of 16")
+        if unknown := sorted(set(stage.get("trainable", ())) - set(names)):
+            raise NvcError(
+                f"{where}.trainable names {unknown[0]}; the model consists of {', '.join(names)}"
+            )
+        if stage.get("exact", False) and not registry.has_scale_head(model):
+            raise NvcError(f"{where}.exact needs a model with a scale head")
+        _check_penalty(stage.get("penalty"), f"{where}.penalty")
+
+
+def _check_penalty(penalty: ml_collections.ConfigDict | None, where: str) -> None:
+    if not penalty:
+        return
+    if missing := sorted(PENALTY_FIELDS - set(penalty)):
+        raise NvcError(f"{where}.{missing[0]} is missing")
+    if penalty.variant not in ("gaussian", "hinge"):
+        raise NvcError(f"{where}.variant is {penalty.variant!r}; give 'gaussian' or 'hinge'")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from nvc_jax.entropy.likelihood import LEVELS, SCALE_MAX, SCALE_MIN
+from nvc_jax.entropy.likelihood import LEVELS, SCALE_MAX, SCALE_MIN, SKIP_SCALE
 
 QP_COUNT = 64
 # Lambda at qp 0 and qp 63.
@@ -56,20 +56,22 @@ def psnr(recon: jax.Array, target: jax.Array) -> jax.Array:
 def scale_penalty(config: ml_collections.ConfigDict) -> Callable[[jax.Array], jax.Array]:
     """Piecewise Gaussian constraint: keeps scales away from the boundaries of their levels.
 
-    Source: Tian et al. (arXiv 2309.11276), with d the distance of the real-valued level from the
-    middle of its interval: 0 where d < eta, else (G(1/2) - G(d))^2 with a Gaussian density G of
-    width delta. The printed delta of 1 makes it nearly flat there; 0.1 or the hinge have a slope.
+    Source: Tian et al. (arXiv 2309.11276). With d the distance of the real-valued level from the
+    middle of its interval, so that boundaries have d = 1/2: 0 where d < eta, else (G(0) - G(d))^2
+    with G a Gaussian density around 1/2 of width delta. The printed delta of 1 makes it nearly flat
+    there; 0.1 or the hinge have a slope. Levels so low that they are never coded are left alone.
 
     Args:
       config: `variant` "gaussian" or "hinge" ((d - eta)^2), `eta`, `delta`; `beta` is its weight;
-        `levels`, `scale_min`, `scale_max` of the tables, unless the defaults of a release.
+        `levels`, `scale_min`, `scale_max`, `skip_scale` of the tables, by default a release's.
 
     Returns:
       An elementwise function of float scales.
     """
-
     levels, low = config.get("levels", LEVELS), config.get("scale_min", SCALE_MIN)
     step = math.log(config.get("scale_max", SCALE_MAX) / low) / (levels - 1)
+    # The boundary above which elements are coded counts too.
+    first = math.floor(math.log(config.get("skip_scale", SKIP_SCALE) / low) / step) - 0.5
 
     def density(d):
         width = config.delta
@@ -81,8 +83,8 @@ def scale_penalty(config: ml_collections.ConfigDict) -> Callable[[jax.Array], ja
         if config.variant == "hinge":
             value = (d - config.eta) ** 2
         else:
-            value = (density(0.5) - density(d)) ** 2
-        active = (d >= config.eta) & (level >= config.eta) & (level < levels - 1)
+            value = (density(0.0) - density(d)) ** 2
+        active = (d >= config.eta) & (level >= max(first, config.eta)) & (level < levels - 1)
         return jnp.where(active, value, 0.0)
 
     return penalty

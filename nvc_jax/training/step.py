@@ -127,7 +127,7 @@ def unroll(
     params: Any,
     clip: Clip,
     first_refs: tuple,
-    key: jax.Array,
+    key: jax.Array | None,
     exact: bool = False,
     penalty: Callable | None = None,
 ) -> Unrolled:
@@ -137,7 +137,7 @@ def unroll(
 
     Args:
       first_refs: references of the first unit; () for intra codecs.
-      key: of the noise that stands for rounding.
+      key: of the noise that stands for rounding in the rate; None to round.
       exact, penalty: see `nvc_jax.entropy.bottleneck.Estimate`.
     """
     _, count, height, width, _ = clip.frames.shape
@@ -151,7 +151,9 @@ def unroll(
         index = (clip.phase[:, None] + start + jnp.arange(per_unit)) % 8
         qp = clip.qp[:, None] + (offsets[index] if inter else 0)
         frames = clip.frames[:, start : start + per_unit]
-        key, noise_key = jax.random.split(key)
+        noise_key = None
+        if key is not None:
+            key, noise_key = jax.random.split(key)
         bottleneck = Estimate(noise_key, exact, penalty)
         recon, refs = model.apply({"params": params}, frames, refs, qp, bottleneck)
         bits = jax.tree.map(jnp.add, bits, bottleneck.bits)
@@ -181,6 +183,9 @@ def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Call
     step stopped) and the number of the stage. A stage may have, beside what every stage has,
       trainable: names of the sub-networks that learn, the others being frozen;
       exact: bool, rates come from the integer scale head;
+      noise: bool, whether noise stands for rounding in the rate (default). Without, rates are those
+        of the symbols, and gradients pass through the rounding as if it were not there;
+      rate_balance: in place of the config's;
       float_share: of the latent's rate that is taken from float scales all the same, so that a
         codec that learns under integer scales stays good in the other modes (default: 0);
       penalty: of scales, see `nvc_jax.training.losses.scale_penalty`.
@@ -193,16 +198,17 @@ def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Call
         penalty = losses.scale_penalty(stage.penalty) if stage.get("penalty") else None
         exact = stage.get("exact", False)
         bpp, distortion, recon, refs, penalties = unroll(
-            model, params, clip, refs, key, exact, penalty
+            model, params, clip, refs, key if stage.get("noise", True) else None, exact, penalty
         )
         lam = losses.lambda_of_qp(clip.qp, codec.content)
         share = stage.get("float_share", 0.0)
         rate = bpp["z"] + (1 - share) * bpp["y"] + share * bpp["y_float"]
         # Rates span two orders of magnitude over qp. Without a weight the high ones would drown
         # the low ones; lambda^-balance brings the terms to one scale (0: the published loss).
-        loss = jnp.mean((lam * distortion + rate) * lam**-config.rate_balance)
+        terms = lam * distortion + rate
         if penalty:
-            loss += stage.penalty.beta * penalties.mean()
+            terms += stage.penalty.beta * penalties
+        loss = jnp.mean(terms * lam ** -stage.get("rate_balance", config.rate_balance))
         psnr = losses.psnr(recon, clip.frames).mean((0, 1))
         outputs = {
             "loss": loss,
