@@ -725,7 +725,7 @@ def read_varint(data: bytes) -> tuple[int, int]:
         value |= (byte & 0x7F) << 7 * place
         if byte < 0x80:
             return value, place + 1
-    raise StreamError("a number has no end")
+    raise StreamError("the data ends within a number, or the number is too large")
 
 
 def _u32(value: int) -> bytes:

@@ -12,6 +12,7 @@ from nvc_jax.launch import setup
 
 setup()
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -23,6 +24,10 @@ from nvc_jax.entropy.calibration import FLOAT  # noqa: E402
 from nvc_jax.models import registry, released  # noqa: E402
 from nvc_jax.nn.blocks import quality_ramp  # noqa: E402
 from nvc_jax.video import Planes  # noqa: E402
+
+# No deadline: the first example compiles, and other processes compute beside this one.
+hypothesis.settings.register_profile("nvc", deadline=None)
+hypothesis.settings.load_profile("nvc")
 
 SIZES = {
     "ui2c": dict(

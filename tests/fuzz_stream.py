@@ -1,9 +1,10 @@
-"""Two fuzz targets: functions that take any bytes and fail only when the program has a bug.
+"""Three fuzz targets: functions that take any bytes and fail only when the program has a bug.
 
 `tests/test_fuzz.py` feeds them with bytes from hypothesis. Run as a script, this file is a
 coverage-guided fuzzer (`pip install -e ".[fuzz]"`):
 
     python tests/fuzz_stream.py container -runs=100000
+    python tests/fuzz_stream.py list -runs=100000
     python tests/fuzz_stream.py coder -runs=100000
 
 Further options are libFuzzer's; a bug ends it with a traceback and leaves the input in `crash-*`.
@@ -25,7 +26,6 @@ import numpy as np
 from test_coder import make_tables, random_tables, sampled
 
 from nvc_jax.entropy import coder
-from nvc_jax.entropy.calibration import CALIBRATED, FLOAT
 from nvc_jax.errors import StreamError
 from nvc_jax.video import Planes
 
@@ -35,11 +35,14 @@ if FUZZING:
 
 # Not the coder: numba could not compile what the fuzzer would make of its loops.
 with (
-    atheris.instrument_imports(["nvc_jax.bitstream", "nvc_jax.schedule", "nvc_jax.codec"])
+    atheris.instrument_imports(
+        [f"nvc_jax.{name}" for name in ("bitstream", "schedule", "codec", "entropy.calibration")]
+    )
     if FUZZING
     else nullcontext()
 ):
     from nvc_jax import bitstream, codec, schedule
+    from nvc_jax.entropy import calibration
 
 FOLDER = tempfile.TemporaryDirectory(prefix="nvc-fuzz-")
 PATH = Path(FOLDER.name) / "any.nvc"
@@ -121,8 +124,16 @@ def streams() -> list[bytes]:
     ):
         # Calibrated, with margins for three levels: the longest header.
         header = bitstream.Header(
-            "m", bytes(16), 16, 16, Fraction(25), order, (2, 2, 2, False), CALIBRATED, (9, 10, 11)
-        )
+            "m",
+            bytes(16),
+            16,
+            16,
+            Fraction(25),
+            order,
+            (2, 2, 2, False),
+            calibration.CALIBRATED,
+            (9, 10, 11),
+        )  # fmt: skip
         with bitstream.write_stream(PATH, header) as out:
             for unit in range(units):
                 frames = tuple(range(order.gop * unit, order.gop * (unit + 1)))
@@ -147,7 +158,7 @@ def _decode_unit(_, payload, refs, qps, level):
 
 _GREY = Planes(*(np.full((1, 1), 128, np.uint8) for _ in range(3)))
 _MODEL = SimpleNamespace(module=SimpleNamespace(qp_rows=72, blank_refs=lambda *_: ()))
-_UNIT_CODEC = SimpleNamespace(model=_MODEL, width=1, height=1, mode=FLOAT)
+_UNIT_CODEC = SimpleNamespace(model=_MODEL, width=1, height=1, mode=calibration.FLOAT)
 
 
 def container(data: bytes) -> None:
@@ -191,6 +202,37 @@ def container(data: bytes) -> None:
         assert [lost.reason for lost in losses[:1]] == [complaint] * bool(complaint)
         assert shown <= bitstream.MAX_UNIT_FRAMES * len(data) / 12
         assert index is None or shown >= index.frames
+
+
+# The list of calibrated elements, in front of a unit's symbols
+
+
+def element_list(data: bytes) -> None:
+    """Splits a calibrated unit's payload. The first eight bytes are sizes of the coding steps."""
+    sizes = [1 + size for size in struct.unpack("<4H", data[:8].ljust(8, b"\0"))]
+    unit_codec = SimpleNamespace(mode=calibration.CALIBRATED, step_sizes=sizes)
+    try:
+        flags, payload = codec._split_payload(unit_codec, data[8:])
+    except StreamError as error:
+        readable(error)
+        return
+    assert data.endswith(payload) and flags.shape == (sum(sizes),)
+    hyper, *steps = np.split(flags, np.cumsum(sizes)[:-1])
+    assert not hyper.any()
+    again = calibration.read_flags(calibration.write_flags(steps), sizes[1:])
+    np.testing.assert_array_equal(again, np.concatenate(steps))
+
+
+def element_lists() -> list[bytes]:
+    """Inputs of `element_list` to start from."""
+    rng, found = np.random.default_rng(0), []
+    for share in (0, 0.002, 0.05, 0.9):
+        for code in (calibration.RICE, calibration.FIXED):
+            sizes = [9, *rng.integers(1, 400, 3).tolist()]
+            flags = calibration.write_flags([rng.random(n) < share for n in sizes[1:]], code)
+            header = struct.pack("<4H", *(size - 1 for size in sizes))
+            found.append(header + bitstream.varint(len(flags)) + flags + b"symbols")
+    return found
 
 
 # The host coder
@@ -279,10 +321,11 @@ def main() -> None:
     target = sys.argv[1]
     targets = {
         "container": (container, [bytes([odd]) + s for s in streams() for odd in (0, 1)]),
+        "list": (element_list, element_lists()),
         "coder": (host_coder, payloads()),
     }
     if target not in targets:
-        sys.exit("give a target, container or coder, then libFuzzer's options")
+        sys.exit(f"give a target, one of {', '.join(targets)}, then libFuzzer's options")
     function, seeds = targets[target]
     for name in ("_read_trailer", "begin_decode", "decode_step", "_decode_stream", "finish_decode"):
         atheris.instrument_func(getattr(coder, name))

@@ -18,7 +18,7 @@ def _package():
     pytest.importorskip("bjontegaard", reason="optional extra `anchors`")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.floats(0.3, 3.0), st.sampled_from(["akima", "pchip"]), st.permutations(range(4)))
 def test_a_constant_factor_in_rate_is_found(factor, method, order):
     test = [(CURVE[i][0] * factor, CURVE[i][1]) for i in order]

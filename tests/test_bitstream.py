@@ -94,7 +94,6 @@ def sample(tmp_path):
     return path
 
 
-@settings(deadline=None)
 @given(headers, st.lists(packets(), min_size=1, max_size=6))
 def test_streams_come_back_as_written(folder, header, content):
     path = folder / "any.nvc"
@@ -111,7 +110,6 @@ def test_streams_come_back_as_written(folder, header, content):
     assert [unit["bytes"] for unit in info["units"]] == sizes
 
 
-@settings(deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=12), st.data())
 def test_reading_starts_at_every_access_point(folder, starts, data):
     path = folder / "seek.nvc"
@@ -175,7 +173,7 @@ def test_every_flipped_bit_is_noticed(sample, tmp_path):
             assert intact == written[: len(intact)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_any_other_damage_is_noticed(folder, data):
     path = folder / "mangled.nvc"
@@ -191,7 +189,6 @@ def test_any_other_damage_is_noticed(folder, data):
     assert (error is None) == (after == before)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_other_files_are_refused(folder, data):
     path = folder / "other.nvc"

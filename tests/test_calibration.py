@@ -108,7 +108,7 @@ steps = st.lists(
 ).map(lambda drawn: [np.random.default_rng(seed).random(n) < share**3 for n, share, seed in drawn])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(steps, st.sampled_from([None, RICE, FIXED]))
 def test_positions_come_back(flags, code):
     data = write_flags(flags, code)
@@ -121,7 +121,7 @@ def test_nothing_listed_takes_no_bytes():
     assert write_flags([np.zeros(10, bool), np.zeros(0, bool)]) == b""
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(st.binary(max_size=40), st.lists(st.integers(0, 200), min_size=1, max_size=3))
 def test_damaged_positions_are_noticed_or_harmless(data, sizes):
     with suppress(StreamError):

@@ -107,7 +107,7 @@ def test_windows_bounce_off_the_borders_of_an_image():
         assert lefts.min() >= 0 and lefts.max() <= 8
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     frames=st.integers(1, 4),
     height=st.integers(1, 12),

@@ -289,7 +289,7 @@ def test_malformed_payloads_are_not_blamed_on_the_machine(prepared, tmp_path):
     for unit_codec, payload, reason in (
         (exact, b"", "trailer"),
         (exact, bytes(7000), "larger than any"),
-        (listed, b"", "ends"),
+        (listed, b"", "the data ends"),
         (listed, varint(4000) + b"\xff" * 4000, "list of calibrated elements"),
         (listed, varint(90) + bytes(80), "list of calibrated elements"),
         (listed, varint(3) + b"\x00\x00\x01", "list of calibrated elements"),

@@ -106,7 +106,7 @@ def assert_round_trip(steps, prepared, **options) -> bytes:
     return payload
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     seed=st.integers(0, 2**32 - 1),
     sizes=st.lists(st.sampled_from([0, 1, 2, 7, 64, 500]), min_size=0, max_size=5),
@@ -350,7 +350,7 @@ def survives(payload: bytes, payload_bytes: int, indices) -> bool:
     return coder.status(state) == coder.OK
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**32 - 1),
     streams=st.sampled_from([None, 2, 8]),
@@ -372,7 +372,7 @@ def test_damage_is_harmless(seed, streams, damage):
     survives(bytes(payload), len(payload), [index for _, index in steps])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(payload=st.binary(max_size=80), claimed=st.integers(-5, 100), n=st.integers(0, 300))
 def test_any_bytes_are_harmless(payload, claimed, n):
     survives(payload, claimed, [np.arange(n, dtype=np.uint16) % 64])

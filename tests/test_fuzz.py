@@ -52,23 +52,29 @@ def damaged(draw, data: bytes, first: int = 0) -> bytes:
     return data
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(st.sampled_from(STREAMS).flatmap(damaged), seldom)
 def test_damaged_streams(data, as_it_is):
     fuzz_stream.container(bytes([as_it_is]) + data)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.binary(max_size=300), st.sampled_from(STREAMS), seldom)
 def test_anything_behind_a_header(data, stream, as_it_is):
     header = stream[: 5 + 1 + stream[5] + 4]
     fuzz_stream.container(bytes([as_it_is]) + header + data)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(st.binary(min_size=6, max_size=6), st.binary(max_size=120))
 def test_any_payload(choice, data):
     fuzz_stream.host_coder(choice + data)
+
+
+@settings(max_examples=1000)
+@given(st.sampled_from(fuzz_stream.element_lists()).flatmap(damaged))
+def test_any_list_of_elements(data):
+    fuzz_stream.element_list(data)
 
 
 def test_found_by_coverage():
@@ -93,6 +99,11 @@ def test_the_targets_notice_what_they_are_for(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(fuzz_stream.coder, "finish_decode", lambda *_: 1 / 0)
         fuzz_stream.host_coder(b"\x01" + bytes(5))
+    elements = fuzz_stream.element_lists()[4]
+    fuzz_stream.element_list(elements)
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):
+        patch.setattr(fuzz_stream.calibration, "write_flags", lambda *_: b"")
+        fuzz_stream.element_list(elements)
 
 
 BOUNDS = """\
@@ -157,9 +168,7 @@ def outcome(prepare_once, tmp_path, monkeypatch, model_files, capsys):
     return decode
 
 
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), sealed=seldom, conceal=st.booleans())
 def test_decoding_damaged_files(stream, outcome, data, sealed, conceal):
     whole, first = stream
@@ -172,9 +181,7 @@ def test_decoding_damaged_files(stream, outcome, data, sealed, conceal):
         assert frames <= 8 * len(mangled) / 12
 
 
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_decoding_damaged_headers(stream, outcome, data):
     """Under a valid checksum. Larger pictures than the stream's are refused: they would be slow."""

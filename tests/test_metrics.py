@@ -142,7 +142,7 @@ def test_number_of_scales_follows_the_smaller_side():
     assert scale_count((2000, 144)) == 4
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 99))
 def test_ms_ssim_of_any_size_is_a_ratio(height, width, seed):
     rng = np.random.default_rng(seed)

@@ -85,7 +85,7 @@ def value_and_pullback(fn, x, kernel, g):
     return value, *pull(g)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SHAPES, st.integers(0, 2**32 - 1))
 def test_depthwise_and_its_gradient_are_those_of_a_grouped_convolution(shape, seed):
     args = normal(seed, *shape), normal(seed + 1, 3, 3, shape[-1]), normal(seed + 2, *shape)
@@ -97,7 +97,7 @@ def test_depthwise_and_its_gradient_are_those_of_a_grouped_convolution(shape, se
 # --- resampling ---------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(1, 2), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3),
     st.sampled_from([1, 2, 8]),
@@ -251,7 +251,7 @@ def test_masks_are_the_published_ones_and_partition_the_latent(steps, table, hei
     np.testing.assert_array_equal(sum(covered), x)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.sampled_from([(1, 1), (3, 4), (5, 5)]), st.sampled_from([2, 4]), st.integers(0, 2**32 - 1)
 )

@@ -202,7 +202,7 @@ def test_plots_show_values_and_cut_curves_at_the_frame():
     assert len(list(tree.iter("svg"))) == 2  # the page and, in it, the frame that cuts
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.floats(1e-4, 1e4), st.floats(1.001, 1e4), st.booleans())
 def test_ticks_lie_inside_and_are_not_too_many(low, ratio, log):
     ticks = _ticks(low, low * ratio, log)

@@ -63,7 +63,7 @@ def encode(path, codec, layout, planes, count=1, colour_range=0, rotation=0, opt
     return path
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     width=st.integers(1, 70),
     height=st.integers(1, 70),

@@ -1,8 +1,8 @@
 """The entropy model's networks: hyper-latent, spatial prior's masks, factorised prior.
 
 All of it runs in float32 (see `nvc_jax.nn.blocks`), because its output decides which integer
-probability table the coder uses. Source: DCVC-RT (arXiv 2502.20762); the hyperprior idea is
-Ballé et al. 2018 (arXiv 1802.01436).
+probability table the coder uses, unless a model has integer scales (`nvc_jax.nn.integer`). Source:
+DCVC-RT (arXiv 2502.20762); the hyperprior idea is Ballé et al. 2018 (arXiv 1802.01436).
 """
 
 from collections.abc import Callable

@@ -87,7 +87,6 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     if not config.stages:
         raise NvcError("config.stages is empty: there is nothing to train")
     model = registry.build(config.model.name, config.model.size, config.model.dtype)
-    names = sorted(jax.eval_shape(lambda: registry.init(model, jax.random.key(0))))
     for number, stage in enumerate(config.stages):
         where = f"config.stages[{number}]"
         if missing := sorted(STAGE_FIELDS - set(stage)):
@@ -99,10 +98,13 @@ def check_config(config: ml_collections.ConfigDict) -> None:
                 raise NvcError(f"{where}.{name} is {stage[name]}; it must be above 0")
         if stage.crop % 16:
             raise NvcError(f"{where}.crop is {stage.crop}; it must be a multiple of 16")
-        if unknown := sorted(set(stage.get("trainable", ())) - set(names)):
-            raise NvcError(
-                f"{where}.trainable names {unknown[0]}; the model consists of {', '.join(names)}"
-            )
+        if stage.get("trainable"):
+            names = sorted(jax.eval_shape(lambda: registry.init(model, jax.random.key(0))))
+            if unknown := sorted(set(stage.trainable) - set(names)):
+                raise NvcError(
+                    f"{where}.trainable names {unknown[0]}; the model consists of "
+                    f"{', '.join(names)}"
+                )
         if stage.get("exact", False) and not registry.has_scale_head(model):
             raise NvcError(f"{where}.exact needs a model with a scale head")
         _check_penalty(stage.get("penalty"), f"{where}.penalty")
