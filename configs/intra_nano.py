@@ -19,10 +19,8 @@ def stage(steps, units, walk, batch, crop, lr, end_lr, **special):
     return ConfigDict(common | special)
 
 
-# Rates come from integer scales, and nothing but the network behind them learns.
-SCALE_HEAD = dict(exact=True, trainable=("scale_head",))
-# All networks learn, under integer scales and under float ones, so that every mode stays good.
-BOTH_SCALES = dict(exact=True, float_share=0.5)
+# Rates of rounded symbols under integer scales, and nothing but the network behind them learns.
+SCALE_HEAD = dict(exact=True, trainable=("scale_head",), noise=False)
 
 
 def get_config():
@@ -36,10 +34,20 @@ def get_config():
         stage(steps=4_000, units=1, walk=1, batch=8, crop=128, lr=1e-3, end_lr=1e-5),
         # A warm restart: the shipped weights went on from there.
         stage(steps=6_000, units=1, walk=1, batch=8, crop=128, lr=8e-4, end_lr=1e-5),
-        # The exact mode: first the integer scales alone, then everything together.
-        stage(steps=3_000, units=1, walk=1, batch=8, crop=128, lr=3e-3, end_lr=5e-4, **SCALE_HEAD),
-        stage(steps=4_000, units=1, walk=1, batch=8, crop=128, lr=3e-4, end_lr=1e-5, **BOTH_SCALES),
-    )
+        # The exact mode.
+        stage(
+            steps=6_000, units=1, walk=1, batch=8, crop=128, lr=3e-3, end_lr=2e-5,
+            **SCALE_HEAD, rate_balance=0.8,
+        ),
+        stage(
+            steps=3_000, units=1, walk=1, batch=8, crop=128, lr=5e-4, end_lr=1e-5,
+            **SCALE_HEAD, rate_balance=0.45,
+        ),
+        stage(
+            steps=4_000, units=1, walk=1, batch=8, crop=128, lr=1e-3, end_lr=1e-5,
+            **SCALE_HEAD, rate_balance=0.6,
+        ),
+    )  # fmt: skip
     c.warmup_steps = 200
     c.clip_norm = 1.0
     c.weight_decay = 1e-4

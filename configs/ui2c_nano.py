@@ -19,7 +19,8 @@ def stage(steps, units, walk, batch, crop, lr, end_lr, **special):
     return ConfigDict(common | special)
 
 
-# Rates come from integer scales, and nothing but the network behind them learns.
+# Rates come from integer scales, and nothing but the network behind them learns. It does so best
+# from rounded symbols: noise hides how small the scales of low rates are.
 SCALE_HEAD = dict(exact=True, trainable=("scale_head",))
 # All networks learn, under integer scales and under float ones, so that every mode stays good.
 BOTH_SCALES = dict(exact=True, float_share=0.5)
@@ -40,10 +41,22 @@ def get_config():
         # A warm restart of the two stages above: the shipped weights went on from there.
         stage(steps=16_000, units=2, walk=8, batch=4, crop=128, lr=5e-4, end_lr=1e-4),
         stage(steps=2_500, units=3, walk=5, batch=4, crop=128, lr=1e-4, end_lr=1e-5),
-        # The exact mode: first the integer scales alone, then everything together.
+        # The exact mode: the integer scales alone, everything together, the scales alone again.
         stage(steps=5_000, units=2, walk=8, batch=4, crop=128, lr=3e-3, end_lr=5e-4, **SCALE_HEAD),
         stage(steps=6_000, units=2, walk=8, batch=4, crop=128, lr=3e-4, end_lr=1e-5, **BOTH_SCALES),
-    )
+        stage(
+            steps=8_000, units=2, walk=8, batch=4, crop=128, lr=1.5e-3, end_lr=2e-5,
+            **SCALE_HEAD, noise=False, rate_balance=0.8,
+        ),
+        stage(
+            steps=8_000, units=2, walk=8, batch=4, crop=128, lr=1e-3, end_lr=1e-5,
+            **SCALE_HEAD, noise=False, rate_balance=1.0,
+        ),
+        stage(
+            steps=6_000, units=2, walk=8, batch=4, crop=128, lr=1e-3, end_lr=1e-5,
+            **SCALE_HEAD, noise=False, rate_balance=0.9,
+        ),
+    )  # fmt: skip
     c.warmup_steps = 200
     c.clip_norm = 1.0
     c.weight_decay = 1e-4

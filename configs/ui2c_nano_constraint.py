@@ -25,11 +25,11 @@ def get_config():
     c.transform_start = False
     # Per pixel, and with a density as narrow as the band in which it acts; the printed values,
     # delta 1 and beta 1 on the sum over all elements, are nearly flat and depend on picture size.
-    penalty = ConfigDict(dict(variant="gaussian", eta=0.3, delta=0.1, beta=3e-4))
+    penalty = ConfigDict(dict(variant="gaussian", eta=0.3, delta=0.1, beta=1e-3))
     c.stages = (
         ConfigDict(
             dict(
-                steps=3_000, units=2, walk=8, batch=4, crop=128, lr=1e-4, end_lr=1e-6,
+                steps=2_000, units=2, walk=8, batch=4, crop=128, lr=1e-4, end_lr=1e-6,
                 trainable=ENTROPY_MODEL, penalty=penalty,
             )
         ),

@@ -122,6 +122,12 @@ def test_what_is_written_as_json(clip, nvc):
     for unit in encoded["units"]:
         assert 0 < unit["bytes"] - unit["payload_bytes"] <= cli.UNIT_BYTES
         assert unit["ideal_bits"] / 8 - 1 < unit["payload_bytes"] < unit["ideal_bits"] / 8 + 4
+        assert unit["listed_elements"] == 0
+    assert encoded["entropy_mode"] == "exact" and 0 < encoded["skipped_share"] < 1
+    nvc("encode", clip, "b.nvc", "--qp", 40, "--calibration", "2^-5", "--json", "c.json")
+    calibrated = json.loads(Path("c.json").read_text())
+    assert calibrated["entropy_mode"] == "calibrated"
+    assert sum(u["listed_elements"] for u in calibrated["units"]) > 0
     assert decoded["frames"] == FRAMES
     assert [u["frames"] for u in decoded["units"]] == [[0, 1], [2, 3], [4]]
     assert all(u["checksum_ok"] for u in decoded["units"])

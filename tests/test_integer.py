@@ -83,7 +83,7 @@ def code(symbols):
 
 
 def block(x, layers):
-    y = silu(narrow(depthwise(x, layers["depthwise"])))
+    y = silu(narrow(depthwise(x, layers["depthwise"])) if "depthwise" in layers else x)
     return narrow(x + narrow(dense(y, layers["dense"])))
 
 

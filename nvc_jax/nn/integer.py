@@ -192,14 +192,16 @@ class IntegerDepthwise(_Layer):
 
 
 class IntegerBlock(nn.Module):
-    """x + dense(activation(depthwise(x))), saturated."""
+    """x + dense(activation(depthwise(x))), saturated; without the convolution if not `spatial`."""
 
     activation: Lookup
+    spatial: bool = True
 
     @nn.compact
     def __call__(self, x):
-        features = x.shape[-1]
-        y = saturate(IntegerDepthwise(features, name="depthwise")(x))
+        features, y = x.shape[-1], x
+        if self.spatial:
+            y = saturate(IntegerDepthwise(features, name="depthwise")(x))
         y = saturate(IntegerDense(features, name="dense")(self.activation(y)))
         return saturate(_wide(x) + _wide(y))
 
@@ -232,7 +234,8 @@ class ScaleHead(nn.Module):
         self.code = Lookup(symbol_code)
         self.activation = Lookup(activation)
         self.hyper = IntegerDense(self.width)
-        self.hyper_block = IntegerBlock(self.activation)
+        # Not spatial: in training crops, nearly every element of a hyper-latent lies at the border.
+        self.hyper_block = IntegerBlock(self.activation, spatial=False)
         self.up = IntegerDense(16 * self.width)
         self.quality = IntegerDense(self.width)
         self.digest = [IntegerDense(self.width) for _ in range(self.references)]
