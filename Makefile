@@ -29,7 +29,7 @@ demo: env
 	$(BIN)/python eval.py --config=configs/demo.py --workdir=$(OUT) $(if $(FRAMES),--config.frames=$(FRAMES))
 
 test: env
-	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: env
 	$(BIN)/ruff check .

@@ -287,7 +287,7 @@ def test_damaged_payloads_are_noticed(unit_codec, tmp_path, seed):
 def test_malformed_payloads_are_not_blamed_on_the_machine(prepared, tmp_path):
     exact, listed = (prepared("ui2c", WIDTH, HEIGHT, mode) for mode in (EXACT, CALIBRATED))
     for unit_codec, payload, reason in (
-        (exact, b"", "trailer"),
+        (exact, b"\xff" * 9, "damaged"),
         (exact, bytes(7000), "larger than any"),
         (listed, b"", "the data ends"),
         (listed, varint(4000) + b"\xff" * 4000, "list of calibrated elements"),
