@@ -829,6 +829,17 @@ def test_rates_without_noise_are_those_of_the_symbols(one_step):
     assert noisy["bpp_y"] != pytest.approx(rounded["bpp_y"], rel=1e-3)
 
 
+def test_detached_rates(one_step):
+    *_, noisy = one_step(exact=True)
+    *_, rounded = one_step(exact=True, noise=False)
+    before, after, detached = one_step(exact=True, detached=True)
+    assert detached["bpp_y"] == pytest.approx(rounded["bpp_y"], rel=1e-5)
+    assert detached["bpp_y_float"] == pytest.approx(noisy["bpp_y_float"], rel=1e-5)
+    assert detached["bpp_z"] == pytest.approx(noisy["bpp_z"], rel=1e-5)
+    assert detached["loss"] > noisy["loss"]
+    assert learnt(before, after) == set(before.params)
+
+
 # The constraint on scales
 
 
@@ -879,6 +890,8 @@ def test_the_constraint_is_part_of_the_loss(one_step):
         (dict(penalty=(("variant", "hinge"),)), "beta"),
         (dict(penalty=tuple((PENALTY | {"variant": "square"}).items())), "square"),
         (dict(exakt=True), "exakt"),
+        (dict(detached=True), "detached"),
+        (dict(exact=True, detached=True, noise=False), "detached"),
     ],
 )
 def test_stages_that_cannot_be_meant_are_refused(one_step, special, complaint):

@@ -46,6 +46,7 @@ class Estimate:
         self,
         noise_key: jax.Array | None = None,
         exact: bool = False,
+        detached: bool = False,
         penalty: Callable[[jax.Array], jax.Array] | None = None,
     ):
         """
@@ -53,10 +54,12 @@ class Estimate:
           noise_key: additive uniform noise replaces rounding in the rate. It has gradients that
             are right on average, but overestimates low rates: scales are never seen to be small.
           exact: scales come from the integer scale head.
+          detached: "y" counts the symbols, noise or not, and has no gradients with respect to them:
+            the scale head learns from what it will code, the latent from "y_float".
           penalty: of a float scale, elementwise, see `nvc_jax.training.losses`; `self.penalty`
             adds it up, float32 [batch].
         """
-        self._key, self.exact, self._penalty = noise_key, exact, penalty
+        self._key, self.exact, self._detached, self._penalty = noise_key, exact, detached, penalty
         self.bits = {"z": 0.0, "y": 0.0, "y_float": 0.0}
         self.sizes, self.penalty = [], 0.0
 
@@ -84,7 +87,8 @@ class Estimate:
 
     def _latent(self, residual, used, scale):
         stand_in = self._stand_in(residual)
-        self.bits["y"] += likelihood.gaussian_bits(stand_in, used).sum((1, 2, 3))
+        coded = lax.stop_gradient(jnp.round(residual)) if self._detached else stand_in
+        self.bits["y"] += likelihood.gaussian_bits(coded, used).sum((1, 2, 3))
         self.bits["y_float"] += likelihood.gaussian_bits(stand_in, scale).sum((1, 2, 3))
         if self._penalty is not None:
             self.penalty += self._penalty(scale).sum((1, 2, 3))

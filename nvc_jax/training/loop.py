@@ -38,7 +38,15 @@ FIELDS = {
 }  # fmt: skip
 STAGE_FIELDS = {"steps", "units", "walk", "batch", "crop", "lr", "end_lr"}
 # See `nvc_jax.training.step.make_train_step`.
-SPECIAL_FIELDS = {"trainable", "exact", "noise", "float_share", "rate_balance", "penalty"}
+SPECIAL_FIELDS = {
+    "trainable",
+    "exact",
+    "noise",
+    "float_share",
+    "detached",
+    "rate_balance",
+    "penalty",
+}
 PENALTY_FIELDS = {"variant", "eta", "delta", "beta"}
 
 
@@ -107,6 +115,10 @@ def check_config(config: ml_collections.ConfigDict) -> None:
                 )
         if stage.get("exact", False) and not registry.has_scale_head(model):
             raise NvcError(f"{where}.exact needs a model with a scale head")
+        if stage.get("detached", False) and not (
+            stage.get("exact", False) and stage.get("noise", True)
+        ):
+            raise NvcError(f"{where}.detached needs `exact`, and noise")
         _check_penalty(stage.get("penalty"), f"{where}.penalty")
 
 

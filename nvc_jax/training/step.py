@@ -129,6 +129,7 @@ def unroll(
     first_refs: tuple,
     key: jax.Array | None,
     exact: bool = False,
+    detached: bool = False,
     penalty: Callable | None = None,
 ) -> Unrolled:
     """Codes a clip as the codec would and adds up rate and distortion.
@@ -138,7 +139,7 @@ def unroll(
     Args:
       first_refs: references of the first unit; () for intra codecs.
       key: of the noise that stands for rounding in the rate; None to round.
-      exact, penalty: see `nvc_jax.entropy.bottleneck.Estimate`.
+      exact, detached, penalty: see `nvc_jax.entropy.bottleneck.Estimate`.
     """
     _, count, height, width, _ = clip.frames.shape
     per_unit = model.frames_per_unit
@@ -154,7 +155,7 @@ def unroll(
         noise_key = None
         if key is not None:
             key, noise_key = jax.random.split(key)
-        bottleneck = Estimate(noise_key, exact, penalty)
+        bottleneck = Estimate(noise_key, exact, detached, penalty)
         recon, refs = model.apply({"params": params}, frames, refs, qp, bottleneck)
         bits = jax.tree.map(jnp.add, bits, bottleneck.bits)
         penalties += bottleneck.penalty
@@ -188,6 +189,8 @@ def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Call
       rate_balance: in place of the config's;
       float_share: of the latent's rate that is taken from float scales all the same, so that a
         codec that learns under integer scales stays good in the other modes (default: 0);
+      detached: bool, the scale head learns from rounded symbols, and everything from the rate under
+        float scales, which is added in full (for `exact`, with noise);
       penalty: of scales, see `nvc_jax.training.losses.scale_penalty`.
     """
     codec = registry.entry(config.model.name)
@@ -196,13 +199,16 @@ def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Call
     def loss_fn(params, clip, refs, key, stage):
         params = {k: p if learns(k, stage) else lax.stop_gradient(p) for k, p in params.items()}
         penalty = losses.scale_penalty(stage.penalty) if stage.get("penalty") else None
-        exact = stage.get("exact", False)
+        detached = stage.get("detached", False)
         bpp, distortion, recon, refs, penalties = unroll(
-            model, params, clip, refs, key if stage.get("noise", True) else None, exact, penalty
-        )
+            model, params, clip, refs,
+            key=key if stage.get("noise", True) else None,
+            exact=stage.get("exact", False), detached=detached, penalty=penalty,
+        )  # fmt: skip
         lam = losses.lambda_of_qp(clip.qp, codec.content)
         share = stage.get("float_share", 0.0)
-        rate = bpp["z"] + (1 - share) * bpp["y"] + share * bpp["y_float"]
+        shares = (1, 1) if detached else (1 - share, share)
+        rate = bpp["z"] + shares[0] * bpp["y"] + shares[1] * bpp["y_float"]
         # Rates span two orders of magnitude over qp. Without a weight the high ones would drown
         # the low ones; lambda^-balance brings the terms to one scale (0: the published loss).
         terms = lam * distortion + rate
