@@ -1,0 +1,165 @@
+"""Grain pipelines: from clips to batches.
+
+A batch is a pure function of (seed, step): whoever resumes at step n, on however many processes,
+gets the batches that would have come. Nothing about the data needs to be saved but n.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import flags
+
+from nvc_jax.data.clips import Clip, ClipSet
+from nvc_jax.data.crops import cut_out
+from nvc_jax.errors import NvcError
+
+QP_COUNT = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Clips to draw from.
+
+    Attributes:
+      records: random access to `Clip`s.
+      weight: share of the samples, relative to the other sources' weights.
+    """
+
+    records: Sequence[Clip]
+    weight: float
+
+
+class Weighted(Sequence):
+    """Clips in memory, each as often as it is long and large: in fourths of the smallest one."""
+
+    def __init__(self, clips: Sequence[Clip]):
+        pixels = np.array([clip.y.size for clip in clips])
+        self._clips, self._ends = clips, np.cumsum(4 * pixels // pixels.min())
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Clip:
+        return self._clips[np.searchsorted(self._ends, index, side="right")]
+
+
+class Stored(Sequence):
+    """The clips of a data set that `nvc_jax.data.build` wrote."""
+
+    def __init__(self, folder: str, split: str):
+        try:
+            builder = tfds.builder_from_directory(folder)
+            self._source = builder.as_data_source(split)
+        except Exception as e:  # TFDS raises whatever its parts raise
+            reason = str(e).strip().splitlines() or [type(e).__name__]
+            raise NvcError(
+                f"{folder}: no data set with a split {split!r} can be read there ({reason[0]}); "
+                "python -m nvc_jax.data.build makes data sets"
+            ) from None
+        if set(Clip._fields) - set(builder.info.features):
+            raise NvcError(f"{folder}: a data set, but not one of clips")
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Clip:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        record = self._source[int(index)]
+        return Clip(*(record[name] for name in Clip._fields))
+
+
+def memory_sources(clips: ClipSet, image_share: float) -> list[Source]:
+    """Videos by their pixels and frames, images all alike."""
+    result = []
+    if clips.videos:
+        result.append(Source(Weighted(clips.videos), 1 - image_share if clips.images else 1.0))
+    if clips.images:
+        result.append(Source(clips.images, image_share if clips.videos else 1.0))
+    return [source for source in result if source.weight > 0]
+
+
+def batches(
+    sources: Sequence[Source],
+    *,
+    seed: int,
+    batch: int,
+    frames: int,
+    crop: int,
+    cut_share: float = 0.05,
+    process: int = 0,
+    processes: int = 1,
+) -> grain.MapDataset:
+    """Batches without end, of which this process computes its part only.
+
+    Every clip is drawn once before any is drawn again. What a sample consists of does not depend on
+    the number of processes: their parts, one after the other, are the batch that one would make.
+
+    Args:
+      batch: samples, of all processes together.
+      frames, crop: shape of a sample.
+      cut_share: of samples whose first picture comes from elsewhere, as after a hard scene cut.
+
+    Returns:
+      {"frames": uint8 [batch / processes, frames, crop, crop, 3], Y U V at 4:4:4, chroma repeated,
+       "qp": int32 [batch / processes], 0..63, "phase": the same, 0, 2, 4 or 6}.
+
+    Raises:
+      NvcError: sizes that cannot be, or no clip to draw from.
+    """
+    if min(batch, frames, crop) < 1 or crop % 2:
+        raise NvcError(
+            f"batch {batch}, frames {frames}, crop {crop}: all must be positive and the crop even"
+        )
+    if batch % processes:
+        raise NvcError(f"a batch of {batch} cannot be shared by {processes} processes")
+    if not sources or not all(len(source.records) for source in sources):
+        raise NvcError("there is no clip to draw from")
+    shares = np.array([source.weight for source in sources], float)
+    shares /= shares.sum()
+    parts = [
+        grain.MapDataset.source(source.records).seed(seed + number).shuffle().repeat()
+        for number, source in enumerate(sources)
+    ]
+    mixed = grain.MapDataset.mix(parts, shares) if len(parts) > 1 else parts[0]
+    draw = partial(
+        _sample, records=[s.records for s in sources], shares=shares, frames=frames, crop=crop,
+        cut_share=cut_share,
+    )  # fmt: skip
+    samples = mixed.seed(seed).random_map(draw)
+    # Before the slice, so that a sample's random numbers follow from its place in the whole.
+    return samples.batch(batch // processes).slice(slice(process, None, processes))
+
+
+def _sample(clip: Clip, rng: np.random.Generator, records, shares, frames, crop, cut_share) -> dict:
+    picture = np.empty((frames, crop, crop, 3), np.uint8)
+    cut_out(clip, picture, rng)
+    if rng.random() < cut_share:
+        other = records[rng.choice(len(records), p=shares)]
+        cut_out(other[int(rng.integers(len(other)))], picture[:1], rng)
+    return {
+        "frames": picture,
+        "qp": rng.integers(QP_COUNT, dtype=np.int32),
+        "phase": 2 * rng.integers(4, dtype=np.int32),
+    }
+
+
+def iterate(batches: grain.MapDataset, start: int, workers: int = 0) -> Iterator[dict]:
+    """The batches from number `start` on, made ahead of time.
+
+    workers: processes that make them; 0 for threads of this one.
+    """
+    rest = batches.slice(slice(start, None))
+    if not workers:
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        return iter(rest.to_iter_dataset(options))
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain's workers ask for flags even outside of absl programs
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    return iter(rest.to_iter_dataset(threads).mp_prefetch(options))
