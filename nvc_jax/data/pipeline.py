@@ -7,7 +7,6 @@ gets the batches that would have come. Nothing about the data needs to be saved 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import grain
 import numpy as np
