@@ -23,7 +23,7 @@ def thumbnail(luma: np.ndarray) -> np.ndarray:
 
 
 def with_cuts(pictures: Iterable[Planes]) -> Iterator[tuple[Planes, bool]]:
-    """Pairs every picture with whether a new shot starts with it (the first one has no such mark)."""
+    """Yields every picture, and whether a new shot starts with it (not for the first one)."""
     history: deque[float] = deque(maxlen=HISTORY)
     before = None
     for picture in pictures:
