@@ -404,11 +404,13 @@ def models(args: argparse.Namespace) -> None:
 
 
 def release(args: argparse.Namespace) -> None:
-    from nvc_jax.training import loop
+    from nvc_jax.training import checkpoints
 
     tables = {"levels": args.levels, "scale_range": args.scales, "skip_scale": args.skip_scale}
     tables = {name: value for name, value in tables.items() if value is not None}
-    path = loop.release(args.config, args.workdir, args.output, middle=not args.lower_end, **tables)
+    path = checkpoints.release(
+        args.config, args.workdir, args.output, middle=not args.lower_end, **tables
+    )
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 

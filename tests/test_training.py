@@ -4,6 +4,7 @@ Compiling takes nearly all of the time. So the loop is tested with a codec of a 
 share their shapes and learning rates where they can, and compilers are told to make little effort.
 """
 
+import dataclasses
 import functools
 import json
 import resource
@@ -11,10 +12,9 @@ import runpy
 import signal
 import subprocess
 import sys
-from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from conftest import SIZES, assert_same_pictures, random_parameters
 from flax import traverse_util
@@ -31,13 +30,13 @@ from PIL import Image
 
 from nvc_jax import cli, codec
 from nvc_jax.benchmarks.codec import moving_texture
-from nvc_jax.data import clips as clip_data
+from nvc_jax.data import pipeline
 from nvc_jax.errors import NvcError
 from nvc_jax.models import registry, released
 from nvc_jax.models.registry import Ref
 from nvc_jax.nn.blocks import Pointwise, depth_to_space, space_to_depth
 from nvc_jax.nn.hyperprior import FactorizedPrior
-from nvc_jax.training import loop, losses, references
+from nvc_jax.training import checkpoints, loop, losses, parallel, references, stages
 from nvc_jax.training import step as training
 from nvc_jax.training.transform_start import transform_start
 from nvc_jax.video import VideoInfo, write_video
@@ -59,6 +58,7 @@ class Toy(nn.Module):
     dtype: Any = jnp.float32
 
     frames_per_unit = 2
+    references = 1
     qp_rows = 72
 
     def setup(self):
@@ -107,7 +107,8 @@ class Toy(nn.Module):
         return recon, (Ref(feature=feature),)
 
 
-TOY = registry.Entry(Toy, ToyConfig, {"small": ToyConfig()}, "two_frame", "video")
+UI2C = registry.entry("ui2c")
+TOY = UI2C._replace(module=Toy, config=ToyConfig, sizes={"small": ToyConfig()})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -138,10 +139,9 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def stage(steps, units=1, walk=1, batch=2, crop=16, lr=1e-3, end_lr=1e-4):
-    return ConfigDict(
-        dict(steps=steps, units=units, walk=walk, batch=batch, crop=crop, lr=lr, end_lr=end_lr)
-    )
+def stage(steps, units=1, walk=1, batch=2, crop=16, lr=1e-3, end_lr=1e-4, **special):
+    common = dict(steps=steps, units=units, walk=walk, batch=batch, crop=crop, lr=lr, end_lr=end_lr)
+    return ConfigDict(common | special)
 
 
 SIX_STEPS = stage(6)
@@ -302,15 +302,17 @@ def test_a_signal_in_the_last_step_changes_nothing(folder, tmp_path, monkeypatch
 
 def spoil(monkeypatch, bad):
     """Makes the batches of some steps of a stage not numbers."""
-    host_batch = loop.host_batch
+    host_clips = loop.host_clips
 
-    def spoiled(config, number, per_unit, clips, step):
-        clip, carried = host_batch(config, number, per_unit, clips, step)
-        if bad(step):
-            clip = clip._replace(frames=np.full_like(clip.frames, np.nan))
-        return clip, carried
+    def spoiled(sources, stage, model, step, **options):
+        for number, (clip, carried) in enumerate(
+            host_clips(sources, stage, model, step, **options), step
+        ):
+            if bad(number):
+                clip = clip._replace(frames=np.full(clip.frames.shape, np.nan, np.float32))
+            yield clip, carried
 
-    monkeypatch.setattr(loop, "host_batch", spoiled)
+    monkeypatch.setattr(loop, "host_clips", spoiled)
 
 
 def test_steps_without_finite_gradients_are_skipped_and_counted(folder, tmp_path, monkeypatch):
@@ -351,14 +353,25 @@ def test_too_many_steps_without_finite_gradients_end_the_run(folder, tmp_path, m
     assert (int(state.step), int(state.skipped), int(state.skipped_in_row)) == (6, 2, 0)
 
 
+def first_clip(config) -> training.Clip:
+    """What the first step of a config trains with."""
+    (only,) = stages.read(stages.complete(config))
+    sources = pipeline.open_sets(only.data)
+    model = registry.build(config.model.name, config.model.size)
+    return next(loop.host_clips(sources, only, model, 0, seed=0))[0]
+
+
 def test_a_skipped_step_changes_nothing_but_the_counters(folder):
     config = config_of(folder, SIX_STEPS)
     model = registry.build("toy", "small")
-    before = training.init_state(model, config, config.stages[0])
-    step = jax.jit(training.make_train_step(model, config), static_argnums=2)
-    clip, _ = loop.host_batch(config, 0, 2, clip_data.load_clips(folder), 0)
+    (only,) = stages.read(stages.complete(config))
+    before = training.init_state(TOY, model, only, seed=3)
+    step = training.make_train_step(TOY, model, only, 0, seed=3, warmup_steps=2)
+    step = jax.jit(step, static_argnums=2)
+    clip = first_clip(config)
     good, _ = step(before, clip, False)
-    after, _ = step(good, clip._replace(frames=np.full_like(clip.frames, np.inf)), False)
+    bad = clip._replace(frames=np.full(clip.frames.shape, np.inf, np.float32))
+    after, _ = step(good, bad, False)
     for name in ("params", "opt_state", "average"):
         assert_same_state(getattr(after, name), getattr(good, name))
     assert (int(after.step), int(after.skipped), int(after.skipped_in_row)) == (2, 1, 1)
@@ -373,19 +386,19 @@ def test_a_skipped_step_changes_nothing_but_the_counters(folder):
 
 
 def test_learning_rate_warms_up_and_falls_through_the_stages():
-    config = config_of("", stage(10, lr=1.0, end_lr=0.5), stage(10, lr=0.5, end_lr=0.0))
-    config.clip_norm, config.weight_decay, config.warmup_steps = 1e9, 0.0, 4
-    optimizer = training.make_optimizer(config)
-    params = jnp.zeros(())
-    state, rates = optimizer.init(params), []
-    for _ in range(20):  # with a constant gradient, Adam's steps are the learning rate
-        updates, state = optimizer.update(jnp.ones(()), state, params)
-        rates.append(-float(updates))
-    cosine = 0.5 + 0.25 * (1 + np.cos(np.pi * np.arange(10) / 10))
-    np.testing.assert_allclose(
-        rates[:10], cosine * np.minimum(1, (np.arange(10) + 1) / 4), rtol=1e-3
+    first, second = stages.read(
+        stages.complete(config_of("", stage(10, lr=1.0, end_lr=0.5), stage(10, lr=0.5, end_lr=0.0)))
     )
-    np.testing.assert_allclose(rates[10:], 2 * (cosine - 0.5) * 0.5, rtol=1e-3, atol=1e-6)
+    cosine = 0.5 + 0.25 * (1 + np.cos(np.pi * np.arange(11) / 10))
+    steps = np.arange(20)
+    rates = training.learning_rate(first, 0, 4)(steps[:10])
+    np.testing.assert_allclose(rates, cosine[:10] * np.minimum(1, (steps[:10] + 1) / 4), rtol=1e-3)
+    rates = training.learning_rate(second, 10, 4)(steps[10:])
+    np.testing.assert_allclose(rates, cosine[:10] - 0.5, rtol=1e-3, atol=1e-6)
+    linear = dataclasses.replace(first, schedule="linear")
+    np.testing.assert_allclose(training.learning_rate(linear, 0, 1)(5), 0.75)
+    constant = dataclasses.replace(first, schedule="constant")
+    np.testing.assert_allclose(training.learning_rate(constant, 0, 1)(9), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +413,19 @@ def test_learning_rate_warms_up_and_falls_through_the_stages():
         ),
         ({"stages": (stage(2), stage(2, crop=24))}, r"stages\[1\].crop is 24"),
         ({"stages": (stage(2, batch=0),)}, r"stages\[0\].batch is 0"),
-        ({"stages": (ConfigDict(dict(steps=2)),)}, r"stages\[0\].batch is missing"),
+        ({"stages": (ConfigDict(dict(steps=2)),)}, r"stages\[0\]: missing .*'batch'"),
+        ({"stages": (stage(2, batch=4, accumulate=3),)}, "it must divide the batch"),
+        ({"stages": (stage(2, schedule="step"),)}, "give 'cosine', 'linear'"),
+        ({"stages": (stage(2, references={"black": 1.0}),)}, "'black' is none of 'blank'"),
+        ({"stages": (stage(2, references={"blank": 0.0}),)}, "one must be above"),
+        ({"stages": (stage(2, lr_scale=(("hyperr", 0.1),)),)}, "lr_scale names hyperr"),
+        ({"stages": (stage(2, teacher={"weights": "previous"}),)}, "teacher needs"),
+        ({"stages": (stage(2, teacher={"weight": "a", "recon": 1}),)}, "teacher.weight is nothing"),
+        ({"mesh": ConfigDict(dict(space=3))}, "must divide the 1 devices"),
+        ({"colour": 1}, "config.colour is nothing"),
+        ({"data": ConfigDict(dict(sets=()))}, "sets is empty"),
+        ({"data": ConfigDict(dict(sets=(dict(path="/missing"),)))}, "/missing: no data set"),
+        ({"data": ConfigDict(dict(image_share=0.5))}, "must have `folder`, or `sets`"),
         ({"stages": ()}, "stages is empty"),
         ({"init_from": "missing.safetensors"}, "no model"),
         ({"transform_start": True}, "transform_start"),
@@ -439,46 +464,58 @@ def test_a_workdir_of_another_model_is_refused(folder, tmp_path):
 # Data
 
 
-def test_batches_are_pure_and_walk_through_their_clips(folder):
-    config = config_of(folder, stage(9, units=2, walk=3, batch=4))
-    clips = clip_data.load_clips(folder)
-    batches = [loop.host_batch(config, 0, 2, clips, step) for step in range(6)]
-    for step, (clip, carried) in enumerate(batches):
-        again, _ = loop.host_batch(config, 0, 2, clips, step)
-        for a, b in zip(clip, again, strict=True):
-            np.testing.assert_array_equal(a, b)
+def clips_of(folder, stage_config, start=0):
+    (only,) = stages.read(stages.complete(config_of(folder, stage_config)))
+    model = registry.build("toy", "small")
+    return loop.host_clips(pipeline.open_sets(only.data), only, model, start, seed=7)
+
+
+def test_steps_walk_through_their_clips(folder):
+    walking = stage(9, units=2, walk=3, batch=4)
+    steps = list(islice(clips_of(folder, walking), 7))
+    for start in (1, 3, 5):  # as after resuming
+        for (clip, carried), (again, too) in zip(
+            steps[start:], clips_of(folder, walking, start), strict=False
+        ):
+            assert carried == too
+            for a, b in zip(clip, again, strict=True):
+                np.testing.assert_array_equal(a, b)
+    for step, (clip, carried) in enumerate(steps):
         assert carried == (step % 3 > 0)
         assert clip.frames.shape == (4, 4, 16, 16, 3) and clip.reference.shape == (4, 16, 16, 3)
-        assert clip.frames.min() >= 0 and clip.frames.max() <= 1
         assert set(clip.phase % 2) == {0}
-    for (before, _), (clip, carried) in pairwise(batches):
+    for (before, _), (clip, carried) in pairwise(steps):
         if carried:
             np.testing.assert_array_equal(clip.reference, before.frames[:, -1])
             np.testing.assert_array_equal(clip.qp, before.qp)
-            np.testing.assert_array_equal(clip.phase, (before.phase + 4) % 8)
-    assert (batches[0][0].frames != batches[3][0].frames).any()
+            np.testing.assert_array_equal(clip.phase, before.phase + 4)
+    assert (steps[0][0].frames != steps[3][0].frames).any()
 
 
-def test_every_quality_and_phase_is_drawn(folder):
-    config = config_of(folder, stage(1000, batch=8))
-    clips = clip_data.load_clips(folder)
-    drawn = [loop.host_batch(config, 0, 2, clips, step)[0] for step in range(150)]
-    assert set(np.concatenate([c.qp for c in drawn])) == set(range(64))
-    assert set(np.concatenate([c.phase for c in drawn])) == {0, 2, 4, 6}
-
-
-def test_references_are_blank_true_and_degraded_in_equal_shares():
-    count = 3000
-    frames = jax.random.uniform(jax.random.key(1), (count, 8, 8, 3))
-    mixed = np.asarray(jax.jit(references.mixed_reference)(jax.random.key(0), frames))
-    assert mixed.shape == frames.shape and np.isfinite(mixed).all()
-    blank = (mixed == references.BLANK).all((1, 2, 3))
-    true = (mixed == frames).all((1, 2, 3))
-    for share in (blank.mean(), true.mean(), (~blank & ~true).mean()):
-        assert abs(share - 1 / 3) < 0.03
-    degraded = ~blank & ~true
-    error = np.sqrt(((mixed - frames) ** 2).mean((1, 2, 3)))[degraded]
-    assert error.min() > 0 and error.max() < 0.5, "all stay recognisable"
+@pytest.mark.parametrize("coded", [0.0, 0.25])
+def test_first_references_are_drawn_by_their_shares(folder, coded):
+    shares = {"blank": 0.25, "true": 0.5 - coded, "degraded": 0.25, "coded": coded}
+    (only,) = stages.read(stages.complete(config_of(folder, stage(1, references=shares))))
+    model, count = registry.build("toy", "small"), 1200
+    params = registry.init(model, jax.random.key(0))
+    frames = jax.random.uniform(jax.random.key(1), (count, 16, 16, 3))
+    clip = training.Clip(frames, frames[:, None], *np.zeros((2, count), np.int32))
+    drawn = jax.jit(lambda key: training.first_refs(TOY, model, params, only, clip, key)[0].frame)(
+        jax.random.key(0)
+    )
+    drawn = np.asarray(drawn)
+    assert drawn.shape == frames.shape and np.isfinite(drawn).all()
+    blank = (drawn == references.BLANK).all((1, 2, 3))
+    true = (drawn == frames).all((1, 2, 3))
+    error = np.sqrt(((drawn - frames) ** 2).mean((1, 2, 3)))
+    own = training._coded(TOY, model, params, clip)
+    by_codec = (np.abs(drawn - own) < 1e-5).all((1, 2, 3))
+    rest = ~blank & ~true & ~by_codec
+    for share, wanted in zip(
+        (blank.mean(), true.mean(), rest.mean(), by_codec.mean()), shares.values(), strict=True
+    ):
+        assert abs(share - wanted) < 0.05
+    assert error[rest].min() > 0 and error[rest].max() < 0.5, "all stay recognisable"
 
 
 def test_degradations_keep_what_they_should():
@@ -555,7 +592,9 @@ class Recorder:
 def test_pairs_follow_the_pattern_of_qualities_and_weights():
     model, frames = Recorder(2), jnp.full((3, 8, 4, 4, 3), 0.5)
     clip = training.Clip(frames[:, 0], frames, jnp.array([0, 10, 63]), jnp.array([0, 2, 6]))
-    bpp, distortion, recon, refs = training.unroll(model, {}, clip, "first", jax.random.key(0))[:4]
+    bpp, distortion, recon, refs = training.unroll(
+        UI2C, model, {}, clip, "first", jax.random.key(0)
+    )[:4]
     offsets = np.array([0, 8, 0, 4, 0, 4, 0, 4])
     expected = np.stack(
         [q + np.roll(offsets, -p) for q, p in zip([0, 10, 63], [0, 2, 6], strict=True)]
@@ -575,7 +614,8 @@ def test_pairs_follow_the_pattern_of_qualities_and_weights():
 def test_pictures_alone_are_weighted_alike():
     model, frames = Recorder(1), jnp.full((2, 3, 4, 4, 3), 0.5)
     clip = training.Clip(frames[:, 0], frames, jnp.array([5, 60]), jnp.array([0, 3]))
-    _, distortion, recon, _, _ = training.unroll(model, {}, clip, (), jax.random.key(0))
+    intra = registry.entry("intra")
+    _, distortion, recon, _, _ = training.unroll(intra, model, {}, clip, (), jax.random.key(0))
     np.testing.assert_array_equal(np.concatenate(model.qps, 1), [[5] * 3, [60] * 3])
     single = losses.distortion(recon[0, 0], frames[0, 0])
     np.testing.assert_allclose(distortion, 3 * single, rtol=1e-5)
@@ -618,8 +658,10 @@ def test_a_run_becomes_a_model_that_codes(run, tmp_path, capsys):
         model = ConfigDict(dict(name="toy", size=size, dtype="float32"))
         config = config_of("", SIX_STEPS, model=model, init_from=str(path))
         module = registry.build("toy", size)
-        with closing(ocp.CheckpointManager(tmp_path / "another")) as manager:
-            return loop.resume(manager, module, config)
+        config = stages.complete(config)
+        with checkpoints.manager_of(tmp_path / "another") as manager:
+            run = stages.read(config)
+            return checkpoints.resume(manager, module, config, run, parallel.make_mesh())
 
     assert_same_state(start("small").params, model.variables["params"])
     assert_same_state(start("small").average, model.variables["params"])
@@ -641,7 +683,7 @@ def test_releasing_refuses(run, tmp_path):
         ),
     ):
         with pytest.raises(NvcError, match=complaint):
-            loop.release(str(arguments[0]), str(arguments[1]), str(arguments[2]))
+            checkpoints.release(str(arguments[0]), str(arguments[1]), str(arguments[2]))
     assert {p.name for p in tmp_path.iterdir()} == {"config.py", "run"}
 
 
@@ -675,10 +717,8 @@ def test_every_config_loads(file):
     assert file.name in (ROOT / "configs" / file.name).read_text(), "says how it is run"
     if "stages" in config:
         model = registry.build(config.model.name, config.model.size, config.model.dtype)
-        training.make_optimizer(config)
-        for s in config.stages:
-            assert s.crop % 16 == 0 and s.steps % s.walk == 0
-            assert model.frames_per_unit > 1 or s.walk == 1
+        for s in stages.read(stages.complete(config)):
+            assert s.steps % s.walk == 0 and (model.references or s.walk == 1)
 
 
 # The real codecs
@@ -754,9 +794,10 @@ def test_transform_start_passes_pictures_through(name, form):
 
 
 def test_scale_heads_are_released_only_after_their_stage():
-    stages = [ConfigDict(dict(steps=5)), ConfigDict(dict(steps=5, exact=True))]
-    config = ConfigDict(dict(stages=tuple(stages)))
-    assert [loop._head_has_learnt(config, step) for step in (5, 9, 10)] == [False, False, True]
+    model = dict(name="ui2c", size=SIZES["ui2c"], dtype="float32")
+    config = config_of("", stage(5), stage(5, exact=True), model=model)
+    run = stages.read(stages.complete(config))
+    assert [checkpoints._head_has_learnt(run, step) for step in (5, 9, 10)] == [False, False, True]
 
 
 def test_a_model_without_its_scale_head_is_calibrated(tmp_path):
@@ -780,13 +821,14 @@ def one_step():
     def run(**special):
         common = dict(steps=5, units=2, walk=1, batch=2, crop=32, lr=1e-3, end_lr=1e-3)
         if "penalty" in special:
-            special["penalty"] = ConfigDict(dict(special["penalty"]))
+            special["penalty"] = dict(special["penalty"])
         with config.unlocked():
             config.stages = (ConfigDict(common | special),)
-        loop.check_config(config)
-        state = training.init_state(model, config, config.stages[0])
+        (only,) = stages.read(stages.complete(config))
+        state = training.init_state(UI2C, model, only, seed=0)
         state = state.replace(params=random_parameters(model))
-        step = jax.jit(training.make_train_step(model, config), static_argnums=2)
+        step = training.make_train_step(UI2C, model, only, 0, seed=0, warmup_steps=1)
+        step = jax.jit(step, static_argnums=2)
         after, metrics = step(state, clip, False)
         return state, after, {name: float(v) for name, v in metrics.compute().items()}
 
@@ -897,8 +939,3 @@ def test_the_constraint_is_part_of_the_loss(one_step):
 def test_stages_that_cannot_be_meant_are_refused(one_step, special, complaint):
     with pytest.raises(NvcError, match=rf"config\.stages\[0\].*{complaint}"):
         one_step(**special)
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*nano*.py")), ids=lambda p: p.stem)
-def test_the_training_configs_can_be_meant(file):
-    loop.check_config(runpy.run_path(str(file))["get_config"]())

@@ -5,19 +5,24 @@ gets the batches that would have come. Nothing about the data needs to be saved 
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import flags
 
-from nvc_jax.data.clips import Clip, ClipSet
+from nvc_jax.data.clips import Clip, ClipSet, load_clips, stats
 from nvc_jax.data.crops import cut_out
 from nvc_jax.errors import NvcError
 
 QP_COUNT = 64
+EPOCHS = 1 << 24  # for ever, but lengths must stay below 2^63
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +78,31 @@ class Stored(Sequence):
         return Clip(*(record[name] for name in Clip._fields))
 
 
+def open_sets(data: Any) -> list[Source]:
+    """The clips that a config's data section names.
+
+    data: either `folder`, of videos and photographs that are decoded into memory, and
+      `image_share`, the photographs' share of the samples; or `sets`, a tuple of dicts with `path`
+      of a data set that `nvc_jax.data.build` wrote, `split` (default "train") and `weight`
+      (default 1).
+
+    Raises:
+      NvcError: no such folder or data set, or a section that says neither.
+    """
+    if "sets" in data:
+        if not data["sets"]:
+            raise NvcError("config.data.sets is empty: there is nothing to train on")
+        return [
+            Source(Stored(s["path"], s.get("split", "train")), s.get("weight", 1.0))
+            for s in data["sets"]
+        ]
+    if "folder" not in data:
+        raise NvcError("config.data must have `folder`, or `sets`; see nvc_jax.data.pipeline")
+    clips = load_clips(data["folder"])
+    log.info("training data: %s", stats(clips))
+    return memory_sources(clips, data.get("image_share", 0.25))
+
+
 def memory_sources(clips: ClipSet, image_share: float) -> list[Source]:
     """Videos by their pixels and frames, images all alike."""
     result = []
@@ -122,7 +152,7 @@ def batches(
     shares = np.array([source.weight for source in sources], float)
     shares /= shares.sum()
     parts = [
-        grain.MapDataset.source(source.records).seed(seed + number).shuffle().repeat()
+        grain.MapDataset.source(source.records).seed(seed + number).shuffle().repeat(EPOCHS)
         for number, source in enumerate(sources)
     ]
     mixed = grain.MapDataset.mix(parts, shares) if len(parts) > 1 else parts[0]

@@ -15,6 +15,7 @@ from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.errors import NvcError
 from nvc_jax.models import intra, ui2c
 from nvc_jax.models.ui2c import Ref
+from nvc_jax.schedule import QP_OFFSETS
 
 
 class Entry(NamedTuple):
@@ -26,6 +27,8 @@ class Entry(NamedTuple):
       sizes: named configs.
       schedule: name of its coding order in `nvc_jax.schedule`.
       content: "image" or "video", which lambda range it is trained with.
+      qp_offsets, frame_weights: by frame number modulo their length, what is added to the qp, and
+        the weight of the frame's distortion in training.
     """
 
     module: type[nn.Module]
@@ -33,11 +36,15 @@ class Entry(NamedTuple):
     sizes: dict[str, Any]
     schedule: str
     content: str
+    qp_offsets: tuple[int, ...] = (0,)
+    frame_weights: tuple[float, ...] = (1.0,)
 
 
 CODECS = {
     "intra": Entry(intra.Intra, intra.Config, intra.SIZES, "all_intra", "image"),
-    "ui2c": Entry(ui2c.UI2C, ui2c.Config, ui2c.SIZES, "two_frame", "video"),
+    "ui2c": Entry(
+        ui2c.UI2C, ui2c.Config, ui2c.SIZES, "two_frame", "video", QP_OFFSETS, ui2c.FRAME_WEIGHTS
+    ),
 }
 
 

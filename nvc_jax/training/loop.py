@@ -1,6 +1,5 @@
-"""The training loop: data in, checkpoints, numbers and pictures out."""
+"""The training loop: data in, checkpoints, numbers and pictures out. It knows of no codec."""
 
-import runpy
 import signal
 import threading
 import time
@@ -8,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -16,38 +14,17 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import orbax.checkpoint as ocp
-from absl import logging
 from clu import parameter_overview
-from orbax.checkpoint import checkpoint_managers
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from nvc_jax.data import clips as clip_data
-from nvc_jax.data.prefetch import prefetch
+from nvc_jax.data import pipeline
+from nvc_jax.data.prefetch import read_ahead
 from nvc_jax.errors import NvcError
-from nvc_jax.models import registry, released
-from nvc_jax.training import losses
+from nvc_jax.models import registry
+from nvc_jax.training import checkpoints, losses, parallel, stages
 from nvc_jax.training import step as training
-from nvc_jax.training.transform_start import transform_start
-from nvc_jax.training.writers import MetricWriter
-
-CHECKPOINTS = "checkpoints"
-FIELDS = {
-    "seed", "model", "data", "init_from", "transform_start", "stages", "warmup_steps", "clip_norm",
-    "weight_decay", "rate_balance", "average_decay", "max_skipped_in_row", "log_every",
-    "sample_every", "checkpoint_every_seconds",
-}  # fmt: skip
-STAGE_FIELDS = {"steps", "units", "walk", "batch", "crop", "lr", "end_lr"}
-# See `nvc_jax.training.step.make_train_step`.
-SPECIAL_FIELDS = {
-    "trainable",
-    "exact",
-    "noise",
-    "float_share",
-    "detached",
-    "rate_balance",
-    "penalty",
-}
-PENALTY_FIELDS = {"variant", "eta", "delta", "beta"}
+from nvc_jax.training.writers import MetricWriter, SilentWriter
 
 
 class Stopped(NvcError):
@@ -68,67 +45,27 @@ class Stopped(NvcError):
 def train(config: ml_collections.ConfigDict, workdir: str) -> training.TrainState:
     """Trains until the config's last step, going on from the newest checkpoint in `workdir`.
 
-    Writes `metrics.jsonl`, TensorBoard events, `samples/` (originals above reconstructions) and
-    Orbax checkpoints. The first SIGTERM or Ctrl-C lets the current step finish and saves it; a
-    second one ends the process at once.
+    Every process of a run calls this. Writes `metrics.jsonl`, TensorBoard events, `samples/`
+    (originals above reconstructions) and Orbax checkpoints. The first SIGTERM or Ctrl-C lets the
+    current step finish and saves it; a second one ends the process at once.
 
     Raises:
       Stopped: after such a signal, unless that step was the last.
       NvcError: bad config, no data, a `workdir` that cannot be written (any more), or too many
         steps in a row without finite gradients.
     """
-    check_config(config)
-    model = registry.build(config.model.name, config.model.size, config.model.dtype)
-    clips = clip_data.load_clips(config.data.folder)
-    logging.info("training data: %s", clip_data.stats(clips))
-    writer = MetricWriter(workdir)
-    with _stop_signals() as stops, closing(writer), _checkpoints(workdir) as manager:
-        return _train(config, model, clips, manager, writer, stops)
-
-
-def check_config(config: ml_collections.ConfigDict) -> None:
-    """Raises an NvcError that names what a training config lacks, or the stage that cannot be."""
-    if missing := sorted(FIELDS - set(config)):
-        raise NvcError(
-            f"config.{missing[0]} is missing; see configs/ui2c_nano.py for a training config"
-        )
-    if not config.stages:
-        raise NvcError("config.stages is empty: there is nothing to train")
-    model = registry.build(config.model.name, config.model.size, config.model.dtype)
-    for number, stage in enumerate(config.stages):
-        where = f"config.stages[{number}]"
-        if missing := sorted(STAGE_FIELDS - set(stage)):
-            raise NvcError(f"{where}.{missing[0]} is missing")
-        if unknown := sorted(set(stage) - STAGE_FIELDS - SPECIAL_FIELDS):
-            raise NvcError(f"{where}.{unknown[0]} is nothing that a stage can have")
-        for name in sorted(STAGE_FIELDS - {"end_lr"}):
-            if not stage[name] > 0:
-                raise NvcError(f"{where}.{name} is {stage[name]}; it must be above 0")
-        if stage.crop % 16:
-            raise NvcError(f"{where}.crop is {stage.crop}; it must be a multiple of 16")
-        if stage.get("trainable"):
-            names = sorted(jax.eval_shape(lambda: registry.init(model, jax.random.key(0))))
-            if unknown := sorted(set(stage.trainable) - set(names)):
-                raise NvcError(
-                    f"{where}.trainable names {unknown[0]}; the model consists of "
-                    f"{', '.join(names)}"
-                )
-        if stage.get("exact", False) and not registry.has_scale_head(model):
-            raise NvcError(f"{where}.exact needs a model with a scale head")
-        if stage.get("detached", False) and not (
-            stage.get("exact", False) and stage.get("noise", True)
-        ):
-            raise NvcError(f"{where}.detached needs `exact`, and noise")
-        _check_penalty(stage.get("penalty"), f"{where}.penalty")
-
-
-def _check_penalty(penalty: ml_collections.ConfigDict | None, where: str) -> None:
-    if not penalty:
-        return
-    if missing := sorted(PENALTY_FIELDS - set(penalty)):
-        raise NvcError(f"{where}.{missing[0]} is missing")
-    if penalty.variant not in ("gaussian", "hinge"):
-        raise NvcError(f"{where}.variant is {penalty.variant!r}; give 'gaussian' or 'hinge'")
+    config = stages.complete(config)
+    run = stages.read(config)
+    mesh = parallel.make_mesh(config.mesh.space)
+    for number, stage in enumerate(run):
+        parallel.check_batch(mesh, stage, f"config.stages[{number}]")
+    writer = MetricWriter(workdir) if parallel.is_main() else SilentWriter()
+    with (
+        _stop_signals() as stops,
+        closing(writer),
+        checkpoints.manager_of(workdir) as manager,
+    ):
+        return _train(config, run, workdir, mesh, manager, writer, stops)
 
 
 @contextmanager
@@ -153,33 +90,33 @@ def _stop_signals() -> Iterator[list[signal.Signals]]:
         restore()
 
 
-def _train(config, model, clips, manager, writer, stops) -> training.TrainState:
-    ends = np.cumsum([stage.steps for stage in config.stages])
-    state = resume(manager, model, config)
+def _train(config, run, workdir, mesh, manager, writer, stops) -> training.TrainState:
+    model = registry.build(config.model.name, config.model.size, config.model.dtype)
+    ends = np.cumsum([stage.steps for stage in run])
+    state = checkpoints.resume(manager, model, config, run, mesh)
     parameter_overview.log_parameter_overview(state.params)
-    train_step = jax.jit(
-        _merging(training.make_train_step(model, config)), donate_argnums=0, static_argnums=(3, 4)
-    )
-    sample = make_sampler(model)
-    step, last_save, window = int(state.step), time.monotonic(), Window()
+    open_sets = _Opened()
+    step, pace = int(state.step), Pace(config)
     while step < ends[-1]:
         number = int(np.searchsorted(ends, step, side="right"))
-        stage, stage_start = config.stages[number], int(ends[number]) - config.stages[number].steps
-        empty = training.empty_carry(model, stage)
-        if jax.tree.map(jnp.shape, state.carry) != jax.tree.map(jnp.shape, empty):
-            state = state.replace(carry=empty)
-        make = partial(host_batch, config, number, model.frames_per_unit, clips)
-        batches = closing(prefetch(make, step - stage_start))
-        with batches as iterator:
+        stage, start = run[number], int(ends[number]) - run[number].steps
+        work = Work(config, model, stage, number, start, mesh)
+        state = work.with_carry(state)
+        teacher = checkpoints.load_teacher(workdir, number, stage, state, mesh)
+        window = Window()
+        with closing(work.clips(open_sets(stage.data), step)) as clips:
             while step < ends[number]:
                 with window.waiting():
-                    clip, carried = next(iterator)
-                state, window.metrics = train_step(state, window.metrics, clip, carried, number)
+                    clip, carried = next(clips)
+                state, window.metrics = work.train_step(
+                    state, window.metrics, clip, carried, teacher
+                )
                 step, window.steps = step + 1, window.steps + 1
                 if step % config.log_every == 0 or step == ends[-1]:
                     values = {**window.close(), "stage": number}
                     writer.write_scalars(step, values)
-                    print_line(step, int(ends[-1]), values)
+                    if parallel.is_main():
+                        print_line(step, int(ends[-1]), values)
                     if values["skipped_in_row"] >= config.max_skipped_in_row:
                         raise NvcError(
                             f"step {step}: no finite gradient for {values['skipped_in_row']:.0f} "
@@ -187,176 +124,156 @@ def _train(config, model, clips, manager, writer, stops) -> training.TrainState:
                             "train again: it resumes from the newest checkpoint"
                         )
                 if step % config.sample_every == 0:
-                    writer.write_images(step, {"samples": sample(state, clip)})
-                stop = stops[0] if stops else None
-                since_save = time.monotonic() - last_save
-                if stop or step == ends[-1] or since_save > config.checkpoint_every_seconds:
-                    with _saving(manager):
-                        manager.save(step, args=ocp.args.StandardSave(state))
-                    last_save = time.monotonic()
+                    writer.write_images(step, {"samples": work.sample(state, clip)})
+                stop, due = pace.agree(step, stops)
+                if stop or due or step == ends[-1]:
+                    checkpoints.save(manager, step, state)
+                    pace.saved()
                 if stop and step < ends[-1]:
                     raise Stopped(step, stop)
+        checkpoints.save_teacher(workdir, number, run, state)
     return state
+
+
+class _Opened:
+    """Data sections that are open, so that stages share them."""
+
+    def __init__(self):
+        self._sources: dict[str, list[pipeline.Source]] = {}
+
+    def __call__(self, data: ml_collections.ConfigDict) -> list[pipeline.Source]:
+        key = repr(data)
+        if key not in self._sources:
+            self._sources = {key: pipeline.open_sets(data)}
+        return self._sources[key]
+
+
+class Work:
+    """A stage, ready to run: its compiled step, its clips, its samples."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        model: nn.Module,
+        stage: stages.Stage,
+        number: int,
+        start: int,
+        mesh: Mesh,
+    ):
+        self.config, self.model, self.stage, self.mesh = config, model, stage, mesh
+        self.number, self.start = number, start
+        self.codec = registry.entry(config.model.name)
+        step = training.make_train_step(
+            self.codec, model, stage, start, seed=config.seed, warmup_steps=config.warmup_steps
+        )
+        self.train_step = jax.jit(_merging(step), donate_argnums=0, static_argnums=3)
+        self.sample = make_sampler(self.codec, model, mesh)
+
+    def with_carry(self, state: training.TrainState) -> training.TrainState:
+        """The state with room for the references that this stage hands on."""
+        empty = training.empty_carry(self.codec, self.model, self.stage)
+        if jax.tree.map(jnp.shape, state.carry) == jax.tree.map(jnp.shape, empty):
+            return state
+        shapes = checkpoints.placed(self.mesh, state.replace(carry=empty)).carry
+        shardings = jax.tree.map(lambda x: x.sharding, shapes)
+        carry = jax.jit(
+            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+            out_shardings=shardings,
+        )()
+        return state.replace(carry=carry)
+
+    def clips(self, sources, step: int) -> Iterator[tuple[training.Clip, bool]]:
+        """What the steps from `step` on train with, on the devices ahead of time."""
+        pieces = host_clips(
+            sources, self.stage, self.model, step - self.start,
+            seed=self.config.seed * 1000 + self.number, workers=self.config.workers,
+        )  # fmt: skip
+        put = partial(_to_devices, self.mesh)
+        return read_ahead(((put(clip), carried) for clip, carried in pieces), 2)
+
+
+def host_clips(
+    sources: list[pipeline.Source],
+    stage: stages.Stage,
+    model: nn.Module,
+    step: int,
+    seed: int,
+    workers: int = 0,
+) -> Iterator[tuple[training.Clip, bool]]:
+    """(this process's part of the clip, whether it goes on where the one before stopped).
+
+    A stage with `walk` n cuts clips n times as long as one step codes, and n steps in a row walk
+    through one clip.
+
+    Args:
+      step: of the stage, to begin with.
+    """
+    coded, reserved = stage.units * model.frames_per_unit, int(model.references > 0)
+    batches = pipeline.batches(
+        sources, seed=seed, batch=stage.batch, frames=reserved + coded * stage.walk,
+        crop=stage.crop, cut_share=stage.cut_share,
+        process=jax.process_index(), processes=jax.process_count(),
+    )  # fmt: skip
+    first, piece = divmod(step, stage.walk)
+    for batch in pipeline.iterate(batches, first, workers):
+        frames = batch["frames"]
+        while piece < stage.walk:
+            begin = reserved + piece * coded
+            yield (
+                training.Clip(
+                    reference=frames[:, begin - reserved],
+                    frames=frames[:, begin : begin + coded],
+                    qp=batch["qp"],
+                    phase=batch["phase"] + np.int32(piece * coded),
+                ),
+                piece > 0,
+            )
+            piece += 1
+        piece = 0
+
+
+def _to_devices(mesh: Mesh, clip: training.Clip) -> training.Clip:
+    rows = training.Clip(reference=1, frames=2, qp=None, phase=None)
+    return training.Clip(
+        *(
+            jax.make_array_from_process_local_data(parallel.batch_sharding(mesh, array, row), array)
+            for array, row in zip(clip, rows, strict=True)
+        )
+    )
 
 
 def _merging(train_step: Callable) -> Callable:
     """A train step that adds its metrics to earlier ones, which costs less than keeping them."""
 
-    def step(state, metrics, clip, carried, stage):
-        state, new = train_step(state, clip, carried, stage)
+    def step(state, metrics, clip, carried, teacher):
+        state, new = train_step(state, clip, carried, teacher)
         return state, metrics.merge(new)
 
     return step
 
 
-def resume(
-    manager: ocp.CheckpointManager, model: nn.Module, config: ml_collections.ConfigDict
-) -> training.TrainState:
-    """The newest checkpoint's state; else a fresh one, or one with released weights to start from.
+class Pace:
+    """When to save and when to stop, such that all processes of a run do it at the same step."""
 
-    Raises:
-      NvcError: the checkpoint belongs to another model.
-    """
-    init = jax.jit(lambda: training.init_state(model, config, config.stages[0]))
-    newest = manager.latest_step()
-    if newest is not None:
-        state = jax.eval_shape(init)
-        ends = np.cumsum([stage.steps for stage in config.stages])
-        number = int(np.searchsorted(ends, newest - 1, side="right"))
-        # Beyond the last stage if the config was shortened since.
-        stage = config.stages[min(number, len(ends) - 1)]
-        carry = jax.eval_shape(lambda: training.empty_carry(model, stage))
-        try:
-            state = manager.restore(
-                newest, args=ocp.args.StandardRestore(state.replace(carry=carry))
-            )
-        except ValueError as e:
-            raise NvcError(
-                f"{manager.directory}: checkpoint {newest} does not fit this config's model; give "
-                f"another --workdir ({str(e).splitlines()[0]})"
-            ) from None
-        logging.info("going on from step %d", newest)
-        return state
-    state = init()
-    if config.transform_start:
-        params = transform_start(config.model.name, model.cfg, state.params)
-        state = with_params(state, params)
-    if config.init_from:
-        params = state.params | released.trainable_params(released.load(config.init_from))
-        if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, state.params):
-            raise NvcError(f"{config.init_from}: its weights do not fit this config's model")
-        state = with_params(state, params)
-        logging.info("starting from the weights of %s", config.init_from)
-    return state
+    def __init__(self, config: ml_collections.ConfigDict):
+        self._seconds, self._steps = config.checkpoint_every_seconds, config.checkpoint_every_steps
+        # Asking the others costs a message each; alone there is nobody to ask.
+        self._ask_every = config.log_every if jax.process_count() > 1 else 1
+        self._last = time.monotonic()
 
+    def saved(self) -> None:
+        self._last = time.monotonic()
 
-def with_params(state: training.TrainState, params) -> training.TrainState:
-    """A fresh state with other weights."""
-    return state.replace(
-        params=jax.tree.map(jnp.asarray, params), average=jax.tree.map(jnp.array, params)
-    )
-
-
-def release(config_file: str, workdir: str, output: str, **tables: Any) -> Path:
-    """Writes the averaged weights of a run's newest checkpoint as a released model.
-
-    A scale head is left out if the run has not finished a stage with `exact`.
-
-    Args:
-      output: the .safetensors file to write.
-      tables: of the scales, see `nvc_jax.models.released.freeze`.
-
-    Raises:
-      NvcError: no such config, no checkpoint in `workdir`, or `output` cannot be written.
-    """
-    output = Path(output)
-    if output.suffix != ".safetensors":
-        raise NvcError(f"{output}: give a name that ends in .safetensors")
-    if not Path(config_file).is_file():
-        raise NvcError(f"{config_file}: no such config file")
-    if not (Path(workdir) / CHECKPOINTS).is_dir():
-        raise NvcError(f"{workdir}: no checkpoint there to release")
-    try:
-        config = runpy.run_path(config_file)["get_config"]()
-    except (KeyError, SyntaxError) as e:
-        raise NvcError(f"{config_file}: is not a training config ({e!r})") from None
-    check_config(config)
-    model = registry.build(config.model.name, config.model.size, config.model.dtype)
-    with _checkpoints(workdir) as manager:
-        if manager.latest_step() is None:
-            raise NvcError(f"{workdir}: no checkpoint there to release")
-        state = resume(manager, model, config)
-    params = state.average
-    if registry.has_scale_head(model) and not _head_has_learnt(config, int(state.step)):
-        # Integer scales from an untrained head would cost many times the bits.
-        model, params = released.without_scale_head(model, params)
-    tensors, metadata = released.freeze(output.stem, config.model.name, model, params, **tables)
-    released.save(output, tensors, metadata)
-    return output
-
-
-def _head_has_learnt(config: ml_collections.ConfigDict, step: int) -> bool:
-    """Whether a stage that trains the scale head has been gone through by this step."""
-    ends = np.cumsum([stage.steps for stage in config.stages])
-    return any(
-        stage.get("exact", False) and end <= step
-        for stage, end in zip(config.stages, ends, strict=True)
-    )
-
-
-@contextmanager
-def _checkpoints(workdir: str) -> Iterator[ocp.CheckpointManager]:
-    options = ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(2))
-    manager = ocp.CheckpointManager(Path(workdir).absolute() / CHECKPOINTS, options=options)
-    try:
-        yield manager
-    finally:
-        with _saving(manager):
-            manager.close()  # waits for a checkpoint that is still being written
-
-
-@contextmanager
-def _saving(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Turns errors of writing a checkpoint, this one or the one before, into ours."""
-    try:
-        yield
-    except (OSError, ValueError) as e:  # ValueError: TensorStore's name for a full disk
-        reason = str(e).splitlines()[0]
-        raise NvcError(f"{manager.directory}: a checkpoint cannot be written ({reason})") from e
-
-
-def host_batch(config, number: int, per_unit: int, clips: clip_data.ClipSet, step: int):
-    """Batch `step` of stage `number`, a pure function of its arguments.
-
-    A stage with `walk` n cuts clips n times as long as one step codes, and n steps in a row walk
-    through one clip, each going on from the references that the previous one left.
-
-    Returns:
-      (Clip, carried): see `nvc_jax.training.step`.
-    """
-    stage = config.stages[number]
-    clip_number, piece = divmod(step, stage.walk)
-    seed = config.seed * 1000 + number
-    reserved = 1 if per_unit > 1 else 0
-    coded = stage.units * per_unit
-    frames = clip_data.sample_batch(
-        clips,
-        seed=seed,
-        step=clip_number,
-        batch=stage.batch,
-        frames=reserved + coded * stage.walk,
-        crop=stage.crop,
-        image_share=config.data.image_share,
-    )["frames"].astype(np.float32)
-    frames /= 255
-    start = reserved + piece * coded
-    rng = np.random.default_rng([seed, clip_number, 1])
-    return training.Clip(
-        reference=frames[:, start - reserved],
-        frames=frames[:, start : start + coded],
-        qp=rng.integers(0, losses.QP_COUNT, stage.batch, dtype=np.int32),
-        phase=(2 * rng.integers(0, 4, stage.batch, dtype=np.int32) + piece * coded) % 8,
-    ), piece > 0
+    def agree(self, step: int, stops: list[signal.Signals]) -> tuple[signal.Signals | None, bool]:
+        """(the signal to stop for, whether a checkpoint is due)."""
+        due = bool(self._steps) and step % self._steps == 0
+        if step % self._ask_every:
+            return None, due
+        stop, late = int(stops[0]) if stops else 0, time.monotonic() - self._last > self._seconds
+        if jax.process_count() > 1:
+            flags = multihost_utils.process_allgather(np.array([stop, late], np.int32))
+            stop, late = flags.reshape(-1, 2).max(0)
+        return (signal.Signals(int(stop)) if stop else None), bool(due or late)
 
 
 class Window:
@@ -397,19 +314,19 @@ def print_line(step: int, steps: int, values: dict[str, float]) -> None:
     )
 
 
-def make_sampler(model: nn.Module) -> Callable[[training.TrainState, training.Clip], np.ndarray]:
+def make_sampler(codec, model: nn.Module, mesh: Mesh) -> Callable[[Any, training.Clip], np.ndarray]:
     """A function (state, clip) -> uint8 RGB sheet: originals above reconstructions, first clips."""
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=parallel.replicated(mesh))
     def reconstruct(state, clip):
-        key = jax.random.key(0)
-        refs = training.first_refs(model, state, clip, False, key)
-        recon = training.unroll(model, state.average, clip, refs, key)[2]
-        both = jnp.concatenate([clip.frames, recon], axis=2)  # one above the other
+        clip = training.as_floats(clip)
+        refs = (registry.Ref(frame=clip.reference),) * model.references
+        recon = training.unroll(codec, model, state.average, clip, refs, None).recon
+        both = jnp.concatenate([clip.frames, recon], axis=2)[:4]  # one above the other
         return jnp.clip(losses.yuv_to_rgb(both), 0, 1)
 
     def sample(state, clip):
-        rgb = np.asarray(reconstruct(state, clip))[:4]
+        rgb = np.asarray(reconstruct(state, clip))
         batch, frames, height, width, _ = rgb.shape
         sheet = rgb.transpose(0, 2, 1, 3, 4).reshape(batch * height, frames * width, 3)
         return (255 * sheet + 0.5).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Rate-distortion loss of DCVC-UF (arXiv 2606.04410) and UI2C's frame weights.
+"""Rate-distortion loss of DCVC-UF (arXiv 2606.04410), and the constraint on scales.
 
 Pictures are Y, U, V planes at 4:4:4 in [0, 1].
 """
@@ -15,8 +15,6 @@ from nvc_jax.entropy.likelihood import LEVELS, SCALE_MAX, SCALE_MIN, SKIP_SCALE
 QP_COUNT = 64
 # Lambda at qp 0 and qp 63.
 LAMBDA_RANGE = {"image": (10.0, 2048.0), "video": (1.0, 768.0)}
-# Weights on the distortion by frame number modulo 8; the better-coded frames count more.
-FRAME_WEIGHTS = (0.52, 1.33, 0.52, 0.83, 0.52, 0.83, 0.52, 0.83)
 
 
 def lambda_of_qp(qp: jax.Array, kind: str) -> jax.Array:

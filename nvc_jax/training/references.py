@@ -38,9 +38,9 @@ def box_blur(frame: jax.Array) -> jax.Array:
     return jnp.broadcast_to(cells, (b, h // 4, 4, w // 4, 4, c)).reshape(frame.shape)
 
 
-def mixed_reference(key: jax.Array, frame: jax.Array) -> jax.Array:
-    """One third each per sample: blank, `frame`, degraded `frame`. [b, h, w, 3] -> same."""
-    keys = jax.random.split(key, 6)
+def degraded(key: jax.Array, frame: jax.Array) -> jax.Array:
+    """Each sample with white noise, or half of them as if badly coded. [b, h, w, 3] -> same."""
+    keys = jax.random.split(key, 5)
     b = frame.shape[0]
 
     def column(x):
@@ -55,6 +55,4 @@ def mixed_reference(key: jax.Array, frame: jax.Array) -> jax.Array:
         box_blur(frame),
     )
     coded = coded + 0.2 * (noisy - frame)
-    degraded = jnp.where(column(jax.random.bernoulli(keys[4], 0.5, (b,))), coded, noisy)
-    kind = column(jax.random.randint(keys[5], (b,), 0, 3))
-    return jnp.select([kind == 0, kind == 1], [jnp.full_like(frame, BLANK), frame], degraded)
+    return jnp.where(column(jax.random.bernoulli(keys[4], 0.5, (b,))), coded, noisy)

@@ -11,18 +11,16 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 from clu import metrics
 from jax import lax
 
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.models import registry
-from nvc_jax.models.registry import Ref
-from nvc_jax.nn.integer import memory_channels
-from nvc_jax.schedule import QP_OFFSETS
+from nvc_jax.models.registry import Entry, Ref
 from nvc_jax.training import losses
-from nvc_jax.training.references import mixed_reference
+from nvc_jax.training.references import BLANK, degraded
+from nvc_jax.training.stages import Stage
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -34,8 +32,8 @@ class TrainState(flax.struct.PyTreeNode):
       average: exponential moving average of params: what gets released.
       skipped: int32 [], steps left out because a gradient was not finite.
       skipped_in_row: int32 [], how many of the latest steps.
-      carry: references left by the previous step, a tuple of `Ref` (or of something else for codecs
-        without), for stages that walk through long clips.
+      carry: references left by the previous step, for stages that walk through long clips: what
+        the codec gives, or `NO_CARRY`.
     """
 
     step: jax.Array
@@ -51,8 +49,9 @@ class Clip(NamedTuple):
     """A batch of training clips.
 
     Attributes:
-      reference: float32 [batch, height, width, 3] in [0, 1], the picture before `frames`.
-      frames: float32 [batch, frames, height, width, 3], the pictures to code.
+      reference: [batch, height, width, 3], the picture before `frames`; Y, U, V at 4:4:4, float32
+        in [0, 1] or uint8 in 0..255.
+      frames: [batch, frames, height, width, 3], the pictures to code, likewise.
       qp: int32 [batch], base quality index.
       phase: int32 [batch], number of the first coded frame modulo 8.
     """
@@ -79,27 +78,33 @@ class StepMetrics(metrics.Collection):
     psnr_u: metrics.Average.from_output("psnr_u")
     psnr_v: metrics.Average.from_output("psnr_v")
     grad_norm: metrics.Average.from_output("grad_norm")
+    lr: metrics.LastValue.from_output("lr")
     skipped: metrics.LastValue.from_output("skipped")
     skipped_in_row: metrics.LastValue.from_output("skipped_in_row")
 
 
-def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """AdamW under one learning-rate curve: linear warm-up, then a cosine from stage to stage."""
-    pieces, boundaries, start = [], [], 0
-    for stage in config.stages:
-        pieces.append(
-            optax.cosine_decay_schedule(stage.lr, stage.steps, alpha=stage.end_lr / stage.lr)
-        )
-        start += stage.steps
-        boundaries.append(start)
-    rate = optax.join_schedules(pieces, boundaries[:-1])
+# What a codec without references, or a stage that does not walk, hands on. Orbax does not store
+# empty trees.
+NO_CARRY = (jnp.zeros((1,)),)
 
-    def warm(step):
-        return rate(step) * jnp.minimum(1.0, (step + 1) / config.warmup_steps)
 
+def learning_rate(stage: Stage, start: int, warmup_steps: int) -> optax.Schedule:
+    """Of the optimiser step; `start` is the stage's first. The run's first steps warm up."""
+
+    def rate(step):
+        done = jnp.clip((step - start) / stage.steps, 0, 1)
+        way = {"constant": 0 * done, "linear": done, "cosine": 0.5 - 0.5 * jnp.cos(jnp.pi * done)}
+        value = stage.lr + (stage.end_lr - stage.lr) * way[stage.schedule]
+        return value * jnp.minimum(1.0, (step + 1) / warmup_steps)
+
+    return rate
+
+
+def make_optimizer(stage: Stage, rate: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW behind a limit on the gradient's norm. Its state fits every stage."""
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(warm, weight_decay=config.weight_decay),
+        optax.clip_by_global_norm(stage.clip_norm),
+        optax.adamw(rate, weight_decay=stage.weight_decay),
     )
 
 
@@ -123,134 +128,183 @@ class Unrolled(NamedTuple):
 
 
 def unroll(
+    codec: Entry,
     model: nn.Module,
     params: Any,
     clip: Clip,
-    first_refs: tuple,
+    refs: tuple,
     key: jax.Array | None,
+    *,
     exact: bool = False,
     detached: bool = False,
     penalty: Callable | None = None,
+    remat: bool = False,
 ) -> Unrolled:
     """Codes a clip as the codec would and adds up rate and distortion.
 
     The clip's units follow each other with full back-propagation ("cascaded").
 
     Args:
-      first_refs: references of the first unit; () for intra codecs.
+      clip: of float32.
+      refs: references of the first unit; () for codecs without.
       key: of the noise that stands for rounding in the rate; None to round.
       exact, detached, penalty: see `nvc_jax.entropy.bottleneck.Estimate`.
+      remat: whether activations are computed again for the gradients.
     """
     _, count, height, width, _ = clip.frames.shape
     per_unit = model.frames_per_unit
-    inter = per_unit > 1
-    offsets, weights = jnp.asarray(QP_OFFSETS), jnp.asarray(losses.FRAME_WEIGHTS)
+    offsets, weights = jnp.asarray(codec.qp_offsets), jnp.asarray(codec.frame_weights)
+
+    def unit(params, frames, refs, qp, key):
+        bottleneck = Estimate(key, exact, detached, penalty)
+        recon, refs = model.apply({"params": params}, frames, refs, qp, bottleneck)
+        return recon, refs, bottleneck.bits, bottleneck.penalty
+
+    if remat:
+        unit = jax.checkpoint(unit)
     bits = {"z": 0.0, "y": 0.0, "y_float": 0.0}
-    distortion, recons, refs = 0.0, [], first_refs
-    penalties = jnp.zeros(len(clip.frames))
+    distortion, recons, penalties = 0.0, [], jnp.zeros(len(clip.frames))
     for start in range(0, count, per_unit):
-        index = (clip.phase[:, None] + start + jnp.arange(per_unit)) % 8
-        qp = clip.qp[:, None] + (offsets[index] if inter else 0)
+        index = (clip.phase[:, None] + start + jnp.arange(per_unit)) % len(offsets)
         frames = clip.frames[:, start : start + per_unit]
         noise_key = None
         if key is not None:
             key, noise_key = jax.random.split(key)
-        bottleneck = Estimate(noise_key, exact, detached, penalty)
-        recon, refs = model.apply({"params": params}, frames, refs, qp, bottleneck)
-        bits = jax.tree.map(jnp.add, bits, bottleneck.bits)
-        penalties += bottleneck.penalty
-        weight = weights[index] if inter else 1.0
-        distortion += (weight * losses.distortion(recon, frames)).sum(1)
+        qp = clip.qp[:, None] + offsets[index]
+        recon, refs, unit_bits, unit_penalty = unit(params, frames, refs, qp, noise_key)
+        bits = jax.tree.map(jnp.add, bits, unit_bits)
+        penalties += unit_penalty
+        distortion += (weights[index] * losses.distortion(recon, frames)).sum(1)
         recons.append(recon)
     bpp = jax.tree.map(lambda b: b / (height * width), bits)
     penalties /= height * width
     return Unrolled(bpp, distortion, jnp.concatenate(recons, axis=1), refs, penalties)
 
 
-def first_refs(model: nn.Module, state: TrainState, clip: Clip, carried: bool, key: jax.Array):
-    """References of a clip's first unit: those left by the previous step, or a mixed picture."""
-    if model.frames_per_unit == 1:
+def first_refs(
+    codec: Entry, model: nn.Module, params: Any, stage: Stage, clip: Clip, key: jax.Array
+) -> tuple:
+    """References of a clip's first unit: pictures drawn by the stage's shares."""
+    if not model.references:
         return ()
-    if carried:
-        return state.carry
-    # Not fold_in(key, 1): that is what `unroll` gets for its noise when it splits the key.
-    return (Ref(frame=mixed_reference(jax.random.fold_in(key, 2), clip.reference)),)
+    kind_key, key = jax.random.split(key)
+    before = clip.reference
+    candidates = {
+        "blank": lambda: jnp.full_like(before, BLANK),
+        "true": lambda: before,
+        "degraded": lambda: degraded(key, before),
+        "coded": lambda: _coded(codec, model, params, clip),
+    }
+    names = [name for name, share in stage.references.items() if share > 0]
+    shares = jnp.log(jnp.array([stage.references[name] for name in names]))
+    kind = jax.random.categorical(kind_key, shares, shape=(len(before), 1, 1, 1))
+    picture = candidates[names[0]]()
+    for number, name in enumerate(names[1:], 1):
+        picture = jnp.where(kind == number, candidates[name](), picture)
+    return (Ref(frame=picture),) * model.references
 
 
-def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Callable:
-    """Builds `train_step(state, clip, carried, stage=0) -> (state, StepMetrics)`.
+def _coded(codec: Entry, model: nn.Module, params: Any, clip: Clip) -> jax.Array:
+    """The picture before a clip as the codec itself would have coded it, without references."""
+    frames = jnp.repeat(clip.reference[:, None], model.frames_per_unit, axis=1)
+    blank = (Ref(frame=jnp.full_like(clip.reference, BLANK)),) * model.references
+    recon = unroll(codec, model, params, clip._replace(frames=frames), blank, None).recon
+    return lax.stop_gradient(jnp.clip(recon[:, -1], 0, 1))
 
-    To be jitted with `state` donated, and static: `carried` (the clip goes on where the previous
-    step stopped) and the number of the stage. A stage may have, beside what every stage has,
-      trainable: names of the sub-networks that learn, the others being frozen;
-      exact: bool, rates come from the integer scale head;
-      noise: bool, whether noise stands for rounding in the rate (default). Without, rates are those
-        of the symbols, and gradients pass through the rounding as if it were not there;
-      rate_balance: in place of the config's;
-      float_share: of the latent's rate that is taken from float scales all the same, so that a
-        codec that learns under integer scales stays good in the other modes (default: 0);
-      detached: bool, the scale head learns from rounded symbols, and everything from the rate under
-        float scales, which is added in full (for `exact`, with noise);
-      penalty: of scales, see `nvc_jax.training.losses.scale_penalty`.
+
+def as_floats(clip: Clip) -> Clip:
+    """Pictures of 0..255 as float32 in [0, 1]."""
+
+    def convert(x):
+        return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
+
+    return clip._replace(reference=convert(clip.reference), frames=convert(clip.frames))
+
+
+def make_train_step(
+    codec: Entry, model: nn.Module, stage: Stage, start: int, *, seed: int, warmup_steps: int
+) -> Callable:
+    """Builds `train_step(state, clip, carried, teacher=None) -> (state, StepMetrics)` of a stage.
+
+    To be jitted with `state` donated, and `carried` static: whether the clip goes on where the
+    previous step stopped. `teacher`: parameters of the model to learn from, if the stage has one.
+    `start`: the stage's first step.
     """
-    codec = registry.entry(config.model.name)
-    tx = make_optimizer(config)
+    rate = learning_rate(stage, start, warmup_steps)
+    tx = make_optimizer(stage, rate)
+    penalty = losses.scale_penalty(stage.penalty) if stage.penalty else None
+    factors = dict(stage.lr_scale)
 
-    def loss_fn(params, clip, refs, key, stage):
-        params = {k: p if learns(k, stage) else lax.stop_gradient(p) for k, p in params.items()}
-        penalty = losses.scale_penalty(stage.penalty) if stage.get("penalty") else None
-        detached = stage.get("detached", False)
-        bpp, distortion, recon, refs, penalties = unroll(
-            model, params, clip, refs,
-            key=key if stage.get("noise", True) else None,
-            exact=stage.get("exact", False), detached=detached, penalty=penalty,
+    def loss_fn(params, clip, refs, key, teacher):
+        params = {k: p if stage.learns(k) else lax.stop_gradient(p) for k, p in params.items()}
+        coded = unroll(
+            codec, model, params, clip, refs, key if stage.noise else None,
+            exact=stage.exact, detached=stage.detached, penalty=penalty, remat=stage.remat,
         )  # fmt: skip
-        lam = losses.lambda_of_qp(clip.qp, codec.content)
-        share = stage.get("float_share", 0.0)
-        shares = (1, 1) if detached else (1 - share, share)
-        rate = bpp["z"] + shares[0] * bpp["y"] + shares[1] * bpp["y_float"]
+        bpp, lam = coded.bpp, losses.lambda_of_qp(clip.qp, codec.content)
+        shares = (1, 1) if stage.detached else (1 - stage.float_share, stage.float_share)
+        terms = lam * coded.distortion
+        terms += bpp["z"] + shares[0] * bpp["y"] + shares[1] * bpp["y_float"]
+        if penalty:
+            terms += stage.penalty.beta * coded.penalty
+        if stage.teacher:
+            terms += lam * _distance(codec, model, stage, clip, refs, coded, teacher)
         # Rates span two orders of magnitude over qp. Without a weight the high ones would drown
         # the low ones; lambda^-balance brings the terms to one scale (0: the published loss).
-        terms = lam * distortion + rate
-        if penalty:
-            terms += stage.penalty.beta * penalties
-        loss = jnp.mean(terms * lam ** -stage.get("rate_balance", config.rate_balance))
-        psnr = losses.psnr(recon, clip.frames).mean((0, 1))
+        loss = jnp.mean(terms * lam**-stage.rate_balance)
+        psnr = losses.psnr(coded.recon, clip.frames).mean((0, 1))
         outputs = {
             "loss": loss,
             "bpp_y": bpp["y"].mean(),
             "bpp_y_float": bpp["y_float"].mean(),
             "bpp_z": bpp["z"].mean(),
-            "distortion": distortion.mean(),
+            "distortion": coded.distortion.mean(),
             "psnr_y": psnr[0],
             "psnr_u": psnr[1],
             "psnr_v": psnr[2],
         }
-        return loss, (outputs, refs)
+        return loss, (outputs, coded.refs)
 
-    def train_step(state, clip, carried, stage=0):
-        stage = config.stages[stage]
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        refs = first_refs(model, state, clip, carried, key)
-        grads, (outputs, refs) = jax.grad(loss_fn, has_aux=True)(
-            state.params, clip, refs, key, stage
-        )  # fmt: skip
+    def gradients(params, clip, carry, key, carried, teacher):
+        clip = as_floats(clip)
+        # Not fold_in(key, 1): that is what `unroll` gets for its noise when it splits the key.
+        refs = (
+            carry
+            if carried
+            else first_refs(codec, model, params, stage, clip, jax.random.fold_in(key, 2))
+        )
+        return jax.grad(loss_fn, has_aux=True)(params, clip, refs, key, teacher)
+
+    def train_step(state, clip, carried, teacher=None):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        carry = state.carry if model.references else ()
+        if stage.accumulate == 1:
+            grads, (outputs, refs) = gradients(
+                state.params, clip, carry, key, carried, teacher
+            )  # fmt: skip
+        else:
+            grads, (outputs, refs) = _in_parts(
+                lambda clip, carry, number: gradients(
+                    state.params, clip, carry, jax.random.fold_in(key, number), carried, teacher
+                ),
+                (clip, carry),
+                stage.accumulate,
+            )
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(outputs["loss"])
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         # Also against weight decay, and what the moments remember from earlier stages.
         updates = {
-            k: u if learns(k, stage) else jax.tree.map(jnp.zeros_like, u)
+            k: jax.tree.map(lambda x, k=k: x * (factors.get(k, 1.0) * stage.learns(k)), u)
             for k, u in updates.items()
         }
         params = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(config.average_decay, (1 + state.step) / (10 + state.step))
+        decay = jnp.minimum(stage.average_decay, (1 + state.step) / (10 + state.step))
         average = optax.incremental_update(params, state.average, 1 - decay)
 
         def keep_if_finite(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-        new_carry = refs if model.frames_per_unit > 1 else state.carry
         state = TrainState(
             step=state.step + 1,
             params=keep_if_finite(params, state.params),
@@ -258,11 +312,14 @@ def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Call
             average=keep_if_finite(average, state.average),
             skipped=state.skipped + ~finite,
             skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
-            carry=jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0.0), new_carry),
+            carry=jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0.0), refs)
+            if model.references and stage.walk > 1
+            else state.carry,
         )
         return state, StepMetrics.single_from_model_output(
             **outputs,
             grad_norm=norm,
+            lr=rate(state.step - 1),
             # As the types of `StepMetrics.empty()`, so that merging never changes a type.
             skipped=jnp.float32(state.skipped),
             skipped_in_row=jnp.float32(state.skipped_in_row),
@@ -271,34 +328,65 @@ def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Call
     return train_step
 
 
-def init_state(
-    model: nn.Module, config: ml_collections.ConfigDict, stage: ml_collections.ConfigDict
-) -> TrainState:
+def _in_parts(gradients: Callable, batch: Any, parts: int) -> tuple:
+    """(gradients, (outputs, refs)) of a batch, averaged over parts that follow each other."""
+    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+
+    def add(total, part):
+        number, (clip, carry) = part
+        grads, (outputs, refs) = gradients(clip, carry, number)
+        return jax.tree.map(jnp.add, total, (grads, outputs)), refs
+
+    shapes = jax.eval_shape(lambda: gradients(*jax.tree.map(lambda x: x[0], split), 0))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][0]))
+    total, refs = lax.scan(add, zeros, (jnp.arange(parts), split))
+    grads, outputs = jax.tree.map(lambda x: x / parts, total)
+    return grads, (outputs, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), refs))
+
+
+def _distance(codec, model, stage, clip, refs, coded: Unrolled, teacher: Any) -> jax.Array:
+    """Knowledge replay, [batch]: how far pictures and references are from a teacher's.
+
+    The teacher codes the same clip from the same references, with its own symbols.
+    """
+    taught = unroll(codec, model, teacher, clip, refs, None, exact=stage.exact)
+    taught = lax.stop_gradient(taught)
+    result = jnp.zeros(len(clip.frames))
+    if "recon" in stage.teacher:
+        result += stage.teacher.recon * losses.distortion(coded.recon, taught.recon).sum(1)
+    if "refs" in stage.teacher:
+        for mine, other in zip(coded.refs, taught.refs, strict=True):
+            squares = (mine.feature - other.feature) ** 2
+            result += stage.teacher.refs * squares.mean((1, 2, 3))
+    return result
+
+
+def init_state(codec: Entry, model: nn.Module, stage: Stage, seed: int) -> TrainState:
     """A fresh state; `stage` sets the shape of `carry`."""
-    params = registry.init(model, jax.random.key(config.seed))
+    params = registry.init(model, jax.random.key(seed))
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        opt_state=make_optimizer(config).init(params),
+        opt_state=make_optimizer(stage, lambda step: stage.lr).init(params),
         average=jax.tree.map(jnp.copy, params),
         skipped=jnp.int32(0),
         skipped_in_row=jnp.int32(0),
-        carry=empty_carry(model, stage),
+        carry=empty_carry(codec, model, stage),
     )
 
 
-def empty_carry(model: nn.Module, stage: ml_collections.ConfigDict) -> tuple:
-    """Zeros of the shape of a stage's references; a lone zero for intra codecs."""
-    if model.frames_per_unit == 1:
-        return (jnp.zeros((1,)),)  # Orbax does not store empty trees
-    side = stage.crop // 16
-    feature = jnp.zeros((stage.batch, 2 * side, 2 * side, model.cfg.width))
-    memory = None
-    if stage.get("exact", False):
-        memory = jnp.zeros((stage.batch, side, side, memory_channels(model.cfg.y)))
-    return (Ref(feature=feature, memory=memory),)
+def empty_carry(codec: Entry, model: nn.Module, stage: Stage) -> tuple:
+    """Zeros in the place of the references that a step of this stage leaves."""
+    if not model.references or stage.walk == 1:
+        return NO_CARRY
+    side, size = stage.crop, stage.batch
 
+    def one_unit():
+        picture = jnp.zeros((size, side, side, 3))
+        frames = jnp.repeat(picture[:, None], model.frames_per_unit, axis=1)
+        clip = Clip(picture, frames, jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.int32))
+        params = registry.init(model, jax.random.key(0))
+        refs = (Ref(frame=picture),) * model.references
+        return unroll(codec, model, params, clip, refs, None, exact=stage.exact).refs
 
-def learns(name: str, stage: ml_collections.ConfigDict) -> bool:
-    """Whether a stage trains the sub-network of this name."""
-    return not stage.get("trainable") or name in stage.trainable
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one_unit))

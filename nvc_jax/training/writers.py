@@ -45,3 +45,16 @@ class MetricWriter:
     def close(self) -> None:
         self._lines.close()
         self._events.close()
+
+
+class SilentWriter:
+    """What the other processes of a run have: nothing is written twice."""
+
+    def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+        pass
+
+    def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

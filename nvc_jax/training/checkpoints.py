@@ -1,0 +1,219 @@
+"""What a run keeps on disk, how it goes on from there, and how weights leave it.
+
+WORKDIR/checkpoints/STEP   training states, the newest two (Orbax; asynchronous, of any number of
+                           hosts and devices)
+WORKDIR/teachers/STAGE     averaged weights at the end of a stage, if the next one learns from them
+"""
+
+import runpy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.sharding import Mesh
+from orbax.checkpoint import checkpoint_managers
+
+from nvc_jax.errors import NvcError
+from nvc_jax.models import registry, released
+from nvc_jax.training import parallel, stages
+from nvc_jax.training import step as training
+from nvc_jax.training.transform_start import transform_start
+
+CHECKPOINTS, TEACHERS = "checkpoints", "teachers"
+
+
+@contextmanager
+def manager_of(workdir: str) -> Iterator[ocp.CheckpointManager]:
+    """The manager of a run's checkpoints; waits at the end for one that is still being written."""
+    options = ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(2))
+    manager = ocp.CheckpointManager(Path(workdir).absolute() / CHECKPOINTS, options=options)
+    try:
+        yield manager
+    finally:
+        with saving(manager.directory):
+            manager.close()
+
+
+@contextmanager
+def saving(folder: Any) -> Iterator[None]:
+    """Turns errors of writing a checkpoint, this one or the one before, into ours."""
+    try:
+        yield
+    except (OSError, ValueError) as e:  # ValueError: TensorStore's name for a full disk
+        reason = str(e).splitlines()[0]
+        raise NvcError(f"{folder}: a checkpoint cannot be written ({reason})") from e
+
+
+def save(manager: ocp.CheckpointManager, step: int, state: training.TrainState) -> None:
+    """Starts to write a checkpoint. Raises NvcError if that, or the one before, cannot be done."""
+    with saving(manager.directory):
+        manager.save(step, args=ocp.args.StandardSave(state))
+
+
+def placed(mesh: Mesh, state: training.TrainState) -> training.TrainState:
+    """The shapes of a state, with where its parts lie on the devices.
+
+    Weights are everywhere, carried references with the samples that they belong to.
+    """
+
+    def place(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    everywhere = parallel.replicated(mesh)
+
+    def place_carried(x):
+        return place(x, parallel.batch_sharding(mesh, x) if x.ndim > 1 else everywhere)
+
+    carry = jax.tree.map(place_carried, state.carry)
+    return jax.tree.map(lambda x: place(x, everywhere), state).replace(carry=carry)
+
+
+def put(mesh: Mesh, state: training.TrainState) -> training.TrainState:
+    """A state that every process has whole, onto the devices."""
+    shardings = jax.tree.map(lambda x: x.sharding, placed(mesh, state))
+    return jax.jit(lambda x: x, out_shardings=shardings)(state)
+
+
+def resume(
+    manager: ocp.CheckpointManager,
+    model: nn.Module,
+    config: ml_collections.ConfigDict,
+    run: tuple[stages.Stage, ...],
+    mesh: Mesh,
+) -> training.TrainState:
+    """The newest checkpoint's state; else a fresh one, or one with released weights to start from.
+
+    A checkpoint may come from another number of processes and devices.
+
+    Raises:
+      NvcError: the checkpoint belongs to another model.
+    """
+    codec = registry.entry(config.model.name)
+    newest = manager.latest_step()
+    if newest is None:
+        return put(mesh, _fresh(model, config, run[0]))
+    ends = np.cumsum([stage.steps for stage in run])
+    number = int(np.searchsorted(ends, newest - 1, side="right"))
+    stage = run[min(number, len(run) - 1)]  # the config may have been shortened since
+    shapes = jax.eval_shape(lambda: training.init_state(codec, model, stage, config.seed))
+    try:
+        state = manager.restore(newest, args=ocp.args.StandardRestore(placed(mesh, shapes)))
+    except ValueError as e:
+        raise NvcError(
+            f"{manager.directory}: checkpoint {newest} does not fit this config's model; give "
+            f"another --workdir ({str(e).splitlines()[0]})"
+        ) from None
+    logging.info("going on from step %d", newest)
+    return state
+
+
+def _fresh(model, config, stage: stages.Stage) -> training.TrainState:
+    codec = registry.entry(config.model.name)
+    state = jax.jit(lambda: training.init_state(codec, model, stage, config.seed))()
+    if config.transform_start:
+        params = transform_start(config.model.name, model.cfg, state.params)
+        state = _with_params(state, params)
+    if config.init_from:
+        params = _weights_of(config.init_from, state.params)
+        state = _with_params(state, params)
+        logging.info("starting from the weights of %s", config.init_from)
+    return state
+
+
+def _weights_of(name: str, params: dict) -> dict:
+    """A released model's weights in the place of `params`. Raises NvcError if they do not fit."""
+    result = params | released.trainable_params(released.load(name))
+    if jax.tree.map(jnp.shape, result) != jax.tree.map(jnp.shape, params):
+        raise NvcError(f"{name}: its weights do not fit this config's model")
+    return result
+
+
+def _with_params(state: training.TrainState, params: dict) -> training.TrainState:
+    return state.replace(
+        params=jax.tree.map(jnp.asarray, params), average=jax.tree.map(jnp.array, params)
+    )
+
+
+def save_teacher(workdir: str, number: int, run: tuple[stages.Stage, ...], state) -> None:
+    """Keeps the averaged weights of a stage that has ended if the next one learns from them."""
+    if number + 1 == len(run) or run[number + 1].teacher.get("weights") != "previous":
+        return
+    folder = Path(workdir).absolute() / TEACHERS / str(number)
+    with saving(folder), ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, state.average, force=True)
+
+
+def load_teacher(workdir: str, number: int, stage: stages.Stage, state, mesh: Mesh) -> dict | None:
+    """Parameters that a stage learns from, None if there are none.
+
+    Raises:
+      NvcError: the weights are not there, or do not fit the model.
+    """
+    if not stage.teacher:
+        return None
+    if stage.teacher.weights != "previous":
+        params = _weights_of(stage.teacher.weights, state.average)
+        everywhere = parallel.replicated(mesh)
+        return jax.jit(lambda x: x, out_shardings=everywhere)(params)
+    folder = Path(workdir).absolute() / TEACHERS / str(number - 1)
+    if not folder.is_dir():
+        raise NvcError(
+            f"{folder} is missing: config.stages[{number}].teacher needs the stage before to have "
+            "been gone through with this config"
+        )
+    shapes = placed(mesh, state).average
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder, shapes)
+
+
+def release(config_file: str, workdir: str, output: str, **tables: Any) -> Path:
+    """Writes the averaged weights of a run's newest checkpoint as a released model.
+
+    A scale head is left out if the run has not finished a stage with `exact`.
+
+    Args:
+      output: the .safetensors file to write.
+      tables: of the scales, see `nvc_jax.models.released.freeze`.
+
+    Raises:
+      NvcError: no such config, no checkpoint in `workdir`, or `output` cannot be written.
+    """
+    output = Path(output)
+    if output.suffix != ".safetensors":
+        raise NvcError(f"{output}: give a name that ends in .safetensors")
+    if not Path(config_file).is_file():
+        raise NvcError(f"{config_file}: no such config file")
+    if not (Path(workdir) / CHECKPOINTS).is_dir():
+        raise NvcError(f"{workdir}: no checkpoint there to release")
+    try:
+        config = runpy.run_path(config_file)["get_config"]()
+    except (KeyError, SyntaxError) as e:
+        raise NvcError(f"{config_file}: is not a training config ({e!r})") from None
+    config = stages.complete(config)
+    run = stages.read(config)
+    model = registry.build(config.model.name, config.model.size, config.model.dtype)
+    with manager_of(workdir) as manager:
+        if manager.latest_step() is None:
+            raise NvcError(f"{workdir}: no checkpoint there to release")
+        state = resume(manager, model, config, run, parallel.make_mesh())
+    params = state.average
+    if registry.has_scale_head(model) and not _head_has_learnt(run, int(state.step)):
+        # Integer scales from an untrained head would cost many times the bits.
+        model, params = released.without_scale_head(model, params)
+    tensors, metadata = released.freeze(output.stem, config.model.name, model, params, **tables)
+    released.save(output, tensors, metadata)
+    return output
+
+
+def _head_has_learnt(run: tuple[stages.Stage, ...], step: int) -> bool:
+    """Whether a stage that trains the scale head has been gone through by this step."""
+    ends = np.cumsum([stage.steps for stage in run])
+    return any(stage.exact and end <= step for stage, end in zip(run, ends, strict=True))

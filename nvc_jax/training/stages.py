@@ -1,0 +1,183 @@
+"""Training configs: what they can say, their defaults, and what is wrong with one."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from nvc_jax.errors import NvcError
+from nvc_jax.models import registry
+
+RUN = {
+    "seed", "model", "data", "init_from", "transform_start", "stages", "warmup_steps", "clip_norm",
+    "weight_decay", "rate_balance", "average_decay", "max_skipped_in_row", "log_every",
+    "sample_every", "checkpoint_every_seconds",
+}  # fmt: skip
+RUN_DEFAULTS = {
+    "mesh": {"space": 1},  # bands into which pictures are cut, see nvc_jax.training.parallel
+    "workers": 0,  # processes that cut batches; 0: threads
+    "checkpoint_every_steps": 0,  # beside those by the clock; 0: none
+}
+# What a stage has from the config if it does not say it itself.
+INHERITED = ("data", "weight_decay", "clip_norm", "rate_balance", "average_decay")
+SCHEDULES = ("cosine", "linear", "constant")
+REFERENCES = ("blank", "true", "degraded", "coded")
+PENALTY_FIELDS = {"variant", "eta", "delta", "beta"}
+NOTHING = FrozenConfigDict()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A piece of a training run, as plain data.
+
+    Attributes:
+      steps: of the optimiser.
+      batch: samples per step, of all devices together.
+      crop: side of the training pictures, a multiple of 16.
+      units: coded per step (pairs of frames for UI2C), with gradients through all of them.
+      lr, end_lr: learning rate when the stage starts and when it ends.
+      data: sets to draw from, see `nvc_jax.data.pipeline.open_sets`.
+      weight_decay, clip_norm: of AdamW, and of the gradient's norm.
+      rate_balance: exponent b of the weight lambda^-b on every sample's loss; 0 as published.
+      average_decay: of the moving average of the weights, which is what gets released.
+      schedule: "cosine", "linear" or "constant", from lr to end_lr.
+      walk: steps in a row that go through one clip, each from the references that the one before
+        left, without gradients through them.
+      accumulate: parts of a step's batch whose gradients are averaged one after the other, for
+        less memory.
+      remat: whether a unit's activations are computed again for its gradients, for less memory.
+      trainable: names of the sub-networks that learn; () for all.
+      lr_scale: ((name of a sub-network, factor on its learning rate), ...).
+      references: shares of what a clip's first unit refers to: "blank", the "true" picture before
+        it, that picture "degraded", or as the codec itself would have "coded" it.
+      cut_share: of clips whose first reference comes from elsewhere.
+      exact: whether scales come from the integer scale head.
+      noise: whether noise stands for rounding in the rate. Without, rates are those of the symbols,
+        and gradients pass through the rounding as if it were not there.
+      detached: whether the scale head learns from rounded symbols, and everything from the rate
+        under float scales, which is added in full. For `exact`, with `noise`.
+      float_share: of the latent's rate that is taken from float scales even if `exact`, so that a
+        codec that learns under integer scales stays good in the other modes.
+      penalty: on scales near the boundaries of their levels, with its weight `beta`, see
+        `nvc_jax.training.losses.scale_penalty`; {} for none.
+      teacher: {} for none, or `weights`, "previous" (as they were after the stage before) or a
+        released model, and the weights of the distance from its pictures, `recon`, and of the
+        squared distance from the references that it leaves, `refs`.
+    """
+
+    steps: int
+    batch: int
+    crop: int
+    units: int
+    lr: float
+    end_lr: float
+    data: Any
+    weight_decay: float
+    clip_norm: float
+    rate_balance: float
+    average_decay: float
+    schedule: str = "cosine"
+    walk: int = 1
+    accumulate: int = 1
+    remat: bool = False
+    trainable: tuple[str, ...] = ()
+    lr_scale: tuple[tuple[str, float], ...] = ()
+    references: dict[str, float] = field(
+        default_factory=lambda: {"blank": 1 / 3, "true": 1 / 3, "degraded": 1 / 3}
+    )
+    cut_share: float = 0.05
+    exact: bool = False
+    noise: bool = True
+    detached: bool = False
+    float_share: float = 0.0
+    penalty: FrozenConfigDict = NOTHING
+    teacher: FrozenConfigDict = NOTHING
+
+    def learns(self, name: str) -> bool:
+        """Whether the sub-network of this name does."""
+        return not self.trainable or name in self.trainable
+
+
+def complete(config: ConfigDict) -> ConfigDict:
+    """The config with its defaults. Raises NvcError if a field is missing or unknown."""
+    if missing := sorted(RUN - set(config)):
+        raise NvcError(
+            f"config.{missing[0]} is missing; see configs/ui2c_nano.py for a training config"
+        )
+    if unknown := sorted(set(config) - RUN - set(RUN_DEFAULTS)):
+        raise NvcError(f"config.{unknown[0]} is nothing that a training config can have")
+    return ConfigDict(RUN_DEFAULTS | dict(config.items()))
+
+
+def read(config: ConfigDict) -> tuple[Stage, ...]:
+    """A config's stages. Raises NvcError that names the first field that cannot be what it is."""
+    if not config.stages:
+        raise NvcError("config.stages is empty: there is nothing to train")
+    model = registry.build(config.model.name, config.model.size, config.model.dtype)
+    networks = sorted(jax.eval_shape(lambda: registry.init(model, jax.random.key(0))))
+    inherited = {name: config[name] for name in INHERITED}
+    result = []
+    for number, values in enumerate(config.stages):
+        where, known = f"config.stages[{number}]", {f.name: f for f in fields(Stage)}
+        values = inherited | dict(values.items())
+        if unknown := sorted(set(values) - set(known)):
+            raise NvcError(f"{where}.{unknown[0]} is nothing that a stage can have")
+        for name in ("penalty", "teacher"):
+            values[name] = FrozenConfigDict(dict(values.get(name) or {}))
+        for name in ("references", "lr_scale"):
+            if name in values:
+                values[name] = dict(values[name])
+        values["lr_scale"] = tuple(values.get("lr_scale", {}).items())
+        try:
+            stage = Stage(**values)
+        except TypeError as e:  # "... missing 1 required positional argument: 'batch'"
+            raise NvcError(f"{where}: {str(e).removeprefix('Stage.__init__() ')}") from None
+        _check(stage, where, networks, registry.has_scale_head(model))
+        result.append(stage)
+    return tuple(result)
+
+
+def _check(stage: Stage, where: str, networks: list[str], has_scale_head: bool) -> None:
+    for name in ("steps", "batch", "crop", "units", "lr", "walk", "accumulate"):
+        if not getattr(stage, name) > 0:
+            raise NvcError(f"{where}.{name} is {getattr(stage, name)}; it must be above 0")
+    if stage.crop % 16:
+        raise NvcError(f"{where}.crop is {stage.crop}; it must be a multiple of 16")
+    if stage.batch % stage.accumulate:
+        raise NvcError(
+            f"{where}.accumulate is {stage.accumulate}; it must divide the batch of {stage.batch}"
+        )
+    if stage.schedule not in SCHEDULES:
+        raise NvcError(f"{where}.schedule is {stage.schedule!r}; give {_listed(SCHEDULES)}")
+    scaled = [name for name, _ in stage.lr_scale]
+    for name, given in (("trainable", stage.trainable), ("lr_scale", scaled)):
+        if unknown := sorted(set(given) - set(networks)):
+            raise NvcError(
+                f"{where}.{name} names {unknown[0]}; the model consists of {', '.join(networks)}"
+            )
+    shares = stage.references
+    if unknown := sorted(set(shares) - set(REFERENCES)):
+        raise NvcError(f"{where}.references: {unknown[0]!r} is none of {_listed(REFERENCES)}")
+    if min(shares.values(), default=0) < 0 or not sum(shares.values()) > 0:
+        raise NvcError(f"{where}.references: no share may be below 0, and one must be above")
+    if stage.exact and not has_scale_head:
+        raise NvcError(f"{where}.exact needs a model with a scale head")
+    if stage.detached and not (stage.exact and stage.noise):
+        raise NvcError(f"{where}.detached needs `exact`, and noise")
+    if stage.penalty:
+        if missing := sorted(PENALTY_FIELDS - set(stage.penalty)):
+            raise NvcError(f"{where}.penalty.{missing[0]} is missing")
+        if stage.penalty.variant not in ("gaussian", "hinge"):
+            raise NvcError(
+                f"{where}.penalty.variant is {stage.penalty.variant!r}; give 'gaussian' or 'hinge'"
+            )
+    if stage.teacher:
+        if unknown := sorted(set(stage.teacher) - {"weights", "recon", "refs"}):
+            raise NvcError(f"{where}.teacher.{unknown[0]} is nothing that a teacher can have")
+        if "weights" not in stage.teacher or len(stage.teacher) < 2:
+            raise NvcError(f"{where}.teacher needs `weights`, and `recon` or `refs`")
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(repr(name) for name in names)
