@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from nvc_jax.data import build, builders
 from nvc_jax.data.builders import ClipConfig, Source, records, tiles
 from nvc_jax.data.pipeline import Stored
-from nvc_jax.data.shots import with_cuts
 from nvc_jax.errors import NvcError
 from nvc_jax.video import Planes, VideoInfo, open_video, write_video
 
@@ -57,16 +56,6 @@ def run(*args) -> int:
 
 
 # --- cutting ---------------------------------------------------------------------------------
-
-
-def test_shots_are_told_apart_and_motion_is_not_a_cut():
-    film = shot(6) + shot(4, seed=1) + shot(9, seed=2)
-    starts = [n for n, (_, new) in enumerate(with_cuts(film)) if new]
-    assert starts == [6, 10]
-    # Fast motion all the time is no cut either.
-    pan = [picture(64, 96, 0, shift) for shift in range(0, 64, 8)]
-    changes = [new for _, new in with_cuts(pan)]
-    assert sum(changes) <= 1  # the first move comes as a surprise
 
 
 def test_clips_end_at_shot_boundaries(tmp_path):

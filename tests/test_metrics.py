@@ -15,7 +15,6 @@ from nvc_jax.evaluation.metrics import (
     psnr,
     recovery_frames,
     scale_count,
-    scene_cuts,
     ssim,
 )
 from nvc_jax.video import Planes
@@ -149,16 +148,6 @@ def test_ms_ssim_of_any_size_is_a_ratio(height, width, seed):
     a, b = rng.integers(0, 256, (2, height, width), np.uint8)
     assert 0 <= ms_ssim(a, b) <= 1
     assert ms_ssim(a, a) == pytest.approx(1, abs=1e-6)
-
-
-def test_scene_cuts():
-    dark, bright = np.full((16, 16), 20, np.uint8), np.full((16, 16), 200, np.uint8)
-    assert scene_cuts([dark] * 4 + [bright] * 4 + [dark] * 2) == [4, 8]
-    assert scene_cuts([dark, bright, bright]) == [1]
-    fade = [np.full((16, 16), 20 + 20 * i, np.uint8) for i in range(6)]
-    assert scene_cuts(fade) == []
-    assert scene_cuts([dark] * 3 + [bright] + [dark] * 3) == []  # a flash
-    assert scene_cuts([dark]) == scene_cuts([]) == []
 
 
 def test_recovery_is_counted_from_the_cut_to_within_one_decibel():

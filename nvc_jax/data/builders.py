@@ -31,8 +31,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from nvc_jax.data.shots import with_cuts
 from nvc_jax.errors import NvcError
+from nvc_jax.shots import with_cuts
 from nvc_jax.video import Planes, open_video
 
 SHARD_BYTES = 128 << 20  # the source with which a shard passes this size is its last

@@ -149,27 +149,6 @@ def clip_scores(source: Iterable, decoded: Iterable) -> dict:
     }
 
 
-def scene_cuts(lumas: Iterable[np.ndarray]) -> list[int]:
-    """Indices of the first frame after each hard cut, from jumps of the luma histogram.
-
-    Args:
-      lumas: uint8 [height, width] planes in display order.
-
-    A cut moves at least 15 % of the samples to another of 64 bins, and three times as many as the
-    frames next to it: a flash or a fast fade, which changes several frames in a row, is not a cut.
-    """
-    steps, before = [], None
-    for luma in lumas:
-        histogram = np.bincount(luma.ravel() >> 2, minlength=64) / luma.size
-        if before is not None:
-            steps.append(np.abs(histogram - before).sum() / 2)
-        before = histogram
-    steps = np.array([0.0, *steps, 0.0])
-    neighbours = np.maximum(steps[:-2], steps[2:]) if len(steps) > 2 else steps[:0]
-    jumps = steps[1:-1] >= np.maximum(0.15, 3 * neighbours)
-    return [int(i) + 1 for i in np.flatnonzero(jumps)]
-
-
 def recovery_frames(frame_psnr: list[float], cut: int, end: int) -> tuple[int, float]:
     """How long the quality takes to come back after a cut.
 

@@ -30,9 +30,10 @@ import numpy as np
 from nvc_jax.errors import NvcError
 from nvc_jax.evaluation.anchors import ANCHORS, code_clip, ffmpeg_version, find_ffmpeg
 from nvc_jax.evaluation.bdrate import bd_table
-from nvc_jax.evaluation.metrics import clip_scores, ms_ssim_db, scene_cuts
+from nvc_jax.evaluation.metrics import clip_scores, ms_ssim_db
 from nvc_jax.files import replacing, writing
 from nvc_jax.machine import cores, processor
+from nvc_jax.shots import scene_cuts
 from nvc_jax.video import Planes, VideoInfo, open_video
 
 CLI = (sys.executable, "-m", "nvc_jax")
