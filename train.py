@@ -2,6 +2,9 @@
 
   python train.py --config=configs/ui2c_nano.py --workdir=runs/ui2c_nano
 
+On several hosts the same command runs on each, with --coordinator=auto on TPU pods and under Slurm,
+elsewhere with --coordinator=HOST:PORT --processes=N --process=I; see docs/training.md.
+
 Stops and resumes at any time: Ctrl-C and SIGTERM save a checkpoint first, and the same command goes
 on from the newest checkpoint in the workdir. Exit status: 0 when training is complete; 2 with one
 line of explanation for a config, data or workdir that is not usable; 130 or 143 when stopped.
@@ -20,6 +23,11 @@ from nvc_jax.errors import NvcError  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Training config.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and logs go.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0 of several; auto: JAX finds out."
+)
+_PROCESSES = flags.DEFINE_integer("processes", 1, "How many processes train together.")
+_PROCESS = flags.DEFINE_integer("process", 0, "Which of them this is, from 0.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -35,10 +43,12 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def main(_):
+    from nvc_jax.training import parallel
     from nvc_jax.training.loop import Stopped, train
 
     logging.set_verbosity(logging.INFO)
     try:
+        parallel.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         train(_CONFIG.value, _WORKDIR.value)
     except NvcError as e:
         print(f"train.py: {e}", file=sys.stderr)

@@ -19,7 +19,7 @@ import pytest  # noqa: E402
 from flax import traverse_util  # noqa: E402
 
 from nvc_jax import codec  # noqa: E402
-from nvc_jax.benchmarks.codec import moving_texture  # noqa: E402
+from nvc_jax.data.synthetic import moving_texture  # noqa: E402
 from nvc_jax.entropy.calibration import FLOAT  # noqa: E402
 from nvc_jax.models import registry, released  # noqa: E402
 from nvc_jax.nn.blocks import quality_ramp  # noqa: E402

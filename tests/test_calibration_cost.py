@@ -9,7 +9,7 @@ from conftest import noise
 
 import bench
 from nvc_jax.benchmarks import calibration as cost
-from nvc_jax.benchmarks.codec import moving_texture
+from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy.calibration import FLOAT
 from nvc_jax.errors import NvcError
 from nvc_jax.models import released

@@ -13,8 +13,8 @@ import pytest
 from conftest import assert_same_pictures, noise, random_parameters
 
 from nvc_jax import bitstream, codec
-from nvc_jax.benchmarks.codec import moving_texture
 from nvc_jax.bitstream import varint
+from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy import calibration, coder
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT

@@ -13,7 +13,7 @@ from itertools import cycle, islice
 import numpy as np
 
 from nvc_jax import bitstream, codec
-from nvc_jax.benchmarks.codec import moving_texture
+from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.video import VideoInfo, write_video
 
 WIDTH, HEIGHT, FRAMES = 37, 23, 1000

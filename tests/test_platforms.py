@@ -14,7 +14,7 @@ from conftest import noise
 
 from nvc_jax import cli, codec, platforms
 from nvc_jax.benchmarks import platforms as bench
-from nvc_jax.benchmarks.codec import moving_texture
+from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT
 from nvc_jax.errors import NvcError, StreamError, WeightsMismatch
 from nvc_jax.video import VideoInfo, write_video

@@ -29,8 +29,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from nvc_jax import cli, codec
-from nvc_jax.benchmarks.codec import moving_texture
 from nvc_jax.data import pipeline
+from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.errors import NvcError
 from nvc_jax.models import registry, released
 from nvc_jax.models.registry import Ref

@@ -7,27 +7,10 @@ import jax
 import numpy as np
 
 from nvc_jax import codec as coding
+from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy import coder
 from nvc_jax.errors import NvcError
 from nvc_jax.models import released
-from nvc_jax.video import Planes
-
-
-def moving_texture(width: int, height: int, frames: int) -> list[Planes]:
-    """A smooth random texture that drifts, with a little noise: content without a file."""
-    rng = np.random.default_rng(0)
-    rows, cols = np.arange(height)[:, None], np.arange(width)[None, :]
-    waves = [(rng.normal(0, 0.15, 2), rng.uniform(0, 6.28), rng.uniform(4, 25)) for _ in range(8)]
-    pictures = []
-    for t in range(frames):
-        luma = 128 + sum(
-            amplitude * np.sin(f[0] * (rows + t) + f[1] * (cols + 2 * t) + phase)
-            for f, phase, amplitude in waves
-        )
-        luma = np.clip(luma + rng.normal(0, 1, luma.shape), 0, 255).astype(np.uint8)
-        half = luma[::2, ::2]
-        pictures.append(Planes(luma, half // 2 + 64, 191 - half // 2))
-    return pictures
 
 
 def benchmark(model: str, width: int, height: int, frames: int, qp: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from absl import flags
 
 from nvc_jax.data.clips import Clip, ClipSet, load_clips, stats
 from nvc_jax.data.crops import cut_out
+from nvc_jax.data.synthetic import made_up_clips
 from nvc_jax.errors import NvcError
 
 QP_COUNT = 64
@@ -82,7 +83,8 @@ def open_sets(data: Any) -> list[Source]:
     """The clips that a config's data section names.
 
     data: either `folder`, of videos and photographs that are decoded into memory, and
-      `image_share`, the photographs' share of the samples; or `sets`, a tuple of dicts with `path`
+      `image_share`, the photographs' share of the samples ("" for a few clips that are made up,
+      which teach a codec next to nothing); or `sets`, a tuple of dicts with `path`
       of a data set that `nvc_jax.data.build` wrote, `split` (default "train") and `weight`
       (default 1).
 
@@ -98,7 +100,7 @@ def open_sets(data: Any) -> list[Source]:
         ]
     if "folder" not in data:
         raise NvcError("config.data must have `folder`, or `sets`; see nvc_jax.data.pipeline")
-    clips = load_clips(data["folder"])
+    clips = load_clips(data["folder"]) if data["folder"] else made_up_clips()
     log.info("training data: %s", stats(clips))
     return memory_sources(clips, data.get("image_share", 0.25))
 
