@@ -7,6 +7,9 @@ a fresh process, checks the decoded pictures against the encoder's reconstructio
 (file bytes), PSNR, MS-SSIM and speed, does the same with x264, x265, SVT-AV1 and VVenC, and writes
 `report.html` and `results.json` to the work folder.
 
+Several processes, on one host or more, share the work if each is given --coordinator=HOST:PORT
+--processes=N --process=I and the same --workdir; process 0 writes the report.
+
 Exit status: 0; 1 when a stream of ours failed or did not decode to exactly what the encoder saw;
 2 with one line of explanation for a config or clip that is not usable.
 """
@@ -26,11 +29,16 @@ from rich.console import Console
 
 from nvc_jax.errors import NvcError
 from nvc_jax.evaluation.report import print_tables, write_report
-from nvc_jax.evaluation.runner import all_passed, evaluate
+from nvc_jax.evaluation.runner import Share, all_passed, evaluate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to measure; see configs/demo.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results; instead of the config's.")
 _JSON = flags.DEFINE_string("json", None, "Write the results to this file, too.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0 of several that share a --workdir."
+)
+_PROCESSES = flags.DEFINE_integer("processes", 1, "How many processes evaluate together.")
+_PROCESS = flags.DEFINE_integer("process", 0, "Which of them this is, from 0.")
 flags.mark_flag_as_required("config")
 
 
@@ -46,6 +54,20 @@ def parse_flags(argv: list[str]) -> list[str]:
     return rest
 
 
+def join(coordinator: str, processes: int, process: int) -> Share:
+    """This process's share of the work, once the others are there."""
+    if not coordinator and processes == 1:
+        return Share()
+    import jax
+
+    from nvc_jax import parallel
+
+    # Models run in processes of their own, which must find the accelerator free.
+    jax.config.update("jax_platforms", "cpu")
+    parallel.initialize(coordinator, processes, process)
+    return Share(jax.process_index(), jax.process_count(), parallel.gather)
+
+
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]!r}? Only flags are understood")
@@ -55,7 +77,10 @@ def main(argv: list[str]) -> int:
             config["workdir"] = _WORKDIR.value
         if _JSON.value and not Path(_JSON.value).absolute().parent.is_dir():
             raise NvcError(f"--json={_JSON.value}: its folder does not exist")
-        results = evaluate(config, say=lambda line: print(line, flush=True))
+        share = join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        results = evaluate(config, say=lambda line: print(line, flush=True), share=share)
+        if share.index:
+            return 0 if all_passed(results) else 1
         report = write_report(results, Path(config["workdir"]))
         if _JSON.value:
             Path(_JSON.value).write_text(json.dumps(results, indent=1))

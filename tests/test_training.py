@@ -28,7 +28,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 from PIL import Image
 
-from nvc_jax import cli, codec
+from nvc_jax import cli, codec, parallel
 from nvc_jax.data import pipeline
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.errors import NvcError
@@ -36,7 +36,7 @@ from nvc_jax.models import registry, released
 from nvc_jax.models.registry import Ref
 from nvc_jax.nn.blocks import Pointwise, depth_to_space, space_to_depth
 from nvc_jax.nn.hyperprior import FactorizedPrior
-from nvc_jax.training import checkpoints, loop, losses, parallel, references, stages
+from nvc_jax.training import checkpoints, loop, losses, references, stages
 from nvc_jax.training import step as training
 from nvc_jax.training.transform_start import transform_start
 from nvc_jax.video import VideoInfo, write_video

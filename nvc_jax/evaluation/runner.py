@@ -390,13 +390,30 @@ def machine() -> dict:
     }
 
 
-def evaluate(config: Mapping, say: Callable[[str], None] = print, cli=CLI) -> dict:
+@dataclass(frozen=True)
+class Share:
+    """This process's part of an evaluation.
+
+    Attributes:
+      index, count: every `count`-th job is done, from `index` on; process 0 writes the results.
+      gather: a JSON-ready value -> the list of all processes' values.
+    """
+
+    index: int = 0
+    count: int = 1
+    gather: Callable[[list], list[list]] = lambda value: [value]
+
+
+def evaluate(
+    config: Mapping, say: Callable[[str], None] = print, cli=CLI, share: Share = Share()
+) -> dict:
     """Run a whole evaluation; writes `results.json`, `streams/` and `crops/` to the work folder.
 
     Args:
       config: entries as explained in configs/demo.py.
       say: gets one line of progress at a time.
       cli: command line of our codec.
+      share: several processes share the jobs and the work folder. Measure speed with one.
     Returns:
       the results, as in the file: `machine`, `config`, `clips`, `points`, `bd_rates`, `notes`.
     Raises:
@@ -435,15 +452,19 @@ def evaluate(config: Mapping, say: Callable[[str], None] = print, cli=CLI) -> di
         say(f"note: {note}")
 
     jobs = plan(config, clips, with_anchors, cli)
-    results["points"] = []
-    for point in _run_jobs(jobs, say):
-        # After every point, so that an interrupted run leaves what it has measured.
-        results["points"].append(point)
-        _write_results(workdir, results)
+    points = []
+    for point in _run_jobs(jobs[share.index :: share.count], say):
+        points.append(point)
+        if share.count == 1:
+            # After every point, so that an interrupted run leaves what it has measured.
+            _write_results(workdir, results | {"points": points})
+    parts = share.gather(points)
+    results["points"] = [parts[n % share.count][n // share.count] for n in range(len(jobs))]
     results["bd_rates"] = [
         row for quality in ("psnr", "ms_ssim_db") for row in bd_table(results["points"], quality)
     ]
-    _write_results(workdir, results)
+    if share.index == 0:
+        _write_results(workdir, results)
     return results
 
 

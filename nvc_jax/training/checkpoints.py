@@ -21,9 +21,10 @@ from absl import logging
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
+from nvc_jax import parallel
 from nvc_jax.errors import NvcError
 from nvc_jax.models import registry, released
-from nvc_jax.training import parallel, stages
+from nvc_jax.training import stages
 from nvc_jax.training import step as training
 from nvc_jax.training.transform_start import transform_start
 

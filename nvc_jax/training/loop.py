@@ -18,11 +18,12 @@ from clu import parameter_overview
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from nvc_jax import parallel
 from nvc_jax.data import pipeline
 from nvc_jax.data.prefetch import read_ahead
 from nvc_jax.errors import NvcError
 from nvc_jax.models import registry
-from nvc_jax.training import checkpoints, losses, parallel, stages
+from nvc_jax.training import checkpoints, losses, stages
 from nvc_jax.training import step as training
 from nvc_jax.training.writers import MetricWriter, SilentWriter
 
@@ -58,7 +59,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> training.TrainStat
     run = stages.read(config)
     mesh = parallel.make_mesh(config.mesh.space)
     for number, stage in enumerate(run):
-        parallel.check_batch(mesh, stage, f"config.stages[{number}]")
+        parallel.check_batch(mesh, stage.batch, stage.accumulate, f"config.stages[{number}]")
     writer = MetricWriter(workdir) if parallel.is_main() else SilentWriter()
     with (
         _stop_signals() as stops,

@@ -5,14 +5,15 @@ the compiler adds the all-reduce of the gradients. A second axis, "space", split
 horizontal bands for crops and clips that no device holds alone; the compiler exchanges the borders.
 """
 
+import json
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nvc_jax.errors import NvcError
-from nvc_jax.training.stages import Stage
 
 DATA, SPACE = "data", "space"
 
@@ -76,16 +77,26 @@ def batch_sharding(mesh: Mesh, array: Any, rows: int | None = None) -> NamedShar
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def check_batch(mesh: Mesh, stage: Stage, where: str) -> None:
-    """Raises NvcError if the devices cannot share a stage's batch."""
-    devices, part = mesh.shape[DATA], stage.batch // stage.accumulate
-    if part % devices or stage.batch % jax.process_count():
+def check_batch(mesh: Mesh, batch: int, parts: int, where: str) -> None:
+    """Raises NvcError if devices and processes cannot share a batch that is cut into parts."""
+    devices = mesh.shape[DATA]
+    if batch // parts % devices or batch % jax.process_count():
         raise NvcError(
-            f"{where}.batch is {stage.batch}, in {stage.accumulate} parts; each must be a multiple "
-            f"of the {devices} devices that share it"
+            f"{where}.batch is {batch}, in {parts} parts; each part must be a multiple of the "
+            f"{devices} devices that share it"
         )
 
 
 def is_main() -> bool:
     """Whether this process writes logs and pictures."""
     return jax.process_index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, in their order; anything that JSON holds."""
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([data.size])).reshape(-1)
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: data.size] = data
+    everything = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(everything, sizes, strict=True)]
