@@ -98,6 +98,7 @@ def _train(config, run, workdir, mesh, manager, writer, stops) -> training.Train
     parameter_overview.log_parameter_overview(state.params)
     open_sets = _Opened()
     step, pace = int(state.step), Pace(config)
+    writer.keep_until(step)
     while step < ends[-1]:
         number = int(np.searchsorted(ends, step, side="right"))
         stage, start = run[number], int(ends[number]) - run[number].steps

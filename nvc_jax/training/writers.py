@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
-from nvc_jax.files import writing
+from nvc_jax.files import replacing, writing
 
 
 class MetricWriter:
@@ -26,6 +26,16 @@ class MetricWriter:
             self._dir.mkdir(parents=True, exist_ok=True)
             self._lines = open(self._dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
             self._events = SummaryWriter(str(self._dir))
+
+    def keep_until(self, step: int) -> None:
+        """Drops lines of later steps: of a run that ended after its last checkpoint."""
+        file = self._dir / "metrics.jsonl"
+        with writing(self._dir):
+            lines = [line for line in file.read_text().splitlines() if _is_until(line, step)]
+            self._lines.close()
+            with replacing(file) as hidden:
+                hidden.write_text("".join(line + "\n" for line in lines))
+            self._lines = open(file, "a", buffering=1)  # noqa: SIM115
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         with writing(self._dir):
@@ -47,8 +57,18 @@ class MetricWriter:
         self._events.close()
 
 
+def _is_until(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):  # cut off when the process was killed
+        return False
+
+
 class SilentWriter:
     """What the other processes of a run have: nothing is written twice."""
+
+    def keep_until(self, step: int) -> None:
+        pass
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         pass

@@ -1,0 +1,193 @@
+"""Several devices, several processes, killed runs: always the same training."""
+
+import json
+import os
+import random
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import SIZES
+from ml_collections import ConfigDict
+from test_training import ROOT, TRAIN, config_of, folder, logged, stage, write_config  # noqa: F401
+
+from nvc_jax import parallel
+from nvc_jax.errors import NvcError
+from nvc_jax.models import registry
+from nvc_jax.training import stages
+from nvc_jax.training import step as training
+
+CODE = TRAIN.format(paths=[str(ROOT), str(ROOT / "tests")])
+
+
+def start(config, workdir: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
+    """train.py in a process of its own, with so many emulated devices."""
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    file = write_config(workdir.parent / f"{workdir.name}.py", config)
+    command = [sys.executable, "-c", CODE, f"--config={file}", f"--workdir={workdir}", *flags]
+    env = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+def assert_close(workdir: Path, other: Path, rtol: float = 2e-3) -> None:
+    ours, others = logged(workdir), logged(other)
+    assert [v["step"] for v in ours] == [v["step"] for v in others]
+    for a, b in zip(ours, others, strict=True):
+        for name in ("loss", "bpp_y", "bpp_z", "distortion", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=rtol), (a["step"], name)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def reference(folder, tmp_path_factory):  # noqa: F811
+    """(config, workdir) of a run on one device: two stages, the second of walks."""
+    config = config_of(
+        folder, stage(3, batch=4), stage(4, batch=4, walk=2), checkpoint_every_seconds=1e9,
+        checkpoint_every_steps=3,
+    )  # fmt: skip
+    workdir = tmp_path_factory.mktemp("reference") / "run"
+    finish(start(config, workdir))
+    return config, workdir
+
+
+def test_four_devices_train_like_one(reference, tmp_path):
+    config, one = reference
+    finish(start(config, tmp_path / "four", devices=4))
+    assert_close(tmp_path / "four", one)
+
+
+def test_pictures_can_be_cut_into_bands(reference, tmp_path):
+    config, one = reference
+    config = ConfigDict(config.to_dict() | {"mesh": {"space": 2}, "stages": config.stages})
+    finish(start(config, tmp_path / "bands", devices=4))
+    assert_close(tmp_path / "bands", one)
+
+
+def test_two_processes_train_like_one(reference, tmp_path):
+    config, one = reference
+    flags = [f"--coordinator=localhost:{free_port()}", "--processes=2"]
+    both = [start(config, tmp_path / "two", *flags, f"--process={n}") for n in range(2)]
+    for process in both:
+        finish(process)
+    assert_close(tmp_path / "two", one)
+    # And one process with two devices goes on where two processes stopped.
+    longer = ConfigDict(config.to_dict())
+    longer.stages = (*config.stages, stage(2, batch=4))
+    finish(start(longer, tmp_path / "two", devices=2))
+    finish(start(longer, tmp_path / "one"))
+    assert_close(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_killed_runs_go_on_bit_by_bit(folder, tmp_path):  # noqa: F811
+    """SIGKILL at random moments, while steps run, checkpoints are written, or programs compile."""
+    config = config_of(
+        folder, stage(30, units=2), stage(30, walk=3), checkpoint_every_seconds=1e9,
+        checkpoint_every_steps=4,
+    )  # fmt: skip
+    finish(start(config, tmp_path / "whole"))
+    rng, kills, workdir = random.Random(0), 0, tmp_path / "parts"
+    while True:
+        process = start(config, workdir)
+        try:
+            _, errors = process.communicate(timeout=rng.uniform(6, 14) if kills < 4 else 300)
+        except subprocess.TimeoutExpired:
+            before = logged(workdir) if (workdir / "metrics.jsonl").exists() else []
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            newest = max((int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")), default=0)
+            # What is lost is at most what was done since the save before the one in progress.
+            assert not before or newest >= before[-1]["step"] - 9
+            continue
+        assert process.returncode == 0, errors
+        break
+    assert kills > 0
+    ours, others = logged(workdir), logged(tmp_path / "whole")
+    assert [v["step"] for v in ours] == list(range(1, 61))
+    for a, b in zip(ours, others, strict=True):
+        timeless = {name for name in a if "second" not in name and "wait" not in name}
+        assert {n: a[n] for n in timeless} == {n: b[n] for n in timeless}
+
+
+def test_a_preempted_process_stops_all(folder, tmp_path):  # noqa: F811
+    config = config_of(folder, stage(10**6, batch=4), checkpoint_every_seconds=1e9, log_every=5)
+    flags = [f"--coordinator=localhost:{free_port()}", "--processes=2"]
+    both = [start(config, tmp_path / "run", *flags, f"--process={n}") for n in range(2)]
+    lines, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 120
+    while not lines.exists() or not lines.read_text().count("\n"):
+        assert all(p.poll() is None for p in both) and time.monotonic() < deadline
+        time.sleep(0.1)
+    both[1].terminate()
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 128 + signal.SIGTERM, errors
+    (saved,) = (int(p.name) for p in (tmp_path / "run/checkpoints").iterdir())
+    assert saved == json.loads(lines.read_text().splitlines()[-1])["step"]
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (["--processes=2"], "several processes need --coordinator"),
+        (["--coordinator=localhost:1", "--processes=2", "--process=2"], "there are 2, counted"),
+    ],
+)
+def test_processes_that_cannot_meet_are_told(folder, tmp_path, flags, complaint):  # noqa: F811
+    process = start(config_of(folder, stage(2)), tmp_path / "run", *flags)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and complaint in errors.strip().splitlines()[-1]
+
+
+def test_batches_that_devices_cannot_share_are_refused():
+    mesh = parallel.make_mesh()
+    parallel.check_batch(mesh, 4, 2, "here")
+    with pytest.raises(NvcError, match="must divide the 1 devices"):
+        parallel.make_mesh(2)
+
+
+# What a pod user would find out first
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", ["ui2c", "intra"])
+def test_training_steps_lower_for_accelerators(platform, name):
+    config = runpy.run_path(str(ROOT / f"configs/{name}_nano.py"))["get_config"]()
+    config.model.size = ConfigDict(SIZES[name])
+    codec, model = registry.entry(name), registry.build(name, SIZES[name])
+    for number, only in enumerate(stages.read(stages.complete(config))):
+        if number not in (0, 1, len(config.stages) - 1):
+            continue
+        step = training.make_train_step(codec, model, only, 0, seed=0, warmup_steps=1)
+        shapes = jax.eval_shape(lambda only=only: training.init_state(codec, model, only, 0))
+        coded = only.units * model.frames_per_unit
+        pictures = (only.batch, coded, only.crop, only.crop, 3)
+        clip = training.Clip(
+            jax.ShapeDtypeStruct((pictures[0], *pictures[2:]), np.uint8),
+            jax.ShapeDtypeStruct(pictures, np.uint8),
+            *[jax.ShapeDtypeStruct((only.batch,), np.int32)] * 2,
+        )
+        traced = jax.jit(step, static_argnums=2).trace(shapes, clip, only.walk > 1)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert "dot_general" in text
