@@ -45,6 +45,7 @@ SPECIAL_FIELDS = {
     "float_share",
     "detached",
     "rate_balance",
+    "references",
     "penalty",
 }
 PENALTY_FIELDS = {"variant", "eta", "delta", "beta"}

@@ -38,8 +38,11 @@ def box_blur(frame: jax.Array) -> jax.Array:
     return jnp.broadcast_to(cells, (b, h // 4, 4, w // 4, 4, c)).reshape(frame.shape)
 
 
-def mixed_reference(key: jax.Array, frame: jax.Array) -> jax.Array:
-    """One third each per sample: blank, `frame`, degraded `frame`. [b, h, w, 3] -> same."""
+def mixed_reference(key: jax.Array, frame: jax.Array, shares=(1.0, 1.0, 1.0)) -> jax.Array:
+    """Blank, `frame`, or degraded `frame`, drawn for every sample. [b, h, w, 3] -> same.
+
+    shares: of the three kinds, relative to each other.
+    """
     keys = jax.random.split(key, 6)
     b = frame.shape[0]
 
@@ -56,5 +59,5 @@ def mixed_reference(key: jax.Array, frame: jax.Array) -> jax.Array:
     )
     coded = coded + 0.2 * (noisy - frame)
     degraded = jnp.where(column(jax.random.bernoulli(keys[4], 0.5, (b,))), coded, noisy)
-    kind = column(jax.random.randint(keys[5], (b,), 0, 3))
+    kind = column(jax.random.categorical(keys[5], jnp.log(jnp.asarray(shares)), shape=(b,)))
     return jnp.select([kind == 0, kind == 1], [jnp.full_like(frame, BLANK), frame], degraded)

@@ -167,14 +167,17 @@ def unroll(
     return Unrolled(bpp, distortion, jnp.concatenate(recons, axis=1), refs, penalties)
 
 
-def first_refs(model: nn.Module, state: TrainState, clip: Clip, carried: bool, key: jax.Array):
+def first_refs(
+    model: nn.Module, state: TrainState, clip: Clip, carried: bool, key: jax.Array, **mixture
+):
     """References of a clip's first unit: those left by the previous step, or a mixed picture."""
     if model.frames_per_unit == 1:
         return ()
     if carried:
         return state.carry
     # Not fold_in(key, 1): that is what `unroll` gets for its noise when it splits the key.
-    return (Ref(frame=mixed_reference(jax.random.fold_in(key, 2), clip.reference)),)
+    key = jax.random.fold_in(key, 2)
+    return (Ref(frame=mixed_reference(key, clip.reference, **mixture)),)
 
 
 def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Callable:
@@ -191,6 +194,7 @@ def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Call
         codec that learns under integer scales stays good in the other modes (default: 0);
       detached: bool, the scale head learns from rounded symbols, and everything from the rate under
         float scales, which is added in full (for `exact`, with noise);
+      references: relative shares of blank, true and degraded pictures as first references (equal);
       penalty: of scales, see `nvc_jax.training.losses.scale_penalty`.
     """
     codec = registry.entry(config.model.name)
@@ -231,7 +235,8 @@ def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Call
     def train_step(state, clip, carried, stage=0):
         stage = config.stages[stage]
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        refs = first_refs(model, state, clip, carried, key)
+        mixture = {"shares": stage.references} if stage.get("references") else {}
+        refs = first_refs(model, state, clip, carried, key, **mixture)
         grads, (outputs, refs) = jax.grad(loss_fn, has_aux=True)(
             state.params, clip, refs, key, stage
         )  # fmt: skip
