@@ -56,6 +56,20 @@ def get_config():
             steps=6_000, units=2, walk=8, batch=4, crop=128, lr=1e-3, end_lr=1e-5,
             **SCALE_HEAD, noise=False, rate_balance=0.9,
         ),
+        # Everything once more, the integer scales on rounded symbols from here on, and on clips that
+        # start without a reference, as they do in use.
+        stage(
+            steps=6_000, units=2, walk=8, batch=4, crop=128, lr=2e-4, end_lr=2e-6,
+            exact=True, detached=True, rate_balance=0.7,
+        ),
+        stage(
+            steps=8_000, units=4, walk=5, batch=3, crop=128, lr=1e-3, end_lr=1e-5,
+            **SCALE_HEAD, noise=False, rate_balance=0.9,
+        ),
+        stage(
+            steps=9_000, units=2, walk=4, batch=4, crop=128, lr=5e-4, end_lr=1e-6,
+            **SCALE_HEAD, noise=False, rate_balance=0.9, references=(1.0, 0.0, 0.0),
+        ),
     )  # fmt: skip
     c.warmup_steps = 200
     c.clip_norm = 1.0

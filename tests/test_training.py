@@ -518,6 +518,14 @@ def test_first_references_are_drawn_by_their_shares(folder, coded):
     assert error[rest].min() > 0 and error[rest].max() < 0.5, "all stay recognisable"
 
 
+def test_first_references_can_be_of_one_kind():
+    frames = jax.random.uniform(jax.random.key(1), (20, 8, 8, 3))
+    for number, expected in enumerate([jnp.full_like(frames, references.BLANK), frames]):
+        shares = tuple(float(n == number) for n in range(3))
+        mixed = references.mixed_reference(jax.random.key(0), frames, shares)
+        np.testing.assert_array_equal(mixed, expected)
+
+
 def test_degradations_keep_what_they_should():
     frame = np.random.default_rng(0).uniform(0, 1, (2, 16, 24, 3)).astype(np.float32)
     fine = references.coarse_transform(frame, jnp.full(2, 1e-5))
