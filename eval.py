@@ -54,9 +54,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     return rest
 
 
-def join(coordinator: str, processes: int, process: int) -> Share:
+def join(workdir: Path, coordinator: str, processes: int, process: int) -> Share:
     """This process's share of the work, once the others are there."""
-    if not coordinator and processes == 1:
+    if not coordinator and processes == 1 and process == 0:
         return Share()
     import jax
 
@@ -64,8 +64,13 @@ def join(coordinator: str, processes: int, process: int) -> Share:
 
     # Models run in processes of their own, which must find the accelerator free.
     jax.config.update("jax_platforms", "cpu")
+    if process == 0:
+        for old in workdir.glob("points-*.json"):
+            old.unlink()
     parallel.initialize(coordinator, processes, process)
-    return Share(jax.process_index(), jax.process_count(), parallel.gather)
+    share = Share(jax.process_index(), jax.process_count())
+    jax.distributed.shutdown()  # from here on they meet in the work folder
+    return share
 
 
 def main(argv: list[str]) -> int:
@@ -77,7 +82,9 @@ def main(argv: list[str]) -> int:
             config["workdir"] = _WORKDIR.value
         if _JSON.value and not Path(_JSON.value).absolute().parent.is_dir():
             raise NvcError(f"--json={_JSON.value}: its folder does not exist")
-        share = join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        share = join(
+            Path(config["workdir"]), _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+        )  # fmt: skip
         results = evaluate(config, say=lambda line: print(line, flush=True), share=share)
         if share.index:
             return 0 if all_passed(results) else 1

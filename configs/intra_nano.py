@@ -57,4 +57,7 @@ def get_config():
     c.log_every = 100
     c.sample_every = 1_000
     c.checkpoint_every_seconds = 300.0
+    c.mesh = ConfigDict(dict(space=1))
+    c.workers = 0
+    c.checkpoint_every_steps = 0
     return c

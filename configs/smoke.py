@@ -37,4 +37,6 @@ def get_config():
     c.sample_every = 20
     c.checkpoint_every_seconds = 300.0
     c.checkpoint_every_steps = 10
+    c.mesh = ConfigDict(dict(space=1))
+    c.workers = 0
     return c

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 
 def stage(steps, units, walk, batch, crop, lr, end_lr, **special):
-    """units: coded pairs per step. walk: steps that go through one clip, see training.loop.
+    """units: coded pairs per step. walk: steps that go through one clip.
 
-    special: see `nvc_jax.training.step.make_train_step`.
+    special: see `nvc_jax.training.stages.Stage`.
     """
     common = dict(steps=steps, units=units, walk=walk, batch=batch, crop=crop, lr=lr, end_lr=end_lr)
     return ConfigDict(common | special)
@@ -56,8 +56,8 @@ def get_config():
             steps=6_000, units=2, walk=8, batch=4, crop=128, lr=1e-3, end_lr=1e-5,
             **SCALE_HEAD, noise=False, rate_balance=0.9,
         ),
-        # Everything once more, the integer scales on rounded symbols from here on, and on clips that
-        # start without a reference, as they do in use.
+        # Everything once more, the integer scales now always on rounded symbols; at last on clips
+        # that start without a reference, as they do in use.
         stage(
             steps=6_000, units=2, walk=8, batch=4, crop=128, lr=2e-4, end_lr=2e-6,
             exact=True, detached=True, rate_balance=0.7,
@@ -68,7 +68,7 @@ def get_config():
         ),
         stage(
             steps=9_000, units=2, walk=4, batch=4, crop=128, lr=5e-4, end_lr=1e-6,
-            **SCALE_HEAD, noise=False, rate_balance=0.9, references=(1.0, 0.0, 0.0),
+            **SCALE_HEAD, noise=False, rate_balance=0.9, references={"blank": 1.0},
         ),
     )  # fmt: skip
     c.warmup_steps = 200
@@ -80,4 +80,7 @@ def get_config():
     c.log_every = 100
     c.sample_every = 1_000
     c.checkpoint_every_seconds = 300.0
+    c.mesh = ConfigDict(dict(space=1))
+    c.workers = 0
+    c.checkpoint_every_steps = 0
     return c

@@ -6,7 +6,9 @@ horizontal bands for crops and clips that no device holds alone; the compiler ex
 """
 
 import json
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +16,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nvc_jax.errors import NvcError
+
+T = TypeVar("T")
 
 DATA, SPACE = "data", "space"
 
@@ -29,6 +33,8 @@ def initialize(coordinator: str = "", processes: int = 1, process: int = 0) -> N
     Raises:
       NvcError: the others were not found.
     """
+    if coordinator not in ("", "auto") and ":" not in coordinator:
+        raise NvcError(f"--coordinator={coordinator}: give HOST:PORT, or auto")
     if not coordinator:
         if processes != 1 or process != 0:
             raise NvcError("several processes need --coordinator=HOST:PORT of process 0")
@@ -49,14 +55,24 @@ def initialize(coordinator: str = "", processes: int = 1, process: int = 0) -> N
         ) from None
 
 
-def make_mesh(space: int = 1) -> Mesh:
-    """All devices as ("data", "space"). Raises NvcError if `space` does not divide their number."""
-    devices = len(jax.devices())
-    if space < 1 or devices % space:
-        raise NvcError(f"config.mesh.space is {space}; it must divide the {devices} devices")
+def make_mesh(space: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices, by default all, as ("data", "space").
+
+    Raises:
+      NvcError: `space` does not divide the number of every process's devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    each = Counter(device.process_index for device in devices).values()
+    if space < 1 or any(count % space for count in each):
+        raise NvcError(
+            f"config.mesh.space is {space}; it must divide the number of devices of every process, "
+            f"which is {' and '.join(map(str, sorted(set(each))))}"
+        )
+    # By process, so that no picture is shared by two; and not jax.make_mesh, which may reorder.
+    grid = sorted(devices, key=lambda device: (device.process_index, device.id))
     # Explicit axes, the newer default, would need their types in every operation.
-    return jax.make_mesh(
-        (devices // space, space), (DATA, SPACE), axis_types=(AxisType.Auto, AxisType.Auto)
+    return Mesh(
+        np.array(grid).reshape(-1, space), (DATA, SPACE), axis_types=(AxisType.Auto, AxisType.Auto)
     )
 
 
@@ -85,6 +101,36 @@ def check_batch(mesh: Mesh, batch: int, parts: int, where: str) -> None:
             f"{where}.batch is {batch}, in {parts} parts; each part must be a multiple of the "
             f"{devices} devices that share it"
         )
+
+
+def together(work: Callable[[], T]) -> T:
+    """Does something that may fail on one process only, and fails on all of them if it does.
+
+    A process that raised alone would leave the others waiting for it.
+
+    Raises:
+      NvcError: of this process, or of the first other one.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except NvcError as e:
+        error = e
+    messages = gather(str(error) if error else "") if jax.process_count() > 1 else []
+    if error:
+        raise error
+    for number, message in enumerate(messages):
+        if message:
+            raise NvcError(f"process {number}: {message}")
+    return result
+
+
+def check_same(value: Any, what: str) -> None:
+    """Raises NvcError on all processes if a value is not the same on them."""
+    values = gather(value) if jax.process_count() > 1 else []
+    for number, other in enumerate(values):
+        if other != values[0]:
+            raise NvcError(f"{what} differ between process 0, {values[0]}, and {number}, {other}")
 
 
 def is_main() -> bool:

@@ -413,7 +413,7 @@ def test_learning_rate_warms_up_and_falls_through_the_stages():
         ),
         ({"stages": (stage(2), stage(2, crop=24))}, r"stages\[1\].crop is 24"),
         ({"stages": (stage(2, batch=0),)}, r"stages\[0\].batch is 0"),
-        ({"stages": (ConfigDict(dict(steps=2)),)}, r"stages\[0\]: missing .*'batch'"),
+        ({"stages": (ConfigDict(dict(steps=2)),)}, r"stages\[0\].batch is missing"),
         ({"stages": (stage(2, batch=4, accumulate=3),)}, "it must divide the batch"),
         ({"stages": (stage(2, schedule="step"),)}, "give 'cosine', 'linear'"),
         ({"stages": (stage(2, references={"black": 1.0}),)}, "'black' is none of 'blank'"),
@@ -425,7 +425,14 @@ def test_learning_rate_warms_up_and_falls_through_the_stages():
         ({"colour": 1}, "config.colour is nothing"),
         ({"data": ConfigDict(dict(sets=()))}, "sets is empty"),
         ({"data": ConfigDict(dict(sets=(dict(path="/missing"),)))}, "/missing: no data set"),
-        ({"data": ConfigDict(dict(image_share=0.5))}, "must have `folder`, or `sets`"),
+        ({"data": ConfigDict(dict(image_share=0.5))}, "must have either `folder` or `sets`"),
+        ({"data": ConfigDict(dict(sets=(dict(split="train"),)))}, r"sets\[0\].path is missing"),
+        ({"data": ConfigDict(dict(sets=(dict(path="/x", weight=0),)))}, "weight is 0"),
+        ({"data": ConfigDict(dict(sets=(dict(path="/x", wieght=1),)))}, "wieght is nothing"),
+        ({"workers": 1}, "workers are for data sets"),
+        ({"stages": (stage(2, references="blank"),)}, "wrong kind"),
+        ({"stages": (stage(2, trainable="hyper"),)}, "must be a tuple"),
+        ({"stages": (stage("two"),)}, "wrong kind"),
         ({"stages": ()}, "stages is empty"),
         ({"init_from": "missing.safetensors"}, "no model"),
         ({"transform_start": True}, "transform_start"),
@@ -516,14 +523,6 @@ def test_first_references_are_drawn_by_their_shares(folder, coded):
     ):
         assert abs(share - wanted) < 0.05
     assert error[rest].min() > 0 and error[rest].max() < 0.5, "all stay recognisable"
-
-
-def test_first_references_can_be_of_one_kind():
-    frames = jax.random.uniform(jax.random.key(1), (20, 8, 8, 3))
-    for number, expected in enumerate([jnp.full_like(frames, references.BLANK), frames]):
-        shares = tuple(float(n == number) for n in range(3))
-        mixed = references.mixed_reference(jax.random.key(0), frames, shares)
-        np.testing.assert_array_equal(mixed, expected)
 
 
 def test_degradations_keep_what_they_should():
@@ -850,7 +849,7 @@ def learnt(before, after) -> set[str]:
 
 
 def test_only_what_a_stage_trains_changes(one_step):
-    before, after, metrics = one_step(exact=True, trainable=("scale_head",))
+    before, after, metrics = one_step(exact=True, trainable=("scale_head",), walk=2)
     assert learnt(before, after) == {"scale_head"}
     assert after.carry[0].memory.shape == before.carry[0].memory.shape
     assert (after.carry[0].memory != 0).any()

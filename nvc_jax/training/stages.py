@@ -1,6 +1,6 @@
 """Training configs: what they can say, their defaults, and what is wrong with one."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ RUN = {
     "sample_every", "checkpoint_every_seconds",
 }  # fmt: skip
 RUN_DEFAULTS = {
-    "mesh": {"space": 1},  # bands into which pictures are cut, see nvc_jax.training.parallel
+    "mesh": {"space": 1},  # bands into which pictures are cut, see nvc_jax.parallel
     "workers": 0,  # processes that cut batches; 0: threads
     "checkpoint_every_steps": 0,  # beside those by the clock; 0: none
 }
@@ -107,7 +107,17 @@ def complete(config: ConfigDict) -> ConfigDict:
         )
     if unknown := sorted(set(config) - RUN - set(RUN_DEFAULTS)):
         raise NvcError(f"config.{unknown[0]} is nothing that a training config can have")
-    return ConfigDict(RUN_DEFAULTS | dict(config.items()))
+    result = ConfigDict(RUN_DEFAULTS | dict(config.items()))
+    if result.workers and any("folder" in d for d in _data_sections(result)):
+        raise NvcError(
+            "config.workers: every worker would get a copy of the clips in memory; threads cut "
+            "those of config.data.folder, workers are for data sets"
+        )
+    return result
+
+
+def _data_sections(config: ConfigDict) -> list:
+    return [config.data, *(stage.get("data", config.data) for stage in config.stages)]
 
 
 def read(config: ConfigDict) -> tuple[Stage, ...]:
@@ -123,19 +133,24 @@ def read(config: ConfigDict) -> tuple[Stage, ...]:
         values = inherited | dict(values.items())
         if unknown := sorted(set(values) - set(known)):
             raise NvcError(f"{where}.{unknown[0]} is nothing that a stage can have")
-        for name in ("penalty", "teacher"):
-            values[name] = FrozenConfigDict(dict(values.get(name) or {}))
-        for name in ("references", "lr_scale"):
-            if name in values:
-                values[name] = dict(values[name])
-        values["lr_scale"] = tuple(values.get("lr_scale", {}).items())
+        if missing := [n for n, f in known.items() if n not in values and _is_required(f)]:
+            raise NvcError(f"{where}.{missing[0]} is missing")
         try:
+            for name in ("penalty", "teacher"):
+                values[name] = FrozenConfigDict(dict(values.get(name) or {}))
+            if "references" in values:
+                values["references"] = dict(values["references"])
+            values["lr_scale"] = tuple(dict(values.get("lr_scale", ())).items())
             stage = Stage(**values)
-        except TypeError as e:  # "... missing 1 required positional argument: 'batch'"
-            raise NvcError(f"{where}: {str(e).removeprefix('Stage.__init__() ')}") from None
-        _check(stage, where, networks, registry.has_scale_head(model))
+            _check(stage, where, networks, registry.has_scale_head(model))
+        except (TypeError, ValueError) as e:  # text where a number should be, and the like
+            raise NvcError(f"{where} holds a value of a wrong kind ({e})") from None
         result.append(stage)
     return tuple(result)
+
+
+def _is_required(f: Field) -> bool:
+    return f.default is MISSING and f.default_factory is MISSING
 
 
 def _check(stage: Stage, where: str, networks: list[str], has_scale_head: bool) -> None:
@@ -150,6 +165,8 @@ def _check(stage: Stage, where: str, networks: list[str], has_scale_head: bool) 
         )
     if stage.schedule not in SCHEDULES:
         raise NvcError(f"{where}.schedule is {stage.schedule!r}; give {_listed(SCHEDULES)}")
+    if isinstance(stage.trainable, str):
+        raise NvcError(f"{where}.trainable must be a tuple of names")
     scaled = [name for name, _ in stage.lr_scale]
     for name, given in (("trainable", stage.trainable), ("lr_scale", scaled)):
         if unknown := sorted(set(given) - set(networks)):

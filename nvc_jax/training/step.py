@@ -11,6 +11,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from clu import metrics
 from jax import lax
@@ -53,7 +54,7 @@ class Clip(NamedTuple):
         in [0, 1] or uint8 in 0..255.
       frames: [batch, frames, height, width, 3], the pictures to code, likewise.
       qp: int32 [batch], base quality index.
-      phase: int32 [batch], number of the first coded frame modulo 8.
+      phase: int32 [batch], number of the first coded frame.
     """
 
     reference: jax.Array
@@ -85,7 +86,7 @@ class StepMetrics(metrics.Collection):
 
 # What a codec without references, or a stage that does not walk, hands on. Orbax does not store
 # empty trees.
-NO_CARRY = (jnp.zeros((1,)),)
+NO_CARRY = (np.zeros((1,), np.float32),)
 
 
 def learning_rate(stage: Stage, start: int, warmup_steps: int) -> optax.Schedule:
@@ -100,11 +101,15 @@ def learning_rate(stage: Stage, start: int, warmup_steps: int) -> optax.Schedule
     return rate
 
 
-def make_optimizer(stage: Stage, rate: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW behind a limit on the gradient's norm. Its state fits every stage."""
+def make_optimizer(stage: Stage) -> optax.GradientTransformation:
+    """AdamW at a learning rate of 1, behind a limit on the gradient's norm.
+
+    The rate follows the run's steps, not those that the optimiser has taken, which are fewer if
+    some were skipped. The state fits every stage.
+    """
     return optax.chain(
         optax.clip_by_global_norm(stage.clip_norm),
-        optax.adamw(rate, weight_decay=stage.weight_decay),
+        optax.adamw(1.0, weight_decay=stage.weight_decay),
     )
 
 
@@ -207,6 +212,7 @@ def first_refs(
 def _coded(codec: Entry, model: nn.Module, params: Any, clip: Clip) -> jax.Array:
     """The picture before a clip as the codec itself would have coded it, without references."""
     frames = jnp.repeat(clip.reference[:, None], model.frames_per_unit, axis=1)
+    clip = clip._replace(phase=clip.phase - model.frames_per_unit)
     blank = (Ref(frame=jnp.full_like(clip.reference, BLANK)),) * model.references
     recon = unroll(codec, model, params, clip._replace(frames=frames), blank, None).recon
     return lax.stop_gradient(jnp.clip(recon[:, -1], 0, 1))
@@ -231,7 +237,7 @@ def make_train_step(
     `start`: the stage's first step.
     """
     rate = learning_rate(stage, start, warmup_steps)
-    tx = make_optimizer(stage, rate)
+    tx = make_optimizer(stage)
     penalty = losses.scale_penalty(stage.penalty) if stage.penalty else None
     factors = dict(stage.lr_scale)
 
@@ -277,7 +283,7 @@ def make_train_step(
 
     def train_step(state, clip, carried, teacher=None):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        carry = state.carry if model.references else ()
+        carry = state.carry if carried else ()
         if stage.accumulate == 1:
             grads, (outputs, refs) = gradients(
                 state.params, clip, carry, key, carried, teacher
@@ -293,9 +299,9 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(outputs["loss"])
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        # Also against weight decay, and what the moments remember from earlier stages.
+        # Zero also against weight decay, and what the moments remember from earlier stages.
         updates = {
-            k: jax.tree.map(lambda x, k=k: x * (factors.get(k, 1.0) * stage.learns(k)), u)
+            k: optax.tree.scale(rate(state.step) * factors.get(k, 1.0) * stage.learns(k), u)
             for k, u in updates.items()
         }
         params = optax.apply_updates(state.params, updates)
@@ -329,8 +335,11 @@ def make_train_step(
 
 
 def _in_parts(gradients: Callable, batch: Any, parts: int) -> tuple:
-    """(gradients, (outputs, refs)) of a batch, averaged over parts that follow each other."""
-    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    """(gradients, (outputs, refs)) of a batch, averaged over parts that follow each other.
+
+    Every part takes its samples from all over the batch, so that every device has a share in it.
+    """
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, part):
         number, (clip, carry) = part
@@ -341,7 +350,10 @@ def _in_parts(gradients: Callable, batch: Any, parts: int) -> tuple:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][0]))
     total, refs = lax.scan(add, zeros, (jnp.arange(parts), split))
     grads, outputs = jax.tree.map(lambda x: x / parts, total)
-    return grads, (outputs, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), refs))
+    return grads, (
+        outputs,
+        jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), refs),
+    )
 
 
 def _distance(codec, model, stage, clip, refs, coded: Unrolled, teacher: Any) -> jax.Array:
@@ -367,7 +379,7 @@ def init_state(codec: Entry, model: nn.Module, stage: Stage, seed: int) -> Train
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        opt_state=make_optimizer(stage, lambda step: stage.lr).init(params),
+        opt_state=make_optimizer(stage).init(params),
         average=jax.tree.map(jnp.copy, params),
         skipped=jnp.int32(0),
         skipped_in_row=jnp.int32(0),
