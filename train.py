@@ -44,6 +44,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def main(_):
     from nvc_jax import parallel
+    from nvc_jax.training.loop import Stopped, train
 
     logging.set_verbosity(logging.INFO)
     try:
