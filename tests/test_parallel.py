@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import SIZES
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 from test_training import ROOT, TRAIN, config_of, folder, logged, stage, write_config  # noqa: F401
 
@@ -43,6 +44,15 @@ def start(config, workdir: Path, *flags: str, devices: int = 1) -> subprocess.Po
 def finish(process: subprocess.Popen) -> None:
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
+
+
+def finish_all(processes: list[subprocess.Popen]) -> None:
+    try:
+        for process in processes:
+            finish(process)
+    finally:  # none is left waiting for another that has failed
+        for process in processes:
+            process.kill()
 
 
 def assert_close(workdir: Path, other: Path, rtol: float = 2e-3) -> None:
@@ -87,9 +97,7 @@ def test_pictures_can_be_cut_into_bands(reference, tmp_path):
 def test_two_processes_train_like_one(reference, tmp_path):
     config, one = reference
     flags = [f"--coordinator=localhost:{free_port()}", "--processes=2"]
-    both = [start(config, tmp_path / "two", *flags, f"--process={n}") for n in range(2)]
-    for process in both:
-        finish(process)
+    finish_all([start(config, tmp_path / "two", *flags, f"--process={n}") for n in range(2)])
     assert_close(tmp_path / "two", one)
     # And one process with two devices goes on where two processes stopped.
     longer = ConfigDict(config.to_dict())
@@ -161,8 +169,11 @@ def test_processes_that_cannot_meet_are_told(folder, tmp_path, flags, complaint)
 
 
 def test_batches_that_devices_cannot_share_are_refused():
-    mesh = parallel.make_mesh()
-    parallel.check_batch(mesh, 4, 2, "here")
+    mesh = AbstractMesh((4, 2), ("data", "space"))
+    parallel.check_batch(mesh, 8, 2, "here")
+    for batch, parts in ((6, 1), (8, 4)):
+        with pytest.raises(NvcError, match="multiple of the 4 devices"):
+            parallel.check_batch(mesh, batch, parts, "here")
     with pytest.raises(NvcError, match="must divide the 1 devices"):
         parallel.make_mesh(2)
 

@@ -827,8 +827,8 @@ def one_step():
     @functools.cache
     def run(**special):
         common = dict(steps=5, units=2, walk=1, batch=2, crop=32, lr=1e-3, end_lr=1e-3)
-        if "penalty" in special:
-            special["penalty"] = dict(special["penalty"])
+        for name in {"penalty", "references"} & set(special):
+            special[name] = dict(special[name])
         with config.unlocked():
             config.stages = (ConfigDict(common | special),)
         (only,) = stages.read(stages.complete(config))
@@ -887,6 +887,66 @@ def test_detached_rates(one_step):
     assert detached["bpp_z"] == pytest.approx(noisy["bpp_z"], rel=1e-5)
     assert detached["loss"] > noisy["loss"]
     assert learnt(before, after) == set(before.params)
+
+
+def assert_nearly_same(some, others, rtol=1e-3):
+    for (path, a), b in zip(jax.tree.leaves_with_path(some), jax.tree.leaves(others), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("walk", [1, 2])
+def test_parts_and_repeated_activations_change_nothing_but_memory(one_step, walk):
+    """In float arithmetic; without noise and with references that nothing is drawn for."""
+    common = dict(noise=False, references=(("true", 1.0),), walk=walk)
+    _, plain, metrics = one_step(**common)
+    for changes in (dict(accumulate=2), dict(remat=True)):
+        _, after, others = one_step(**common, **changes)
+        for name in ("loss", "bpp_y", "psnr_y", "grad_norm"):
+            assert others[name] == pytest.approx(metrics[name], rel=1e-3), (changes, name)
+        assert_nearly_same(after.opt_state[1][0].mu, plain.opt_state[1][0].mu, rtol=0.05)
+        assert_nearly_same(after.carry, plain.carry)
+
+
+def test_sub_networks_can_learn_more_slowly(one_step):
+    before, plain, _ = one_step()
+    _, slowed, _ = one_step(lr_scale=(("decoder", 0.125), ("encoder", 0.0)))
+
+    def moved(state, name):
+        pairs = zip(
+            jax.tree.leaves(state.params[name]), jax.tree.leaves(before.params[name]), strict=True
+        )
+        return np.concatenate([np.ravel(a - b) for a, b in pairs])
+
+    np.testing.assert_allclose(
+        moved(slowed, "decoder"), moved(plain, "decoder") / 8, rtol=0.02, atol=1e-6
+    )
+    assert not moved(slowed, "encoder").any() and moved(plain, "encoder").any()
+    np.testing.assert_array_equal(moved(slowed, "hyper_encoder"), moved(plain, "hyper_encoder"))
+
+
+def test_pupils_stay_close_to_their_teacher(folder, tmp_path):
+    """With nothing but the teacher's weight in the loss, a codec that has one changes less."""
+    first, common = stage(3, lr=1e-2), dict(steps=6, lr=1e-2, end_lr=1e-2)
+    teacher = {"weights": "previous", "recon": 300.0, "refs": 30.0}
+    distances = []
+    for name, special in (("free", {}), ("taught", {"teacher": teacher})):
+        config = config_of(folder, first, stage(**common, **special), average_decay=0.0)
+        begun = loop.train(config_of(folder, first, average_decay=0.0), tmp_path / name)
+        after = loop.train(config, tmp_path / name)
+        pairs = zip(jax.tree.leaves(after.params), jax.tree.leaves(begun.params), strict=True)
+        distances.append(sum(float(np.square(a - b).sum()) for a, b in pairs))
+        assert (tmp_path / name / "teachers" / "1").is_dir() == (name == "taught")
+    free, taught = distances
+    assert taught < free
+    # In the middle of a stage, the teacher comes from the disk.
+    assert_same_state(loop.train(config, tmp_path / "taught"), after)
+    renamed = tmp_path / "taught" / "teachers"
+    longer = stage(**common | {"steps": 8}, teacher=teacher)
+    renamed.rename(tmp_path / "elsewhere")
+    with pytest.raises(NvcError, match="began without a teacher"):
+        loop.train(config_of(folder, first, longer, average_decay=0.0), tmp_path / "taught")
+    (tmp_path / "elsewhere").rename(renamed)
+    loop.train(config_of(folder, first, longer, average_decay=0.0), tmp_path / "taught")
 
 
 # The constraint on scales
