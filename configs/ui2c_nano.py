@@ -56,8 +56,8 @@ def get_config():
             steps=6_000, units=2, walk=8, batch=4, crop=128, lr=1e-3, end_lr=1e-5,
             **SCALE_HEAD, noise=False, rate_balance=0.9,
         ),
-        # Everything once more, the integer scales on rounded symbols from here on, and on clips that
-        # start without a reference, as they do in use.
+        # Everything once more, the integer scales now always on rounded symbols; at last on clips
+        # that start without a reference, as they do in use.
         stage(
             steps=6_000, units=2, walk=8, batch=4, crop=128, lr=2e-4, end_lr=2e-6,
             exact=True, detached=True, rate_balance=0.7,
