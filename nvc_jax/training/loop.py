@@ -39,15 +39,9 @@ FIELDS = {
 STAGE_FIELDS = {"steps", "units", "walk", "batch", "crop", "lr", "end_lr"}
 # See `nvc_jax.training.step.make_train_step`.
 SPECIAL_FIELDS = {
-    "trainable",
-    "exact",
-    "noise",
-    "float_share",
-    "detached",
-    "rate_balance",
-    "references",
+    "trainable", "exact", "noise", "float_share", "detached", "rate_balance", "references",
     "penalty",
-}
+}  # fmt: skip
 PENALTY_FIELDS = {"variant", "eta", "delta", "beta"}
 
 

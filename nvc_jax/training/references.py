@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 BLANK = 0.5
+EQUAL_SHARES = (1.0, 1.0, 1.0)  # of blank, true and degraded references
 
 
 def _cosine_basis(n: int) -> np.ndarray:
@@ -38,7 +39,7 @@ def box_blur(frame: jax.Array) -> jax.Array:
     return jnp.broadcast_to(cells, (b, h // 4, 4, w // 4, 4, c)).reshape(frame.shape)
 
 
-def mixed_reference(key: jax.Array, frame: jax.Array, shares=(1.0, 1.0, 1.0)) -> jax.Array:
+def mixed_reference(key: jax.Array, frame: jax.Array, shares=EQUAL_SHARES) -> jax.Array:
     """Blank, `frame`, or degraded `frame`, drawn for every sample. [b, h, w, 3] -> same.
 
     shares: of the three kinds, relative to each other.

@@ -22,7 +22,7 @@ from nvc_jax.models.registry import Ref
 from nvc_jax.nn.integer import memory_channels
 from nvc_jax.schedule import QP_OFFSETS
 from nvc_jax.training import losses
-from nvc_jax.training.references import mixed_reference
+from nvc_jax.training.references import EQUAL_SHARES, mixed_reference
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -168,7 +168,12 @@ def unroll(
 
 
 def first_refs(
-    model: nn.Module, state: TrainState, clip: Clip, carried: bool, key: jax.Array, **mixture
+    model: nn.Module,
+    state: TrainState,
+    clip: Clip,
+    carried: bool,
+    key: jax.Array,
+    shares: tuple[float, ...] = EQUAL_SHARES,
 ):
     """References of a clip's first unit: those left by the previous step, or a mixed picture."""
     if model.frames_per_unit == 1:
@@ -177,7 +182,7 @@ def first_refs(
         return state.carry
     # Not fold_in(key, 1): that is what `unroll` gets for its noise when it splits the key.
     key = jax.random.fold_in(key, 2)
-    return (Ref(frame=mixed_reference(key, clip.reference, **mixture)),)
+    return (Ref(frame=mixed_reference(key, clip.reference, shares)),)
 
 
 def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Callable:
@@ -235,8 +240,8 @@ def make_train_step(model: nn.Module, config: ml_collections.ConfigDict) -> Call
     def train_step(state, clip, carried, stage=0):
         stage = config.stages[stage]
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        mixture = {"shares": stage.references} if stage.get("references") else {}
-        refs = first_refs(model, state, clip, carried, key, **mixture)
+        shares = stage.get("references", EQUAL_SHARES)
+        refs = first_refs(model, state, clip, carried, key, shares)
         grads, (outputs, refs) = jax.grad(loss_fn, has_aux=True)(
             state.params, clip, refs, key, stage
         )  # fmt: skip
