@@ -25,7 +25,7 @@ def get_config():
     c.transform_start = False
     # Per pixel, and with a density as narrow as the band in which it acts; the printed values,
     # delta 1 and beta 1 on the sum over all elements, are nearly flat and depend on picture size.
-    penalty = ConfigDict(dict(variant="gaussian", eta=0.3, delta=0.1, beta=1e-3))
+    penalty = ConfigDict(dict(variant="gaussian", eta=0.3, delta=0.1, beta=3e-2))
     c.stages = (
         ConfigDict(
             dict(

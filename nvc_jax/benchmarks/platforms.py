@@ -124,17 +124,19 @@ def _tasks(job: dict) -> Iterator[tuple[str, str, int, str]]:
 def _codecs(job: dict):
     """(clip, variant) -> (pictures, prepared codec), compiled once per picture size and mode."""
     model = released.load(job["model"])
-    pictures, compiled = {}, {}
+    pictures, prepared, programs = {}, {}, {}
 
     def get(clip: str, variant: str):
         if clip not in pictures:
             pictures[clip] = clip_pictures(clip, job["size"], job["frames"])
         height, width = pictures[clip][0].y.shape
-        mode, exponents = job["variants"][variant]
-        codec = coding.prepare(model, width, height, mode, exponents)
-        first = compiled.setdefault((width, height, mode), codec)
-        # With the first one's program, that nothing is compiled twice.
-        return pictures[clip], codec._replace(program=first.program)
+        if (width, height, variant) not in prepared:
+            mode, exponents = job["variants"][variant]
+            codec = coding.prepare(model, width, height, mode, exponents)
+            # With the program of the first of this mode, that nothing is compiled twice.
+            program = programs.setdefault((width, height, mode), codec.program)
+            prepared[width, height, variant] = codec._replace(program=program)
+        return pictures[clip], prepared[width, height, variant]
 
     return get
 
