@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 def stage(steps, units, walk, batch, crop, lr, end_lr, **special):
     """units: pictures per sample. walk: 1, there is nothing to carry on.
 
-    special: see `nvc_jax.training.step.make_train_step`.
+    special: see `nvc_jax.training.stages.Stage`.
     """
     common = dict(steps=steps, units=units, walk=walk, batch=batch, crop=crop, lr=lr, end_lr=end_lr)
     return ConfigDict(common | special)

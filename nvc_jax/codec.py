@@ -39,7 +39,7 @@ from nvc_jax.entropy.bottleneck import (
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT, Margin
 from nvc_jax.errors import NvcError, OtherTables, StreamError, WeightsMismatch
 from nvc_jax.machine import cores
-from nvc_jax.models import registry, released
+from nvc_jax.models import released
 from nvc_jax.models.released import Released
 from nvc_jax.video import Planes, VideoInfo
 
@@ -423,9 +423,10 @@ class EncodedUnit(NamedTuple):
 
 def schedule_for(model: Released, intra_period: int = 0) -> schedules.Schedule:
     """The coding order of a model. Raises NvcError for an impossible intra period."""
-    if registry.entry(model.codec).schedule == "all_intra":
+    name = model.module.schedule
+    if name == "all_intra":
         return schedules.all_intra()
-    return schedules.two_frame(intra_period)
+    return {"two_frame": schedules.two_frame, "low_delay": schedules.low_delay}[name](intra_period)
 
 
 def make_header(codec: UnitCodec, info: VideoInfo, schedule: schedules.Schedule) -> Header:
@@ -503,7 +504,7 @@ def check_model(header: Header, model: Released) -> None:
             f"{header.fingerprint.hex()}; the model at hand is '{model.name}', weights "
             f"{model.fingerprint.hex()}. Give the file of the right weights with --model."
         )
-    if header.schedule.name != registry.entry(model.codec).schedule:
+    if header.schedule.name != model.module.schedule:
         raise StreamError(
             f"the stream's schedule '{header.schedule.name}' is not that of its model "
             f"'{header.model}'; the header is damaged"

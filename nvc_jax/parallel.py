@@ -93,14 +93,16 @@ def batch_sharding(mesh: Mesh, array: Any, rows: int | None = None) -> NamedShar
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def check_batch(mesh: Mesh, batch: int, parts: int, where: str) -> None:
-    """Raises NvcError if devices and processes cannot share a batch that is cut into parts."""
-    devices = mesh.shape[DATA]
+def check_batch(mesh: Mesh, batch: int, parts: int, crop: int, where: str) -> None:
+    """Raises NvcError if devices and processes cannot share batches of `parts` parts and crops."""
+    devices, bands = mesh.shape[DATA], mesh.shape[SPACE]
     if batch // parts % devices or batch % jax.process_count():
         raise NvcError(
             f"{where}.batch is {batch}, in {parts} parts; each part must be a multiple of the "
             f"{devices} devices that share it"
         )
+    if crop % bands:
+        raise NvcError(f"{where}.crop is {crop}; it cannot be cut into {bands} bands (mesh.space)")
 
 
 def together(work: Callable[[], T]) -> T:

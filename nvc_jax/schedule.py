@@ -10,8 +10,8 @@ An encoder does not know how long its clip is. It therefore plans one *group* of
 frames at a time with `units`; only the last group of a clip may be shorter. Decoding can start at
 any unit without references: no unit from there on reads or drops an older slot.
 
-The quality offsets of `two_frame` follow DCVC-RT (arXiv 2502.20762, released code): eight frames
-with offsets 0, 8, 0, 4, 0, 4, 0, 4 added to the qp of the clip.
+The quality offsets of the low-delay orders follow DCVC-RT (arXiv 2502.20762, released code): eight
+frames with offsets 0, 8, 0, 4, 0, 4, 0, 4 added to the qp of the clip.
 """
 
 from __future__ import annotations
@@ -84,6 +84,11 @@ def two_frame(intra_period: int = 0) -> Schedule:
         NvcError: if `intra_period` (in frames) is not a multiple of two.
     """
     return Schedule("two_frame", 2, intra_period)
+
+
+def low_delay(intra_period: int = 0) -> Schedule:
+    """Single frames, each predicted from the one before it."""
+    return Schedule("low_delay", 1, intra_period)
 
 
 def units(schedule: Schedule, first_frame: int, count: int, first_unit: int) -> list[Unit]:
@@ -159,15 +164,15 @@ def _all_intra(schedule: Schedule, first_frame: int, count: int, first_unit: int
     return [Unit((first_frame,), (), 0, (0,), (first_unit,))]
 
 
-def _two_frame(schedule: Schedule, first_frame: int, count: int, first_unit: int) -> list[Unit]:
+def _in_a_row(schedule: Schedule, first_frame: int, count: int, first_unit: int) -> list[Unit]:
     def starts(frame):
         return frame % schedule.intra_period == 0 if schedule.intra_period else frame == 0
 
     frames = tuple(range(first_frame, first_frame + count))
     refs = () if starts(first_frame) else (first_unit - 1,)
-    # The pair before a fresh start is read by nobody; dropping it there would fail for a decoder
+    # The unit before a fresh start is read by nobody; dropping it there would fail for a decoder
     # that begins at that start.
-    last = (first_unit,) if starts(first_frame + 2) else ()
+    last = (first_unit,) if starts(first_frame + schedule.gop) else ()
     offsets = tuple(QP_OFFSETS[frame % len(QP_OFFSETS)] for frame in frames)
     return [Unit(frames, refs, 0, offsets, refs + last)]
 
@@ -175,5 +180,6 @@ def _two_frame(schedule: Schedule, first_frame: int, count: int, first_unit: int
 # Name -> (frames in a group, planner of one group).
 SCHEDULES: dict[str, tuple[int, Callable[[Schedule, int, int, int], list[Unit]]]] = {
     "all_intra": (1, _all_intra),
-    "two_frame": (2, _two_frame),
+    "two_frame": (2, _in_a_row),
+    "low_delay": (1, _in_a_row),
 }

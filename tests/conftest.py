@@ -86,18 +86,24 @@ def assert_same_pictures(some, others) -> None:
 
 @pytest.fixture(scope="session")
 def model_files(tmp_path_factory) -> dict[str, Path]:
-    """Codec's name -> file of a small released model with random weights."""
+    """Name -> file of a small released model with random weights: each codec, and "single".
+
+    That is UI2C with one frame per unit.
+    """
     folder = tmp_path_factory.mktemp("models")
-    files = {name: folder / f"tiny-{name}.safetensors" for name in SIZES}
-    for name, path in files.items():
-        module = registry.build(name, SIZES[name])
-        released.save(path, *released.freeze(path.stem, name, module, random_parameters(module)))
+    kinds = {name: (name, size) for name, size in SIZES.items()}
+    kinds["single"] = ("ui2c", SIZES["ui2c"] | {"frames": 1})
+    files = {}
+    for name, (codec_name, size) in kinds.items():
+        module, files[name] = registry.build(codec_name, size), folder / f"tiny-{name}.safetensors"
+        frozen = released.freeze(f"tiny-{name}", codec_name, module, random_parameters(module))
+        released.save(files[name], *frozen)
     return files
 
 
 @pytest.fixture(scope="session")
 def prepared(model_files):
-    """prepared(codec's name, width, height, ...): as `codec.prepare`, compiled once for all tests.
+    """prepared(name in `model_files`, width, height, ...): as `codec.prepare`, compiled once.
 
     Margins are inputs of a program, so that codecs that differ in nothing else share one.
     """

@@ -31,6 +31,7 @@ CLIPS = {"texture": moving_texture(WIDTH, HEIGHT, 5), "noise": noise(WIDTH, HEIG
 KINDS = {
     "ui2c-exact": ("ui2c", EXACT, ()),
     "ui2c-calibrated": ("ui2c", CALIBRATED, (6,)),
+    "single-exact": ("single", EXACT, ()),
     "intra-exact": ("intra", EXACT, ()),
     "intra-float": ("intra", FLOAT, ()),
 }

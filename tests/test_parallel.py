@@ -169,12 +169,14 @@ def test_processes_that_cannot_meet_are_told(folder, tmp_path, flags, complaint)
 
 
 def test_batches_that_devices_cannot_share_are_refused():
-    mesh = AbstractMesh((4, 2), ("data", "space"))
-    parallel.check_batch(mesh, 8, 2, "here")
+    mesh = AbstractMesh((4, 3), ("data", "space"))
+    parallel.check_batch(mesh, 8, 2, 48, "here")
     for batch, parts in ((6, 1), (8, 4)):
         with pytest.raises(NvcError, match="multiple of the 4 devices"):
-            parallel.check_batch(mesh, batch, parts, "here")
-    with pytest.raises(NvcError, match="must divide the 1 devices"):
+            parallel.check_batch(mesh, batch, parts, 48, "here")
+    with pytest.raises(NvcError, match="cannot be cut into 3 bands"):
+        parallel.check_batch(mesh, 8, 2, 64, "here")
+    with pytest.raises(NvcError, match="which is 1"):
         parallel.make_mesh(2)
 
 

@@ -6,7 +6,7 @@ from itertools import count, islice
 
 import pytest
 
-from nvc_jax.data.prefetch import prefetch, read_ahead
+from nvc_jax.data.prefetch import read_ahead
 
 
 @pytest.fixture(autouse=True)
@@ -25,17 +25,17 @@ def fails_at(bad: int):
     return make
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 2, 7])
-def test_prefetch_keeps_the_order(ahead):
-    items = prefetch(lambda n: n * n, start=3, ahead=ahead)
-    assert list(islice(items, 20)) == [n * n for n in range(3, 23)]
-    items.close()
+@pytest.mark.parametrize("ahead", [0, 1, 4, 100])
+@pytest.mark.parametrize("length", [0, 1, 5, 20])
+def test_items_are_the_same(ahead, length):
+    assert list(read_ahead(range(length), ahead)) == list(range(length))
+    assert list(read_ahead(iter([None] * length), ahead)) == [None] * length
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_prefetch_works_ahead_but_not_without_bound(ahead):
+def test_reading_is_ahead_but_not_without_bound(ahead):
     begun = []
-    items = prefetch(begun.append, ahead=ahead)
+    items = read_ahead(map(begun.append, count()), ahead)
     for taken in range(1, 6):
         next(items)
         time.sleep(0.01)
@@ -46,33 +46,19 @@ def test_prefetch_works_ahead_but_not_without_bound(ahead):
 
 @pytest.mark.parametrize("ahead", [0, 2, 5])
 def test_an_exception_comes_with_its_item(ahead):
-    items = prefetch(fails_at(4), ahead=ahead)
+    items = read_ahead(map(fails_at(4), count()), ahead)
     assert list(islice(items, 4)) == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="number 4"):
         next(items)
 
 
-def test_closing_before_the_first_item_does_no_work():
-    begun = []
-    prefetch(begun.append).close()
-    assert not begun
+def test_closing_before_the_first_item_reads_nothing():
+    source = iter(range(3))
+    read_ahead(source, 2).close()
+    assert next(source) == 0
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 4, 100])
-@pytest.mark.parametrize("length", [0, 1, 5])
-def test_read_ahead_gives_the_same_items(ahead, length):
-    assert list(read_ahead(range(length), ahead)) == list(range(length))
-    assert list(read_ahead(iter([None] * length), ahead)) == [None] * length
-
-
-def test_read_ahead_passes_exceptions_on_after_what_came_before():
-    items = read_ahead(map(fails_at(3), count()), ahead=2)
-    assert list(islice(items, 3)) == [0, 1, 2]
-    with pytest.raises(ValueError, match="number 3"):
-        next(items)
-
-
-def test_read_ahead_can_be_closed_early_and_leaves_the_rest():
+def test_closing_early_leaves_the_rest():
     source = iter(range(100))
     items = read_ahead(source, ahead=3)
     assert next(items) == 0
@@ -81,6 +67,6 @@ def test_read_ahead_can_be_closed_early_and_leaves_the_rest():
 
 
 def test_dropping_ends_the_thread():
-    items = prefetch(lambda n: n)
+    items = read_ahead(count(), 2)
     next(items)
     del items

@@ -11,7 +11,8 @@ from nvc_jax.errors import NvcError
 from nvc_jax.schedule import Schedule, Unit
 
 pairs = st.integers(0, 12).map(lambda pairs: schedule.two_frame(2 * pairs))
-schedules = st.one_of(st.just(schedule.all_intra()), pairs)
+singles = st.integers(0, 24).map(schedule.low_delay)
+schedules = st.one_of(st.just(schedule.all_intra()), pairs, singles)
 lengths = st.integers(0, 70)
 
 
@@ -59,6 +60,15 @@ def test_two_frame_pairs_chain_and_vary_quality():
     assert offsets == [(0, 8), (0, 4), (0, 4), (0, 4), (0, 8), (0, 4)]
 
 
+def test_low_delay_frames_chain_and_vary_quality():
+    assert list(schedule.plan(schedule.low_delay(2), 4)) == [
+        Unit((0,), (), 0, (0,), ()),
+        Unit((1,), (0,), 0, (8,), (0, 1)),
+        Unit((2,), (), 0, (0,), ()),
+        Unit((3,), (2,), 0, (4,), (2, 3)),
+    ]
+
+
 def test_all_intra_reads_and_keeps_nothing():
     planned = list(schedule.plan(schedule.all_intra(), 3))
     assert [unit.frames for unit in planned] == [(0,), (1,), (2,)]
@@ -73,7 +83,7 @@ def test_schedule_survives_a_dictionary(order):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("sideways", 2), "unknown schedule 'sideways'; known: all_intra, two_frame"),
+        (("sideways", 2), "unknown schedule 'sideways'; known: all_intra, two_frame, low_delay"),
         (("two_frame", 4), "groups of 2 frames, not 4"),
         (("two_frame", 2, 7), "multiple of 2"),
         (("two_frame", 2, -2), "intra period -2"),

@@ -6,6 +6,7 @@ gets the batches that would have come. Nothing about the data needs to be saved 
 
 import dataclasses
 import logging
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -21,7 +22,6 @@ from nvc_jax.data.crops import cut_out
 from nvc_jax.data.synthetic import made_up_clips
 from nvc_jax.errors import NvcError
 
-QP_COUNT = 64
 EPOCHS = 1 << 24  # for ever, but lengths must stay below 2^63
 
 log = logging.getLogger(__name__)
@@ -80,8 +80,8 @@ class Stored(Sequence):
         return Clip(*(record[name] for name in Clip._fields))
 
 
-def open_sets(data: Any) -> list[Source]:
-    """The clips that a config's data section names.
+def open_sets(data: Any, root: str = "") -> list[Source]:
+    """The clips that a config's data section names, with paths that start from `root`.
 
     data: either `folder`, of videos and photographs that are decoded into memory, and
       `image_share`, the photographs' share of the samples ("" for a few clips that are made up,
@@ -97,13 +97,15 @@ def open_sets(data: Any) -> list[Source]:
     if "sets" in data:
         if not data["sets"]:
             raise NvcError("config.data.sets is empty: there is nothing to train on")
-        return [_open_set(dict(s), f"config.data.sets[{n}]") for n, s in enumerate(data["sets"])]
-    clips = load_clips(data["folder"]) if data["folder"] else made_up_clips()
+        sets = enumerate(data["sets"])
+        return [_open_set(dict(s), root, f"config.data.sets[{n}]") for n, s in sets]
+    folder = data["folder"]
+    clips = load_clips(os.path.join(root, folder)) if folder else made_up_clips()
     log.info("training data: %s", stats(clips))
     return memory_sources(clips, data.get("image_share", 0.25))
 
 
-def _open_set(values: dict, where: str) -> Source:
+def _open_set(values: dict, root: str, where: str) -> Source:
     if unknown := sorted(set(values) - {"path", "split", "weight"}):
         raise NvcError(f"{where}.{unknown[0]} is nothing that a data set can have")
     if "path" not in values:
@@ -111,7 +113,8 @@ def _open_set(values: dict, where: str) -> Source:
     weight = values.get("weight", 1.0)
     if not weight > 0:
         raise NvcError(f"{where}.weight is {weight}; it must be above 0")
-    return Source(Stored(values["path"], values.get("split", "train")), weight)
+    path = os.path.join(root, values["path"])
+    return Source(Stored(path, values.get("split", "train")), weight)
 
 
 def memory_sources(clips: ClipSet, image_share: float) -> list[Source]:
@@ -147,8 +150,7 @@ def batches(
       cut_share: of samples whose first picture comes from elsewhere, as after a hard scene cut.
 
     Returns:
-      {"frames": uint8 [batch / processes, frames, crop, crop, 3], Y U V at 4:4:4, chroma repeated,
-       "qp": int32 [batch / processes], 0..63, "phase": the same, 0, 2, 4 or 6}.
+      uint8 [batch / processes, frames, crop, crop, 3], Y U V at 4:4:4, chroma repeated.
 
     Raises:
       NvcError: sizes that cannot be, or no clip to draw from.
@@ -177,17 +179,15 @@ def batches(
     return samples.batch(batch // processes).slice(slice(process, None, processes))
 
 
-def _sample(clip: Clip, rng: np.random.Generator, records, shares, frames, crop, cut_share) -> dict:
-    picture = np.empty((frames, crop, crop, 3), np.uint8)
-    cut_out(clip, picture, rng)
+def _sample(
+    clip: Clip, rng: np.random.Generator, records, shares, frames, crop, cut_share
+) -> np.ndarray:
+    sample = np.empty((frames, crop, crop, 3), np.uint8)
+    cut_out(clip, sample, rng)
     if rng.random() < cut_share:
         other = records[rng.choice(len(records), p=shares)]
-        cut_out(other[int(rng.integers(len(other)))], picture[:1], rng)
-    return {
-        "frames": picture,
-        "qp": rng.integers(QP_COUNT, dtype=np.int32),
-        "phase": 2 * rng.integers(4, dtype=np.int32),
-    }
+        cut_out(other[int(rng.integers(len(other)))], sample[:1], rng)
+    return sample
 
 
 def _leave_signals(worker: int, workers: int) -> None:
@@ -196,7 +196,7 @@ def _leave_signals(worker: int, workers: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def iterate(batches: grain.MapDataset, start: int, workers: int = 0) -> Iterator[dict]:
+def iterate(batches: grain.MapDataset, start: int, workers: int = 0) -> Iterator[np.ndarray]:
     """The batches from number `start` on, made ahead of time.
 
     workers: processes that make them; 0 for threads of this one.

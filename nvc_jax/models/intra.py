@@ -114,6 +114,7 @@ class Intra(nn.Module):
     dtype: Any = jnp.float32
 
     frames_per_unit = 1
+    schedule = "all_intra"
     references = 0
     qp_rows = QP_ROWS
 

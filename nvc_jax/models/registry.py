@@ -25,7 +25,6 @@ class Entry(NamedTuple):
       module: Linen module class with fields `cfg` and `dtype`.
       config: its config class.
       sizes: named configs.
-      schedule: name of its coding order in `nvc_jax.schedule`.
       content: "image" or "video", which lambda range it is trained with.
       qp_offsets, frame_weights: by frame number modulo their length, what is added to the qp, and
         the weight of the frame's distortion in training.
@@ -34,17 +33,14 @@ class Entry(NamedTuple):
     module: type[nn.Module]
     config: type
     sizes: dict[str, Any]
-    schedule: str
     content: str
     qp_offsets: tuple[int, ...] = (0,)
     frame_weights: tuple[float, ...] = (1.0,)
 
 
 CODECS = {
-    "intra": Entry(intra.Intra, intra.Config, intra.SIZES, "all_intra", "image"),
-    "ui2c": Entry(
-        ui2c.UI2C, ui2c.Config, ui2c.SIZES, "two_frame", "video", QP_OFFSETS, ui2c.FRAME_WEIGHTS
-    ),
+    "intra": Entry(intra.Intra, intra.Config, intra.SIZES, "image"),
+    "ui2c": Entry(ui2c.UI2C, ui2c.Config, ui2c.SIZES, "video", QP_OFFSETS, ui2c.FRAME_WEIGHTS),
 }
 
 

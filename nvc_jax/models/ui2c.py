@@ -7,7 +7,8 @@ within 1 %.
 There is no intra model: the first pair refers to a blank (mid-grey) frame through the first-frame
 adaptor. A pair is one latent and one stream; the second frame is a backward reference of the first
 for free. Each frame of a pair has its own quality index, and every quality table holds two halves,
-one looked up by each frame's index.
+one looked up by each frame's index. `Config.frames` 1 is the same network without pairs, to compare
+with.
 """
 
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ class Config:
     see `nvc_jax.nn.blocks.DepthConvBlock`. `latent_gain` adds a quality table that scales the
     latent before quantisation and back after it, from a start that spans the whole range of rates:
     our addition, without which short trainings do not get the qualities apart. `scale_head` is the
-    width of the integer network behind the exact mode (`nvc_jax.nn.integer`), 0 for none.
+    width of the integer network behind the exact mode (`nvc_jax.nn.integer`), 0 for none. `frames`
+    are coded at once: 2, or 1.
     """
 
     width: int = 384
@@ -72,6 +74,7 @@ class Config:
     form: str = "rt"
     latent_gain: bool = False
     scale_head: int = 0
+    frames: int = 2
 
 
 SIZES = {
@@ -107,8 +110,8 @@ class Ref(NamedTuple):
     memory: jax.Array | None = None
 
 
-class PairTable(nn.Module):
-    """Two learned tables, one per frame of the pair: qp [b, 2] -> [b, 1, 1, channels]."""
+class FrameTables(nn.Module):
+    """A learned table for each frame of a unit: qp [b, frames] -> [b, 1, 1, channels]."""
 
     channels: int
     dtype: Any = jnp.float32
@@ -116,10 +119,10 @@ class PairTable(nn.Module):
 
     @nn.compact
     def __call__(self, qp):
-        half = self.channels // 2
+        each = self.channels // qp.shape[1]
         tables = [
-            QpTable(QP_ROWS, half, self.dtype, self.ramp, name=f"frame{i}")(qp[:, i])
-            for i in range(2)
+            QpTable(QP_ROWS, each, self.dtype, self.ramp, name=f"frame{i}")(qp[:, i])
+            for i in range(qp.shape[1])
         ]
         return jnp.concatenate(tables, axis=-1)
 
@@ -131,7 +134,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, frames, ctx, q):
         c = self.cfg
-        x = jnp.concatenate([frames[:, 0], frames[:, 1]], axis=-1)
+        x = jnp.concatenate([frames[:, i] for i in range(c.frames)], axis=-1)
         x = Pointwise(c.width, self.dtype, name="patch")(space_to_depth(x, 8))
         x = jnp.concatenate([x, ctx], axis=-1)
         x = Blocks(c.width, c.encoder, c.form, self.dtype, name="blocks")(x)
@@ -184,9 +187,16 @@ class UI2C(nn.Module):
     cfg: Config
     dtype: Any = jnp.float32
 
-    frames_per_unit = 2
     references = 1
     qp_rows = QP_ROWS
+
+    @property
+    def frames_per_unit(self) -> int:
+        return self.cfg.frames
+
+    @property
+    def schedule(self) -> str:
+        return "two_frame" if self.cfg.frames == 2 else "low_delay"
 
     def setup(self):
         c = self.cfg
@@ -194,9 +204,9 @@ class UI2C(nn.Module):
         self.feature_adaptor_i = DepthConvBlock(c.width, c.form)
         self.feature_adaptor_p = Pointwise(c.width)
         self.extractor_1 = Blocks(c.width, c.extractor[0], c.form)
-        self.q_feature = PairTable(c.width, ramp=c.latent_gain)
+        self.q_feature = FrameTables(c.width, ramp=c.latent_gain)
         if c.latent_gain:
-            self.q_latent = PairTable(c.y, ramp=True)
+            self.q_latent = FrameTables(c.y, ramp=True)
         self.temporal_prior_encoder = Down(c.temporal, c.form)
         self.hyper_decoder = HyperDecoder(c.y, c.form)
         self.prior_fusion = ParameterNet(3 * c.y, c.prior, c.fusion, c.form, _leading_ones(2 * c.y))
@@ -209,12 +219,10 @@ class UI2C(nn.Module):
         self.encoder = Encoder(c, self.dtype)
         self.hyper_encoder = HyperEncoder(c.z, c.form)
         self.decoder = Decoder(c, self.dtype)
-        self.q_encoder = PairTable(c.width, self.dtype)
-        self.q_decoder = PairTable(c.width, self.dtype)
-        self.recon_head_0 = ReconHead(c, self.dtype)
-        self.recon_head_1 = ReconHead(c, self.dtype)
-        self.q_recon_0 = QpTable(QP_ROWS, c.recon, self.dtype)
-        self.q_recon_1 = QpTable(QP_ROWS, c.recon, self.dtype)
+        self.q_encoder = FrameTables(c.width, self.dtype)
+        self.q_decoder = FrameTables(c.width, self.dtype)
+        self.recon_head = [ReconHead(c, self.dtype) for _ in range(c.frames)]
+        self.q_recon = [QpTable(QP_ROWS, c.recon, self.dtype) for _ in range(c.frames)]
 
     def blank_refs(self, height, width, exact=False):
         """`refs` of a unit without references, in the form that the others have too."""
@@ -240,18 +248,18 @@ class UI2C(nn.Module):
         return nn.cond(ref.blank, from_frame, from_feature, self)
 
     def __call__(self, frames, refs, qp, bottleneck):
-        """Codes one pair.
+        """Codes one unit of n frames: a pair, or a single one (`Config.frames`).
 
         Args:
-          frames: float32 [batch, 2, height, width, 3], Y, U, V in [0, 1], sides multiples of 16.
+          frames: float32 [batch, n, height, width, 3], Y, U, V in [0, 1], sides multiples of 16.
             When decoding only the shape counts.
           refs: () for a blank reference, or one `Ref`.
-          qp: int32 [batch, 2], 0..71.
+          qp: int32 [batch, n], 0..71.
           bottleneck: see `nvc_jax.entropy.bottleneck`.
 
         Returns:
-          recon: float32 [batch, 2, height, width, 3], 0..1 and possibly a little beyond.
-          new_refs: (Ref,) to be kept for the next pair.
+          recon: float32 [batch, n, height, width, 3], 0..1 and possibly a little beyond.
+          new_refs: (Ref,) to be kept for the next unit.
         """
         c = self.cfg
         batch, _, height, width, _ = frames.shape
@@ -275,8 +283,8 @@ class UI2C(nn.Module):
             jax.ShapeDtypeStruct((batch, -(-h // 4), -(-w // 4), c.z), jnp.float32),
         )
 
-        # Only the second frame's index changes with the frame number's class.
-        z_hat = bottleneck.factorized(z, self.z_prior(qp[:, 1]), qp[:, 1])
+        # Of a pair, only the second frame's index changes with the frame number's class.
+        z_hat = bottleneck.factorized(z, self.z_prior(qp[:, -1]), qp[:, -1])
         hyper = self.hyper_decoder(z_hat)[:, :h, :w]
         temporal = self.temporal_prior_encoder(early * self.q_feature(qp))
         params = self.prior_fusion(jnp.concatenate([hyper, temporal], axis=-1))
@@ -301,10 +309,11 @@ class UI2C(nn.Module):
         feature = self.decoder(y_hat.astype(self.dtype), ctx, self.q_decoder(qp))
 
         def render(m):
-            head0 = m.recon_head_0(feature, m.q_recon_0(qp[:, 0]))
-            head1 = m.recon_head_1(feature, m.q_recon_1(qp[:, 1]))
-            recon = jnp.stack([head0, head1], axis=1).astype(jnp.float32) + 0.5
-            return (recon,)
+            recons = [
+                head(feature, q(qp[:, i]))
+                for i, (head, q) in enumerate(zip(m.recon_head, m.q_recon, strict=True))
+            ]
+            return (jnp.stack(recons, axis=1).astype(jnp.float32) + 0.5,)
 
         (recon,) = bottleneck.decoder_only(
             self, render, jax.ShapeDtypeStruct(frames.shape, jnp.float32)

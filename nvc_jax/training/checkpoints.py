@@ -5,7 +5,6 @@ WORKDIR/checkpoints/STEP   training states, the newest two (Orbax; asynchronous,
 WORKDIR/teachers/STAGE     averaged weights with which a stage began, if it learns from them
 """
 
-import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,15 +192,9 @@ def release(config_file: str, workdir: str, output: str, **tables: Any) -> Path:
     output = Path(output)
     if output.suffix != ".safetensors":
         raise NvcError(f"{output}: give a name that ends in .safetensors")
-    if not Path(config_file).is_file():
-        raise NvcError(f"{config_file}: no such config file")
+    config = stages.load(config_file)
     if not (Path(workdir) / CHECKPOINTS).is_dir():
         raise NvcError(f"{workdir}: no checkpoint there to release")
-    try:
-        config = runpy.run_path(config_file)["get_config"]()
-    except (KeyError, SyntaxError) as e:
-        raise NvcError(f"{config_file}: is not a training config ({e!r})") from None
-    config = stages.complete(config)
     run = stages.read(config)
     model = registry.build(config.model.name, config.model.size, config.model.dtype)
     with manager_of(workdir) as manager:

@@ -28,6 +28,7 @@ from nvc_jax.training import checkpoints, losses, stages
 from nvc_jax.training import step as training
 from nvc_jax.training.writers import MetricWriter, SilentWriter
 
+FIRST_UNITS = 64  # clips begin at one of these; a multiple of every pattern of qualities
 ASK_EVERY = 10  # steps after which the processes of a run agree on whether to save or stop
 
 
@@ -63,12 +64,13 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> training.TrainStat
     config = stages.complete(config)
     run = stages.read(config)
     mesh = parallel.make_mesh(config.mesh.space)
-    sources = parallel.together(lambda: open_all(run))
+    sources = parallel.together(lambda: open_all(run, config.data_root))
     parallel.check_same(
         [[len(s.records) for s in sources[repr(stage.data)]] for stage in run], "the data sets"
     )
     for number, stage in enumerate(run):
-        parallel.check_batch(mesh, stage.batch, stage.accumulate, f"config.stages[{number}]")
+        where = f"config.stages[{number}]"
+        parallel.check_batch(mesh, stage.batch, stage.accumulate, stage.crop, where)
     writer = parallel.together(
         lambda: MetricWriter(workdir) if parallel.is_main() else SilentWriter()
     )
@@ -159,10 +161,10 @@ def _train(config, run, sources, workdir, mesh, manager, writer, stops) -> train
     return state
 
 
-def open_all(run: tuple[stages.Stage, ...]) -> dict[str, list[pipeline.Source]]:
+def open_all(run: tuple[stages.Stage, ...], root: str = "") -> dict[str, list[pipeline.Source]]:
     """The data of all stages, by their data sections' repr, each opened once."""
     sections = {repr(stage.data): stage.data for stage in run}
-    return {key: pipeline.open_sets(data) for key, data in sections.items()}
+    return {key: pipeline.open_sets(data, root) for key, data in sections.items()}
 
 
 class Work:
@@ -229,22 +231,26 @@ def host_clips(
       step: of the stage, to begin with.
     """
     coded, reserved = stage.units * model.frames_per_unit, int(model.references > 0)
+    process, processes = jax.process_index(), jax.process_count()
     batches = pipeline.batches(
         sources, seed=seed, batch=stage.batch, frames=reserved + coded * stage.walk,
-        crop=stage.crop, cut_share=stage.cut_share,
-        process=jax.process_index(), processes=jax.process_count(),
+        crop=stage.crop, cut_share=stage.cut_share, process=process, processes=processes,
     )  # fmt: skip
     first, piece = divmod(step, stage.walk)
-    for batch in pipeline.iterate(batches, first, workers):
-        frames = batch["frames"]
+    for number, frames in enumerate(pipeline.iterate(batches, first, workers), first):
+        # Drawn for the whole batch, so that it does not depend on how many share it.
+        rng = np.random.default_rng([seed, number])
+        qp = rng.integers(losses.QP_COUNT, size=stage.batch, dtype=np.int32)
+        unit = rng.integers(FIRST_UNITS, size=stage.batch, dtype=np.int32)
+        mine = slice(process * len(frames), (process + 1) * len(frames))
         while piece < stage.walk:
             begin = reserved + piece * coded
             yield (
                 training.Clip(
                     reference=frames[:, begin - reserved],
                     frames=frames[:, begin : begin + coded],
-                    qp=batch["qp"],
-                    phase=batch["phase"] + np.int32(piece * coded),
+                    qp=qp[mine],
+                    phase=unit[mine] * np.int32(model.frames_per_unit) + np.int32(piece * coded),
                 ),
                 piece > 0,
             )

@@ -1,6 +1,8 @@
 """Training configs: what they can say, their defaults, and what is wrong with one."""
 
+import runpy
 from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ RUN = {
     "sample_every", "checkpoint_every_seconds",
 }  # fmt: skip
 RUN_DEFAULTS = {
+    "data_root": "",  # folder that relative paths of the data sections start from
     "mesh": {"space": 1},  # bands into which pictures are cut, see nvc_jax.parallel
     "workers": 0,  # processes that cut batches; 0: threads
     "checkpoint_every_steps": 0,  # beside those by the clock; 0: none
@@ -96,7 +99,25 @@ class Stage:
 
     def learns(self, name: str) -> bool:
         """Whether the sub-network of this name does."""
+        if name == "scale_head" and not self.exact:
+            return False  # no gradient reaches it, and weight decay alone would wear it down
         return not self.trainable or name in self.trainable
+
+
+def load(config_file: str) -> ConfigDict:
+    """The config of a file, or of FILE:ARGUMENT as on the command line of train.py.
+
+    Raises:
+      NvcError: no such file, or no training config in it.
+    """
+    file, _, argument = config_file.partition(":")
+    if not Path(file).is_file():
+        raise NvcError(f"{file}: no such config file")
+    try:
+        get_config = runpy.run_path(file)["get_config"]
+        return complete(get_config(argument) if argument else get_config())
+    except (KeyError, SyntaxError, TypeError) as e:
+        raise NvcError(f"{config_file}: is not a training config ({e!r})") from None
 
 
 def complete(config: ConfigDict) -> ConfigDict:

@@ -97,29 +97,30 @@ def _pass(inputs: int, outputs: int) -> np.ndarray:
 
 
 def _ui2c_kernels(cfg) -> dict[str, np.ndarray]:
-    atoms = _atoms(cfg.width, temporal=True)
+    atoms = _atoms(cfg.width, temporal=cfg.frames == 2)
     single = _atoms(cfg.recon, temporal=False)
     down, up = _latent_kernels(atoms, cfg.y)
     # A lone frame looks like a pair of equal ones.
-    adaptor_i = _analysis(atoms, 2).reshape(2, 192, -1).sum(0)
+    patch = _analysis(atoms, cfg.frames)
+    adaptor_i = patch.reshape(cfg.frames, 192, -1).sum(0)
     both = {False: np.zeros((cfg.width, cfg.recon)), True: np.zeros((cfg.width, cfg.recon))}
     for second, kernel in both.items():
         for i, atom in enumerate(atoms):
             target = Atom(atom.plane, atom.row, atom.column)
             if target in single:
                 sign = -1 if atom.difference and second else 1
-                kernel[i, single.index(target)] = sign / np.sqrt(2)
+                kernel[i, single.index(target)] = sign / np.sqrt(cfg.frames)
     kernels = {
         "feature_adaptor_i/adaptor/dense": adaptor_i,
         "feature_adaptor_p/dense": _pass(cfg.width, cfg.width),
-        "encoder/patch/dense": _analysis(atoms, 2),
+        "encoder/patch/dense": patch,
         "encoder/blocks/block0/adaptor/dense": _pass(2 * cfg.width, cfg.width),
         "encoder/latent/conv": down,
         "decoder/subpixel/dense": up,
         "decoder/blocks/block0/adaptor/dense": _pass(2 * cfg.width, cfg.width),
         "decoder/feature/dense": _pass(cfg.width, cfg.width),
     }
-    for frame in range(2):
+    for frame in range(cfg.frames):
         kernels |= {
             f"recon_head_{frame}/blocks/block0/adaptor/dense": both[bool(frame)],
             f"recon_head_{frame}/pixels/dense": _analysis(single, 1).T,

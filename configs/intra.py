@@ -1,0 +1,67 @@
+"""The intra codec at full size, for GPUs and TPU pods; `dev`, a smaller one, as an argument.
+
+  python train.py --config=configs/intra.py --workdir=runs/intra --config.data_root=DATA_DIR
+  python train.py --config=configs/intra.py:dev --workdir=runs/intra_dev \
+      --config.data_root=DATA_DIR
+  nvc release --workdir=runs/intra --config=configs/intra.py OUT.safetensors
+
+DATA_DIR holds `image_folder/open_images`, made by `python -m nvc_jax.data.build image_folder FOLDER
+--name open_images --tile 512` from the first three parts of Open Images' training set, as in the
+released code of DCVC-UF (arXiv 2606.04410), whose schedule this is; the exact mode's stages at the
+end are ours. An epoch is as many steps as 330,000 pictures make.
+"""
+
+from dataclasses import asdict
+
+from ml_collections import ConfigDict
+
+from nvc_jax.models import intra
+
+PICTURES = 330_000
+
+
+def stage(epochs, batch, crop, lr, end_lr=None, **special):
+    """special: see `nvc_jax.training.stages.Stage`."""
+    fields = dict(
+        steps=epochs * (PICTURES // batch), units=1, batch=batch, crop=crop, lr=lr,
+        end_lr=end_lr or lr, schedule="cosine" if end_lr else "constant",
+    )  # fmt: skip
+    return ConfigDict(fields | special)
+
+
+def get_config(size="full"):
+    c = ConfigDict()
+    c.seed = 0
+    size = asdict(intra.SIZES[size]) | dict(scale_head=256)
+    c.model = ConfigDict(dict(name="intra", size=size, dtype="bfloat16"))
+    c.data_root = "data"
+    c.data = ConfigDict(dict(sets=(dict(path="image_folder/open_images/1.0.0"),)))
+    c.init_from = ""
+    c.transform_start = False
+    c.stages = (
+        stage(45, batch=16, crop=256, lr=2e-4),
+        stage(25, batch=16, crop=256, lr=5e-5),
+        stage(20, batch=16, crop=256, lr=1e-5),
+        stage(5, batch=16, crop=512, lr=2e-4),
+        stage(4, batch=16, crop=512, lr=5e-5),
+        stage(4, batch=16, crop=512, lr=1e-5),
+        stage(2, batch=16, crop=512, lr=1e-6),
+        # The exact mode.
+        stage(
+            2, batch=16, crop=256, lr=3e-3, end_lr=2e-5, exact=True, trainable=("scale_head",),
+            noise=False, rate_balance=0.6,
+        ),
+    )  # fmt: skip
+    c.warmup_steps = 1_000
+    c.clip_norm = 0.1
+    c.weight_decay = 0.01
+    c.rate_balance = 0.0
+    c.average_decay = 0.9999
+    c.max_skipped_in_row = 50
+    c.log_every = 100
+    c.sample_every = 5_000
+    c.checkpoint_every_seconds = 600.0
+    c.checkpoint_every_steps = 0
+    c.mesh = ConfigDict(dict(space=1))
+    c.workers = 8
+    return c
