@@ -16,7 +16,6 @@ def get_config():
     tiny = dict(
         width=16, y=16, z=8, recon=16, prior=16, temporal=16, extractor=(1, 1), encoder=1,
         decoder=1, recon_blocks=1, fusion=1, spatial=1, subpixel=1, form="uf2", latent_gain=True,
-        scale_head=16,
     )  # fmt: skip
     c.model = ConfigDict(dict(name="ui2c", size=tiny, dtype="float32"))
     c.data = ConfigDict(dict(folder="", image_share=0.25))
@@ -25,7 +24,7 @@ def get_config():
     common = dict(batch=4, crop=64, units=1)
     c.stages = (
         ConfigDict(common | dict(steps=20, lr=2e-3, end_lr=1e-3)),
-        ConfigDict(common | dict(steps=20, lr=1e-3, end_lr=1e-4, walk=4)),
+        ConfigDict(common | dict(steps=20, lr=1e-3, end_lr=1e-4, references=dict(blank=1.0))),
     )
     c.warmup_steps = 5
     c.clip_norm = 1.0

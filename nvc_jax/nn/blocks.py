@@ -268,7 +268,8 @@ class QpTable(nn.Module):
         def init(key, shape):
             del key
             start = quality_ramp(jnp.arange(self.rows)) if self.ramp else jnp.ones(self.rows)
-            return jnp.broadcast_to(start[:, None], shape)
+            # A weak type would have the first training step compiled for it alone.
+            return jnp.broadcast_to(start[:, None], shape).astype(jnp.float32)
 
         table = self.param("table", init, (self.rows, self.channels))
         return table[qp][:, None, None, :].astype(self.dtype)

@@ -117,7 +117,10 @@ def resume(
 
 def _fresh(model, config, stage: stages.Stage) -> training.TrainState:
     codec = registry.entry(config.model.name)
-    state = jax.jit(lambda: training.init_state(codec, model, stage, config.seed))()
+    # XLA for CPUs takes long over hundreds of random draws that happen once.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    make = lambda: training.init_state(codec, model, stage, config.seed)  # noqa: E731
+    state = jax.jit(make, compiler_options=options)()
     if config.transform_start:
         params = transform_start(config.model.name, model.cfg, state.params)
         state = _with_params(state, params)

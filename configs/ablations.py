@@ -1,0 +1,57 @@
+"""UI2C nano under short trainings of equal length, one change at a time; docs/weights.md compares.
+
+  python train.py --config=configs/ablations.py:no_mixed --workdir=runs/no_mixed
+  nvc release --workdir=runs/no_mixed --config=configs/ablations.py:no_mixed OUT.safetensors
+
+The argument is one of `CHANGES`; without one it is the base.
+"""
+
+from dataclasses import asdict
+
+from ml_collections import ConfigDict
+
+from nvc_jax.models import ui2c
+
+# Name -> (changes of the size, changes of the stages). Sizes cost what the base does, within 6 %: 8 kMAC
+# per pixel each way, without the exact mode's network.
+CHANGES = {
+    "base": ({}, {}),
+    # Every clip starts without a reference, as files do.
+    "no_mixed": ({}, dict(references=dict(blank=1.0))),
+    "one_frame": (
+        dict(frames=1, width=104, y=96, recon=112, prior=112, temporal=96), dict(units=4),
+    ),
+    "wide": (dict(width=160, encoder=1, decoder=1, recon=104), {}),
+    "deep": (dict(width=132, encoder=3, decoder=3), {}),
+    "entropy": (dict(width=128, prior=208, spatial=2, fusion=3), {}),
+}  # fmt: skip
+
+
+def get_config(name="base"):
+    size, special = CHANGES[name]
+    c = ConfigDict()
+    c.seed = 0
+    size = asdict(ui2c.SIZES["nano"]) | dict(scale_head=0) | size
+    c.model = ConfigDict(dict(name="ui2c", size=size, dtype="float32"))
+    c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.25))
+    c.data_root = ""
+    c.init_from = ""
+    c.transform_start = True
+    common = dict(units=2, batch=4, crop=128) | special
+    c.stages = (
+        ConfigDict(dict(steps=1_500, lr=1e-3, end_lr=6e-4) | common),
+        ConfigDict(dict(steps=3_500, lr=6e-4, end_lr=2e-5, walk=5) | common),
+    )
+    c.warmup_steps = 200
+    c.clip_norm = 1.0
+    c.weight_decay = 1e-4
+    c.rate_balance = 0.5
+    c.average_decay = 0.999
+    c.max_skipped_in_row = 50
+    c.log_every = 100
+    c.sample_every = 1_000
+    c.checkpoint_every_seconds = 300.0
+    c.checkpoint_every_steps = 0
+    c.mesh = ConfigDict(dict(space=1))
+    c.workers = 0
+    return c
