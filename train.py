@@ -26,6 +26,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and logs go."
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "HOST:PORT of process 0 of several; auto: JAX finds out."
 )
+_PROFILE = flags.DEFINE_list("profile", None, "FIRST,COUNT: steps to record for TensorBoard.")
 _PROCESSES = flags.DEFINE_integer("processes", 1, "How many processes train together.")
 _PROCESS = flags.DEFINE_integer("process", 0, "Which of them this is, from 0.")
 flags.mark_flags_as_required(["config", "workdir"])
@@ -42,6 +43,14 @@ def parse_flags(argv: list[str]) -> list[str]:
     return rest
 
 
+def profile_window(given: list[str] | None) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    if len(given) != 2 or not all(part.isdigit() and int(part) for part in given):
+        raise NvcError(f"--profile={','.join(given)}: give FIRST,COUNT, both at least 1")
+    return int(given[0]), int(given[1])
+
+
 def main(_):
     from nvc_jax import parallel
     from nvc_jax.training.loop import Stopped, train
@@ -49,7 +58,7 @@ def main(_):
     logging.set_verbosity(logging.INFO)
     try:
         parallel.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        train(_CONFIG.value, _WORKDIR.value)
+        train(_CONFIG.value, _WORKDIR.value, profile_window(_PROFILE.value))
     except NvcError as e:
         print(f"train.py: {e}", file=sys.stderr)
         sys.exit(128 + e.signal if isinstance(e, Stopped) else 2)

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from nvc_jax.models import ui2c
 
-# Name -> (changes of the size, changes of the stages). Sizes cost what the base does, within 6 %: 8 kMAC
-# per pixel each way, without the exact mode's network.
+# Name -> (changes of the size, changes of the stages). Sizes cost what the base does, within 6 %:
+# 8 kMAC per pixel each way, without the exact mode's network.
 CHANGES = {
     "base": ({}, {}),
     # Every clip starts without a reference, as files do.

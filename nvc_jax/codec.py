@@ -36,7 +36,7 @@ from nvc_jax.entropy.bottleneck import (
     Coded,
     Estimate,
 )
-from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT, Margin
+from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT, MARGIN_EXPONENT, Margin
 from nvc_jax.errors import NvcError, OtherTables, StreamError, WeightsMismatch
 from nvc_jax.machine import cores
 from nvc_jax.models import released
@@ -44,9 +44,6 @@ from nvc_jax.models.released import Released
 from nvc_jax.video import Planes, VideoInfo
 
 MAX_QP = 63
-# Of the calibrated mode, unless one is given: over four times the largest difference of levels that
-# `nvc calibrate` has shown between settings of XLA for CPUs (8e-5, docs/cross_platform.md).
-MARGIN_EXPONENT = 11
 
 
 class CodedUnit(NamedTuple):

@@ -76,6 +76,20 @@ def make_mesh(space: int = 1, devices: Sequence[jax.Device] | None = None) -> Me
     )
 
 
+# Dense products of bfloat16 per second and chip, in 10^12, from the makers' data sheets, by what a
+# device's kind contains.
+PEAK_TFLOPS = {
+    "v6 lite": 918, "v6e": 918, "v5 lite": 197, "v5e": 197, "v5p": 459, "v5": 459, "v4": 275,
+    "H200": 989, "H100": 989, "A100": 312,
+}  # fmt: skip
+
+
+def peak_tflops(device: jax.Device) -> float | None:
+    """What a device could do at most, None if it is not known."""
+    kind = device.device_kind
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in kind), None)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Everything on every device."""
     return NamedSharding(mesh, PartitionSpec())

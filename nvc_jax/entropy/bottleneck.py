@@ -37,8 +37,8 @@ class Estimate:
     """Training and rate estimates: straight-through rounding, bits from the likelihoods.
 
     Attributes:
-      bits: {"z", "y", "y_float"} -> float32 [batch], bits so far; "y_float": what "y" would be
-        under float scales.
+      bits: {"z", "y", "y_float", "side"} -> float32 [batch], bits so far; "y_float": what "y"
+        would be under float scales; "side": the calibrated mode's lists, not for `exact`.
       sizes: elements of each coding step so far.
     """
 
@@ -60,7 +60,7 @@ class Estimate:
             adds it up, float32 [batch].
         """
         self._key, self.exact, self._detached, self._penalty = noise_key, exact, detached, penalty
-        self.bits = {"z": 0.0, "y": 0.0, "y_float": 0.0}
+        self.bits = {"z": 0.0, "y": 0.0, "y_float": 0.0, "side": 0.0}
         self.sizes, self.penalty = [], 0.0
 
     def encoder_only(self, module, fn, *shapes):
@@ -90,6 +90,8 @@ class Estimate:
         coded = lax.stop_gradient(jnp.round(residual)) if self._detached else stand_in
         self.bits["y"] += likelihood.gaussian_bits(coded, used).sum((1, 2, 3))
         self.bits["y_float"] += likelihood.gaussian_bits(stand_in, scale).sum((1, 2, 3))
+        if not self.exact:
+            self.bits["side"] += likelihood.list_bits(scale, 2.0**-calibration.MARGIN_EXPONENT)
         if self._penalty is not None:
             self.penalty += self._penalty(scale).sum((1, 2, 3))
         return likelihood.round_straight_through(residual)

@@ -37,6 +37,9 @@ MODES = ("float", "calibrated", "exact")
 
 # Margins are 2^-e levels for e in this range.
 LEAST_EXPONENT, LARGEST_EXPONENT = 5, 20
+# Unless one is given: over four times the largest difference of levels that `nvc calibrate` has
+# shown between settings of XLA for CPUs (8e-5, docs/cross_platform.md).
+MARGIN_EXPONENT = 11
 RICE, FIXED = 0, 1
 
 

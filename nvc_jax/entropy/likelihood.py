@@ -8,6 +8,8 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.scipy.special import xlogy
 
 from nvc_jax.nn.hyperprior import factorized_logits
 
@@ -67,3 +69,19 @@ def factorized_bits(value: jax.Array, chain: jax.Array) -> jax.Array:
     sign = jax.lax.stop_gradient(-jnp.sign(upper + lower))
     probability = jnp.abs(jax.nn.sigmoid(sign * upper) - jax.nn.sigmoid(sign * lower))
     return -jnp.log2(lower_bound(probability, PROBABILITY_MIN))
+
+
+def list_bits(scale: jax.Array, margin: float) -> jax.Array:
+    """Side information of the calibrated mode, an estimate: [batch, ...] -> bits, [batch].
+
+    As many as it takes at least to say which of the coded elements have a level less than `margin`
+    from the next one (arXiv 2309.11276, `nvc_jax.entropy.calibration`). Without gradients.
+    """
+    level = jnp.log(jnp.maximum(lax.stop_gradient(scale), 1e-6) / SCALE_MIN) / LEVEL_STEP
+    near = jnp.abs(level - jnp.round(level)) < margin
+    first = math.floor(math.log(SKIP_SCALE / SCALE_MIN) / LEVEL_STEP)
+    listed = near & (level > first - 0.5) & (level < LEVELS - 0.5)
+    share = listed.reshape(len(scale), -1).mean(1)
+    count = scale.size // len(scale)
+    entropy = -(xlogy(share, share) + xlogy(1 - share, 1 - share)) / math.log(2)
+    return count * entropy

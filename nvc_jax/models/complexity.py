@@ -226,6 +226,18 @@ def subnetworks(model: nn.Module) -> list[SubNetwork]:
     ]
 
 
+def training_flop(model: nn.Module, exact: bool, pixels: int) -> int:
+    """Floating-point operations of a training step that codes so many pixels, of all its frames.
+
+    Two for every multiply-accumulate, and twice as many again for the gradients: what the step
+    needs, whatever is computed a second time to save memory, and as if every network learned.
+    """
+    units = _units(model)
+    args = units.params, units.frames, units.refs, units.qp
+    count = macs(_forward(model, _Everything(exact)), *args)
+    return round(6 * count / (model.frames_per_unit * SIDE * SIDE) * pixels)
+
+
 def coding_cost(model: nn.Module) -> dict[str, float]:
     """Thousand multiply-accumulates per pixel and frame, on each side.
 

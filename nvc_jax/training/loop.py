@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from nvc_jax import parallel
 from nvc_jax.data import pipeline
 from nvc_jax.data.prefetch import read_ahead
 from nvc_jax.errors import NvcError
-from nvc_jax.models import registry
+from nvc_jax.models import complexity, registry
 from nvc_jax.training import checkpoints, losses, stages
 from nvc_jax.training import step as training
 from nvc_jax.training.writers import MetricWriter, SilentWriter
@@ -47,12 +47,18 @@ class Stopped(NvcError):
         self.signal = number
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> training.TrainState:
+def train(
+    config: ml_collections.ConfigDict, workdir: str, profile: tuple[int, int] | None = None
+) -> training.TrainState:
     """Trains until the config's last step, going on from the newest checkpoint in `workdir`.
 
     Every process of a run calls this. Writes `metrics.jsonl`, TensorBoard events, `samples/`
     (originals above reconstructions) and Orbax checkpoints. The first SIGTERM or Ctrl-C lets the
     current step finish and saves it; a second one ends the process at once.
+
+    Args:
+      profile: (first step, number of steps) that JAX's profiler records, below `workdir/plugins`
+        for TensorBoard.
 
     Raises:
       Stopped: after such a signal, unless that step was the last.
@@ -75,12 +81,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> training.TrainStat
         lambda: MetricWriter(workdir) if parallel.is_main() else SilentWriter()
     )
     parallel.together(lambda: _check_shared(workdir))
-    with (
-        _stop_signals() as stops,
-        closing(writer),
-        checkpoints.manager_of(workdir) as manager,
-    ):
-        return _train(config, run, sources, workdir, mesh, manager, writer, stops)
+    with ExitStack() as stack:
+        stops = stack.enter_context(_stop_signals())
+        stack.enter_context(closing(writer))
+        manager = stack.enter_context(checkpoints.manager_of(workdir))
+        profiler = stack.enter_context(closing(Profiler(workdir, *(profile or (0, 0)))))
+        return _train(config, run, sources, workdir, mesh, manager, writer, stops, profiler)
 
 
 def _check_shared(workdir: str) -> None:
@@ -113,7 +119,9 @@ def _stop_signals() -> Iterator[list[signal.Signals]]:
         restore()
 
 
-def _train(config, run, sources, workdir, mesh, manager, writer, stops) -> training.TrainState:
+def _train(
+    config, run, sources, workdir, mesh, manager, writer, stops, profiler
+) -> training.TrainState:
     model = registry.build(config.model.name, config.model.size, config.model.dtype)
     ends = np.cumsum([stage.steps for stage in run])
     state = checkpoints.resume(manager, model, config, run, mesh)
@@ -121,6 +129,7 @@ def _train(config, run, sources, workdir, mesh, manager, writer, stops) -> train
     step, pace = int(state.step), Pace(config)
     writer.keep_until(step)
     sample = make_sampler(registry.entry(config.model.name), model, mesh)
+    profiler.after(step)
     while step < ends[-1]:
         number = int(np.searchsorted(ends, step, side="right"))
         stage, start = run[number], int(ends[number]) - run[number].steps
@@ -129,7 +138,7 @@ def _train(config, run, sources, workdir, mesh, manager, writer, stops) -> train
         if step == start:
             checkpoints.save_teacher(workdir, number, stage, state)
         teacher = checkpoints.load_teacher(workdir, number, stage, state, mesh)
-        window = Window(mesh)
+        window = Window(work)
         with closing(work.clips(sources[repr(stage.data)], step)) as clips:
             while step < ends[number]:
                 with window.waiting():
@@ -138,6 +147,7 @@ def _train(config, run, sources, workdir, mesh, manager, writer, stops) -> train
                     state, window.metrics, clip, carried, teacher
                 )
                 step, window.steps = step + 1, window.steps + 1
+                profiler.after(step)
                 if step % config.log_every == 0 or step == ends[-1]:
                     values = {**window.close(), "stage": number}
                     pace.attempt(lambda: writer.write_scalars(step, values))  # noqa: B023
@@ -181,6 +191,8 @@ class Work:
     ):
         self.config, self.model, self.stage, self.mesh = config, model, stage, mesh
         self.number, self.start = number, start
+        pixels = stage.batch * stage.units * model.frames_per_unit * stage.crop**2
+        self.flop_per_step = complexity.training_flop(model, stage.exact, pixels)
         self.codec = registry.entry(config.model.name)
         step = training.make_train_step(
             self.codec, model, stage, start, seed=config.seed, warmup_steps=config.warmup_steps
@@ -322,6 +334,27 @@ class Pace:
         return (signal.Signals(int(stop)) if stop else None), bool(due or late)
 
 
+class Profiler:
+    """Records steps with JAX's profiler; none if `count` is 0."""
+
+    def __init__(self, workdir: str, first: int, count: int):
+        self._workdir, self._first, self._last = str(workdir), first, first + count - 1
+        self._running = False
+
+    def after(self, step: int) -> None:
+        """To be called when so many steps are done."""
+        if self._running and step >= self._last:
+            self.close()
+        elif not self._running and self._first - 1 <= step < self._last:
+            jax.profiler.start_trace(self._workdir)
+            self._running = True
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+        self._running = False
+
+
 class Window:
     """Metrics and times since the last log line.
 
@@ -329,9 +362,10 @@ class Window:
       metrics: StepMetrics of `steps` steps, merged.
     """
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self, work: Work):
+        self._work = work
         # On the devices where the step leaves them, so that no second program is compiled.
-        everywhere = parallel.replicated(mesh)
+        everywhere = parallel.replicated(work.mesh)
         self._empty = jax.jit(training.StepMetrics.empty, out_shardings=everywhere)
         self._begin()
 
@@ -351,6 +385,11 @@ class Window:
         values = {name: float(value) for name, value in metrics.compute().items()}
         values["seconds_per_step"] = seconds / self.steps
         values["data_wait_share"] = self.waited / seconds
+        devices = self._work.mesh.devices.ravel()
+        speed = self._work.flop_per_step / values["seconds_per_step"] / len(devices) / 1e12
+        values["tflops_per_device"] = speed
+        if peak := parallel.peak_tflops(devices[0]):
+            values["mfu"] = speed / peak
         self._begin()
         return values
 

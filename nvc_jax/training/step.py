@@ -74,6 +74,7 @@ class StepMetrics(metrics.Collection):
     bpp_y: metrics.Average.from_output("bpp_y")
     bpp_y_float: metrics.Average.from_output("bpp_y_float")
     bpp_z: metrics.Average.from_output("bpp_z")
+    bpp_side: metrics.Average.from_output("bpp_side")
     distortion: metrics.Average.from_output("distortion")
     psnr_y: metrics.Average.from_output("psnr_y")
     psnr_u: metrics.Average.from_output("psnr_u")
@@ -117,8 +118,8 @@ class Unrolled(NamedTuple):
     """What a codec makes of a clip.
 
     Attributes:
-      bpp: of "z", "y" and "y_float" (see `Estimate`), [batch], bits per pixel of one frame, summed
-        over units.
+      bpp: of "z", "y", "y_float" and "side" (see `Estimate`), [batch], bits per pixel of one frame,
+        summed over units.
       distortion: [batch], weighted, summed over frames.
       recon: like clip.frames.
       refs: what the next unit would refer to.
@@ -167,7 +168,7 @@ def unroll(
 
     if remat:
         unit = jax.checkpoint(unit)
-    bits = {"z": 0.0, "y": 0.0, "y_float": 0.0}
+    bits = {"z": 0.0, "y": 0.0, "y_float": 0.0, "side": 0.0}
     distortion, recons, penalties = 0.0, [], jnp.zeros(len(clip.frames))
     for start in range(0, count, per_unit):
         index = (clip.phase[:, None] + start + jnp.arange(per_unit)) % len(offsets)
@@ -264,6 +265,7 @@ def make_train_step(
             "bpp_y": bpp["y"].mean(),
             "bpp_y_float": bpp["y_float"].mean(),
             "bpp_z": bpp["z"].mean(),
+            "bpp_side": jnp.mean(bpp["side"]),
             "distortion": coded.distortion.mean(),
             "psnr_y": psnr[0],
             "psnr_u": psnr[1],
