@@ -3,6 +3,7 @@
 python bench.py coder [--symbols N] [--repeats N] [--json FILE]
 python bench.py codec [--model NAME] [--size WxH] [--frames N] [--qp Q] [--json FILE]
 python bench.py complexity [--json FILE]
+python bench.py train [--config FILE] [--folder DIR] [--stage N] [--steps N] [--json FILE]
 python bench.py platforms --clips CLIP... [--model NAME] [--qp Q...] [--json FILE]
 python bench.py calibration --clips CLIP... [--models NAME...] [--qp Q...] [--json FILE]
 """
@@ -54,6 +55,14 @@ def calibration(args: argparse.Namespace) -> dict:
     )
 
 
+def train(args: argparse.Namespace) -> dict:
+    from nvc_jax.benchmarks.training import benchmark
+
+    return benchmark(
+        args.config, args.folder, args.stage, args.steps, args.devices, not args.no_plain
+    )
+
+
 def complexity(args: argparse.Namespace) -> dict:
     from nvc_jax.models import complexity, registry
 
@@ -87,6 +96,14 @@ def main() -> int:
     p.set_defaults(run=codec)
     p = commands.add_parser("complexity", help="parameters and MACs of every model and size")
     p.set_defaults(run=complexity)
+    p = commands.add_parser("train", help="training steps beside a resident batch and plain layers")
+    p.add_argument("--config", default="configs/ui2c_nano.py")
+    p.add_argument("--folder", help="training material in the place of the config's data")
+    p.add_argument("--stage", type=int, default=0)
+    p.add_argument("--steps", type=positive, default=20, help="in each of five rounds")
+    p.add_argument("--devices", type=positive, nargs="*", default=[], help="numbers to emulate")
+    p.add_argument("--no-plain", action="store_true", help="leave plain convolutions out")
+    p.set_defaults(run=train)
     p = commands.add_parser("platforms", help="write on one platform, decode on another")
     p.add_argument("--clips", nargs="+", required=True)
     p.add_argument("--model", default=DEFAULT_MODEL)

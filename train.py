@@ -37,7 +37,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = app.parse_flags_with_usage(argv)
         _CONFIG.value.lock()  # a config file that could not be read raises only now
-    except (OSError, AttributeError, KeyError, SyntaxError) as e:
+    except (OSError, AttributeError, KeyError, SyntaxError, ValueError) as e:
         print(f"train.py: the config cannot be used: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
     return rest

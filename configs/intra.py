@@ -3,6 +3,7 @@
   python train.py --config=configs/intra.py --workdir=runs/intra --config.data_root=DATA_DIR
   python train.py --config=configs/intra.py:dev --workdir=runs/intra_dev \
       --config.data_root=DATA_DIR
+  python train.py --config=configs/intra.py:full,4 ...    # batches of 64, for up to 64 devices
   nvc release --workdir=runs/intra --config=configs/intra.py OUT.safetensors
 
 DATA_DIR holds `image_folder/open_images`, made by `python -m nvc_jax.data.build image_folder FOLDER
@@ -29,7 +30,20 @@ def stage(epochs, batch, crop, lr, end_lr=None, **special):
     return ConfigDict(fields | special)
 
 
-def get_config(size="full"):
+def on_more_devices(stage, times):
+    """The stage with batches `times` as large, for as many more devices.
+
+    Fewer steps see the same data; Adam's learning rate grows with the square root of the batch.
+    """
+    larger = dict(
+        steps=stage.steps // (times * stage.get("walk", 1)) * stage.get("walk", 1),
+        batch=stage.batch * times, lr=stage.lr * times**0.5, end_lr=stage.end_lr * times**0.5,
+    )  # fmt: skip
+    return ConfigDict(stage.to_dict() | larger)
+
+
+def get_config(argument="full"):
+    size, _, times = argument.partition(",")
     c = ConfigDict()
     c.seed = 0
     size = asdict(intra.SIZES[size]) | dict(scale_head=256)
@@ -52,6 +66,7 @@ def get_config(size="full"):
             noise=False, rate_balance=0.6,
         ),
     )  # fmt: skip
+    c.stages = tuple(on_more_devices(stage, int(times or 1)) for stage in c.stages)
     c.warmup_steps = 1_000
     c.clip_norm = 0.1
     c.weight_decay = 0.01

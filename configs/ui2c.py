@@ -2,6 +2,7 @@
 
   python train.py --config=configs/ui2c.py --workdir=runs/ui2c --config.data_root=DATA_DIR
   python train.py --config=configs/ui2c.py:dev --workdir=runs/ui2c_dev --config.data_root=DATA_DIR
+  python train.py --config=configs/ui2c.py:base,8 ...    # batches of 64 to 128, for up to 64 devices
   nvc release --workdir=runs/ui2c --config=configs/ui2c.py OUT.safetensors
 
 DATA_DIR holds data sets that `python -m nvc_jax.data.build` made: `vimeo90k_septuplet/default`, and
@@ -38,7 +39,20 @@ def stage(epochs, units, batch, crop, lr, walk=1, end_lr=None, **special):
     return ConfigDict(fields | special)
 
 
-def get_config(size="base"):
+def on_more_devices(stage, times):
+    """The stage with batches `times` as large, for as many more devices.
+
+    Fewer steps see the same data; Adam's learning rate grows with the square root of the batch.
+    """
+    larger = dict(
+        steps=stage.steps // (times * stage.get("walk", 1)) * stage.get("walk", 1),
+        batch=stage.batch * times, lr=stage.lr * times**0.5, end_lr=stage.end_lr * times**0.5,
+    )  # fmt: skip
+    return ConfigDict(stage.to_dict() | larger)
+
+
+def get_config(argument="base"):
+    size, _, times = argument.partition(",")
     c = ConfigDict()
     c.seed = 0
     # All sizes get the integer network of the exact mode.
@@ -78,6 +92,7 @@ def get_config(size="base"):
             data=LONG,
         ),
     )  # fmt: skip
+    c.stages = tuple(on_more_devices(stage, int(times or 1)) for stage in c.stages)
     c.warmup_steps = 1_000
     c.clip_norm = 0.2
     c.weight_decay = 0.01

@@ -13,7 +13,7 @@ import pytest
 
 from nvc_jax.errors import NvcError
 from nvc_jax.models import registry
-from nvc_jax.models.complexity import coding_cost, macs, subnetworks
+from nvc_jax.models.complexity import coding_cost, macs, subnetworks, training_flop
 from nvc_jax.nn.blocks import depthwise3x3
 
 PADDED_1080P = 1088 / 1080
@@ -193,3 +193,11 @@ def test_both_sides_are_made_of_whole_sub_networks():
     analysis = kmac["encoder"] + kmac["hyper_encoder"]
     assert 2 * cost("ui2c", "base")["encode_kmac_per_pixel"] == pytest.approx(both - pictures)
     assert 2 * cost("ui2c", "base")["decode_kmac_per_pixel"] == pytest.approx(both - analysis)
+
+
+@pytest.mark.parametrize("name", ["ui2c", "intra"])
+def test_training_costs_six_operations_for_every_product(name):
+    model = registry.build(name, "nano")
+    sides = coding_cost(model).values()
+    per_pixel = training_flop(model, True, 10**6) / 6e6 / 1000
+    assert max(sides) < per_pixel < sum(sides)

@@ -1,8 +1,10 @@
 """The evaluation from end to end, with a stand-in for the command line of the codec."""
 
 import json
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from nvc_jax.errors import NvcError
 from nvc_jax.evaluation import runner
 from nvc_jax.evaluation.runner import (
+    Share,
     all_passed,
     check_config,
     crop_png,
@@ -96,6 +99,55 @@ def test_a_codec_that_fails_is_reported_and_the_rest_goes_on(tmp_path, model, ex
     assert expected in failed["error"]
     assert good["checks"]["passed"]
     assert not all_passed(results)
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_an_evaluation_can_be_shared(tmp_path, count):
+    """Also by more processes than there are jobs."""
+    make_clip(tmp_path / "clip.y4m")
+    alone = evaluate(config(tmp_path, workdir=str(tmp_path / "alone")), print, FAKE)
+    settings = config(tmp_path)
+    with ThreadPoolExecutor(count) as pool:
+        futures = [
+            pool.submit(evaluate, settings, print, FAKE, Share(n, count)) for n in range(count)
+        ]
+        together = [future.result(timeout=300) for future in futures][0]
+
+    def measured(point):
+        return {k: v for k, v in point.items() if "seconds" not in k and "fps" not in k}
+
+    assert list(map(measured, together["points"])) == list(map(measured, alone["points"]))
+    assert together["bd_rates"] == alone["bd_rates"]
+    assert len(json.loads((tmp_path / "work/results.json").read_text())["points"]) == 4
+
+
+@pytest.mark.slow
+def test_processes_meet_to_share_an_evaluation(tmp_path, model_files):
+    make_clip(tmp_path / "clip.y4m")
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    command = [
+        sys.executable, "eval.py", "--config=configs/eval_quick.py", "--processes=2",
+        f"--coordinator=localhost:{port}", f"--workdir={tmp_path / 'work'}",
+        f"--config.clips=('{tmp_path / 'clip.y4m'}',)", "--config.anchors=()",
+        f"--config.models=('{model_files['ui2c']}',)", "--config.qps=(10, 50)",
+    ]  # fmt: skip
+    both = [
+        subprocess.Popen([*command, f"--process={n}"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for n in range(2)
+    ]
+    try:
+        for process in both:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+    finally:
+        for process in both:
+            process.kill()
+    points = json.loads((tmp_path / "work/results.json").read_text())["points"]
+    assert [point["qp"] for point in points] == [10, 50]
+    assert all(point["checks"]["passed"] for point in points)
+    assert (tmp_path / "work/report.html").exists()
 
 
 def test_pictures_that_differ_and_wrong_checksums_are_found(tmp_path):

@@ -78,6 +78,17 @@ def test_each_image_of_a_batch_has_its_own_prior():
         )
 
 
+def test_lists_cost_what_it_takes_to_say_which_elements_are_on_them():
+    level = np.full((2, 10, 10, 10), 20.5)
+    level[0, 0, 0] += [0.5, -0.4999, 0, 0, 0, 0.4999, 0, 0, 0, 0]
+    level[1] = [1.0001, 70] * 5  # below what is coded, and above the last level
+    scale = jnp.float32(likelihood.SCALE_MIN * np.exp(level * likelihood.LEVEL_STEP))
+    bits = likelihood.list_bits(scale, 2e-3)
+    share = 0.003
+    entropy = -(share * np.log2(share) + (1 - share) * np.log2(1 - share))
+    np.testing.assert_allclose(bits, [1000 * entropy, 0], rtol=1e-3)
+
+
 numbers = st.integers(-80, 80).map(lambda n: n / 8)
 
 

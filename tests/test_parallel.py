@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -27,6 +29,7 @@ from nvc_jax.errors import NvcError
 from nvc_jax.models import registry, released
 from nvc_jax.training import stages
 from nvc_jax.training import step as training
+from nvc_jax.training.loop import TIMES
 
 CODE = TRAIN.format(paths=[str(ROOT), str(ROOT / "tests")])
 
@@ -44,6 +47,17 @@ def start(config, workdir: Path, *flags: str, devices: int = 1) -> subprocess.Po
     return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
 
 
+@contextmanager
+def started(*args, **options) -> Iterator[subprocess.Popen]:
+    """As `start`, but killed at the end."""
+    process = start(*args, **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def finish(process: subprocess.Popen) -> None:
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -58,12 +72,14 @@ def finish_all(processes: list[subprocess.Popen]) -> None:
             process.kill()
 
 
-def assert_close(workdir: Path, other: Path, rtol: float = 2e-3) -> None:
+def assert_close(workdir: Path, other: Path) -> None:
+    """The first step within rounding; later ones may have rounded a latent the other way."""
     ours, others = logged(workdir), logged(other)
     assert [v["step"] for v in ours] == [v["step"] for v in others]
     for a, b in zip(ours, others, strict=True):
         for name in ("loss", "bpp_y", "bpp_z", "distortion", "grad_norm"):
-            assert a[name] == pytest.approx(b[name], rel=rtol), (a["step"], name)
+            near = pytest.approx(b[name], rel=1e-4 if a["step"] == 1 else 0.02)
+            assert a[name] == near, (a["step"], name)
 
 
 def free_port() -> int:
@@ -88,6 +104,9 @@ def test_four_devices_train_like_one(reference, tmp_path):
     config, one = reference
     finish(start(config, tmp_path / "four", devices=4))
     assert_close(tmp_path / "four", one)
+    with started(config_of("", stage(2, batch=6)), tmp_path / "six", devices=4) as process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and "multiple of the 4 devices" in errors
 
 
 def test_pictures_can_be_cut_into_bands(reference, tmp_path):
@@ -105,7 +124,9 @@ def test_two_processes_train_like_one(reference, tmp_path):
     # And one process with two devices goes on where two processes stopped.
     longer = ConfigDict(config.to_dict())
     longer.stages = (*config.stages, stage(2, batch=4))
+    before = kept(tmp_path / "two")
     finish(start(longer, tmp_path / "two", devices=2))
+    assert before and kept(tmp_path / "two")[: len(before)] == before
     finish(start(longer, tmp_path / "one"))
     assert_close(tmp_path / "two", tmp_path / "one")
 
@@ -113,6 +134,15 @@ def test_two_processes_train_like_one(reference, tmp_path):
 def newest_checkpoint(workdir: Path) -> int:
     names = [path.name for path in (workdir / "checkpoints").glob("*")]
     return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def kept(workdir: Path) -> list[str]:
+    """Log lines up to the newest checkpoint. They say how long steps took, so none is like another.
+
+    A run that goes on leaves them alone.
+    """
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return lines[: newest_checkpoint(workdir)]
 
 
 def lines_of(workdir: Path) -> int:
@@ -125,48 +155,44 @@ def lines_of(workdir: Path) -> int:
 def test_killed_runs_go_on_bit_by_bit(folder, tmp_path):  # noqa: F811
     """SIGKILL at random moments, while steps run, checkpoints are written, or programs compile."""
     config = config_of(
-        folder, stage(30, units=2), stage(30, walk=3), checkpoint_every_seconds=1e9,
+        folder, stage(150, units=2), stage(150, walk=3), checkpoint_every_seconds=1e9,
         checkpoint_every_steps=4,
     )  # fmt: skip
-    begin = time.monotonic()
     finish(start(config, tmp_path / "whole"))
-    seconds = time.monotonic() - begin
-    rng, kills, workdir = random.Random(0), 0, tmp_path / "parts"
-    while True:
-        process = start(config, workdir)
-        try:
-            _, errors = process.communicate(
-                timeout=rng.uniform(0.4, 0.9) * seconds if kills < 4 else 300
-            )
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-            # What is lost is at most what was done since the save before the one in progress.
-            assert newest_checkpoint(workdir) >= lines_of(workdir) - 9
-            continue
-        assert process.returncode == 0, errors
-        break
-    assert kills > 0
+    rng, workdir = random.Random(0), tmp_path / "parts"
+    for target in (0, *sorted(rng.sample(range(5, 250), 3))):
+        with started(config, workdir) as process:
+            deadline = time.monotonic() + 120
+            while lines_of(workdir) < target or not (workdir / "metrics.jsonl").exists():
+                assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(rng.uniform(0, 0.1))
+            assert process.poll() is None
+        # What is lost is at most what was done since the save before the one in progress.
+        assert newest_checkpoint(workdir) >= lines_of(workdir) - 9
+    before = kept(workdir)
+    finish(start(config, workdir))
+    assert kept(workdir)[: len(before)] == before, "goes on, and does not begin again"
     ours, others = logged(workdir), logged(tmp_path / "whole")
-    assert [v["step"] for v in ours] == list(range(1, 61))
+    assert [v["step"] for v in ours] == list(range(1, 301))
     for a, b in zip(ours, others, strict=True):
-        timeless = {name for name in a if "second" not in name and "wait" not in name}
-        assert {n: a[n] for n in timeless} == {n: b[n] for n in timeless}
+        assert {n: a[n] for n in set(a) - TIMES} == {n: b[n] for n in set(b) - TIMES}
 
 
 def test_a_preempted_process_stops_all(folder, tmp_path):  # noqa: F811
     config = config_of(folder, stage(10**6, batch=4), checkpoint_every_seconds=1e9, log_every=5)
     flags = [f"--coordinator=localhost:{free_port()}", "--processes=2"]
-    both = [start(config, tmp_path / "run", *flags, f"--process={n}") for n in range(2)]
-    lines, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 120
-    while not lines.exists() or not lines.read_text().count("\n"):
-        assert all(p.poll() is None for p in both) and time.monotonic() < deadline
-        time.sleep(0.1)
-    both[1].terminate()
-    for process in both:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 128 + signal.SIGTERM, errors
+    with (
+        started(config, tmp_path / "run", *flags, "--process=0") as first,
+        started(config, tmp_path / "run", *flags, "--process=1") as second,
+    ):
+        lines, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 120
+        while not lines.exists() or not lines.read_text().count("\n"):
+            assert first.poll() is None and second.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        second.terminate()
+        for process in (first, second):
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 128 + signal.SIGTERM, errors
     (saved,) = (int(p.name) for p in (tmp_path / "run/checkpoints").iterdir())
     assert saved == json.loads(lines.read_text().splitlines()[-1])["step"]
 
@@ -179,8 +205,8 @@ def test_a_preempted_process_stops_all(folder, tmp_path):  # noqa: F811
     ],
 )
 def test_processes_that_cannot_meet_are_told(folder, tmp_path, flags, complaint):  # noqa: F811
-    process = start(config_of(folder, stage(2)), tmp_path / "run", *flags)
-    _, errors = process.communicate(timeout=120)
+    with started(config_of(folder, stage(2)), tmp_path / "run", *flags) as process:
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and complaint in errors.strip().splitlines()[-1]
 
 

@@ -25,11 +25,12 @@ import numpy as np
 import pytest
 from conftest import SIZES, assert_same_pictures, random_parameters
 from flax import traverse_util
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 from PIL import Image
 
 from nvc_jax import cli, codec, parallel
-from nvc_jax.data import pipeline
+from nvc_jax.data import build, pipeline
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.errors import NvcError
 from nvc_jax.models import registry, released
@@ -127,7 +128,7 @@ TOY = UI2C._replace(module=Toy, config=ToyConfig, sizes={"small": ToyConfig()})
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
     quick = {"jax_disable_most_optimizations": True, "jax_default_prng_impl": "unsafe_rbg"}
-    before = {"jax_disable_most_optimizations": False, "jax_default_prng_impl": "threefry2x32"}
+    before = {name: getattr(jax.config, name) for name in quick}
     for name, value in quick.items():
         jax.config.update(name, value)
     yield
@@ -262,6 +263,32 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(folder, tmp_path, monkeypat
     shortened = config_of(folder, stage(3), stage(2, units=2, walk=2, batch=1))
     for complete in (config, shortened):  # nothing left to do
         assert_same_state(loop.train(complete, tmp_path / "parts"), uninterrupted)
+
+
+def test_data_sets_are_trained_on_and_runs_on_them_go_on(folder, tmp_path, monkeypatch):
+    """A mixture, then a set of a stage's own, cut by a worker process."""
+    built = ["--data-dir", str(tmp_path / "sets"), "--min-size", "16", "--min-frames", "2"]
+    for kind in ("video_folder", "image_folder"):
+        assert build.main([kind, str(folder), *built]) == 0
+    videos, images = (f"{kind}_folder/default/1.0.0" for kind in ("video", "image"))
+    mixture = dict(sets=(dict(path=videos, weight=3.0), dict(path=images)))
+    config = config_of(
+        folder, stage(3), stage(3, data=dict(sets=(dict(path=videos),))),
+        data=mixture, data_root=str(tmp_path / "sets"), workers=1,
+    )  # fmt: skip
+    uninterrupted = loop.train(config, tmp_path / "whole")
+    write_scalars, stops = loop.MetricWriter.write_scalars, [2, 5]
+
+    def stopping(self, step, scalars):
+        if stops and step == stops[0]:
+            raise Stop(stops.pop(0))
+        write_scalars(self, step, scalars)
+
+    monkeypatch.setattr(loop.MetricWriter, "write_scalars", stopping)
+    for _ in range(2):
+        with pytest.raises(Stop):
+            loop.train(config, tmp_path / "parts")
+    assert_same_state(loop.train(config, tmp_path / "parts"), uninterrupted)
 
 
 def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
@@ -718,8 +745,10 @@ def test_releasing_refuses(run, tmp_path):
         (["--config=configs/intra_nano.py", "--config.data.foldr=x"], "the config cannot be used"),
         (["--config=configs/intra_nano.py", "--config.data.folder=/missing"], "no such folder"),
         (["--config=configs/demo.py"], "is missing; see configs/ui2c_nano.py"),
+        (["--config=configs/smoke.py", "--config.stages[1].batch=3", "--profile=9"], "FIRST,COUNT"),
+        (["--config=configs/ui2c.py:huge"], "the config cannot be used"),
     ],
-    ids=["missing", "no config", "no such field", "no data", "another kind of config"],
+    ids=["missing", "no config", "no such field", "no data", "evaluation", "profile", "no size"],
 )
 def test_train_py_explains_what_is_wrong(tmp_path, arguments, complaint):
     command = [sys.executable, "train.py", f"--workdir={tmp_path / 'run'}", *arguments]
@@ -731,17 +760,84 @@ def test_train_py_explains_what_is_wrong(tmp_path, arguments, complaint):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
-def test_every_config_loads(file):
-    config = runpy.run_path(str(file))["get_config"]()
-    assert file.name in (ROOT / "configs" / file.name).read_text(), "says how it is run"
-    if "stages" in config:
-        model = registry.build(config.model.name, config.model.size, config.model.dtype)
-        for s in stages.read(stages.complete(config)):
-            assert s.steps % s.walk == 0 and (model.references or s.walk == 1)
+def arguments_of_configs():
+    """All configs in the repository, with all arguments that they take."""
+    for file in sorted((ROOT / "configs").glob("*.py")):
+        yield file.name
+    for size in ("plain", "dev", "base,8"):
+        yield f"ui2c.py:{size}"
+    for size in ("dev", "full,4"):
+        yield f"intra.py:{size}"
+    for change in runpy.run_path(str(ROOT / "configs/ablations.py"))["CHANGES"]:
+        yield f"ablations.py:{change}"
+
+
+@pytest.mark.parametrize("name", arguments_of_configs())
+def test_every_config_can_be_meant(name):
+    file, _, argument = name.partition(":")
+    assert file in (ROOT / "configs" / file).read_text(), "says how it is run"
+    if "stages" not in runpy.run_path(str(ROOT / "configs" / file))["get_config"]():
+        return  # of an evaluation
+    config = stages.load(str(ROOT / "configs" / name))
+    model = registry.build(**config.model)
+    for s in stages.read(config):
+        assert s.steps % s.walk == 0 and (model.references or s.walk == 1)
+        if argument.endswith(",8"):
+            parallel.check_batch(AbstractMesh((64, 1), ("data", "space")), s.batch, 1, s.crop, "")
+
+
+def test_config_files_that_are_none_are_explained():
+    for name, complaint in (
+        ("configs/none.py", "no such config file"),
+        ("configs/ui2c.py:tiny", "is not a training config"),
+        ("configs/ui2c.py:dev,many", "is not a training config"),
+    ):
+        with pytest.raises(NvcError, match=complaint):
+            stages.load(str(ROOT / name))
+
+
+@pytest.mark.slow
+def test_smoke(tmp_path):
+    """The system from end to end, as a newcomer runs it; again, there is nothing left to do."""
+    command = [sys.executable, "train.py", "--config=configs/smoke.py", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    assert [v["step"] for v in logged(tmp_path)] == list(range(1, 41))
+    assert all(np.isfinite(v["loss"]) for v in logged(tmp_path))
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"30", "40"}
+    assert len(list((tmp_path / "samples").iterdir())) == 2
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=600)
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ui2c", "intra"])
+def test_full_size_trainings_start(tmp_path, name):
+    """On the smallest pictures that there can be, and a few clips that are made up."""
+    config = stages.load(str(ROOT / f"configs/{name}.py"))
+    small = dict(steps=2, batch=1, crop=16, data=dict(folder="", image_share=0.5))
+    config.stages = (ConfigDict(config.stages[0].to_dict() | small),)
+    config.workers = 0
+    state = loop.train(config, tmp_path)
+    assert int(state.step) == 2 and int(state.skipped) == 0
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) > 45e6
+
+
+def test_steps_can_be_profiled(folder, tmp_path):
+    loop.train(config_of(folder, SIX_STEPS), tmp_path, profile=(3, 2))
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
 
 
 # The real codecs
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_initial_weights_have_strong_types(name):
+    """With weak ones, the first step would be compiled for itself alone."""
+    model = registry.build(name, SIZES[name])
+    shapes = jax.eval_shape(lambda: registry.init(model, jax.random.key(0)))
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(shapes))
 
 
 @pytest.mark.slow
@@ -886,8 +982,11 @@ def test_shares_of_the_rate_under_both_kinds_of_scales(one_step):
     *_, exact = one_step(exact=True)
     *_, mixed = one_step(exact=True, float_share=0.25)
     *_, floats = one_step()
-    assert exact["bpp_y"] == mixed["bpp_y"] != exact["bpp_y_float"] == mixed["bpp_y_float"]
+    for name in ("bpp_y", "bpp_y_float"):
+        assert mixed[name] == pytest.approx(exact[name], rel=1e-5)
+    assert exact["bpp_y"] != pytest.approx(exact["bpp_y_float"], rel=1e-3)
     assert floats["bpp_y"] == floats["bpp_y_float"]
+    assert exact["bpp_side"] == 0 < floats["bpp_side"]
     assert floats["bpp_y"] == pytest.approx(exact["bpp_y_float"], rel=1e-4)
     expected = 0.75 * exact["loss"] + 0.25 * floats["loss"]
     assert mixed["loss"] == pytest.approx(expected, rel=1e-4)
@@ -1011,7 +1110,8 @@ def test_the_constraint_pushes_away_from_boundaries_that_count(variant):
 def test_the_constraint_is_part_of_the_loss(one_step):
     *_, plain = one_step()
     before, after, constrained = one_step(penalty=tuple(PENALTY.items()), trainable=("prior",))
-    assert constrained["loss"] > plain["loss"] and constrained["bpp_y"] == plain["bpp_y"]
+    assert constrained["loss"] > plain["loss"]
+    assert constrained["bpp_y"] == pytest.approx(plain["bpp_y"], rel=1e-5)
     assert learnt(before, after) == {"prior"}
 
 

@@ -8,6 +8,8 @@ import dataclasses
 import logging
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -190,10 +192,21 @@ def _sample(
     return sample
 
 
-def _leave_signals(worker: int, workers: int) -> None:
-    """For worker processes: Ctrl-C and SIGTERM are for their parent, which still wants batches."""
+def _follow_parent(worker: int, workers: int) -> None:
+    """For worker processes: they end when their parent does, however it does.
+
+    Ctrl-C and SIGTERM are for the parent, which may still want batches.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def iterate(batches: grain.MapDataset, start: int, workers: int = 0) -> Iterator[np.ndarray]:
@@ -209,4 +222,4 @@ def iterate(batches: grain.MapDataset, start: int, workers: int = 0) -> Iterator
         flags.FLAGS.mark_as_parsed()  # Grain's workers ask for flags even outside of absl programs
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    return iter(rest.to_iter_dataset(threads).mp_prefetch(options, _leave_signals))
+    return iter(rest.to_iter_dataset(threads).mp_prefetch(options, _follow_parent))

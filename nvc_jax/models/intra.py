@@ -63,6 +63,10 @@ class Config:
 
 SIZES = {
     "full": Config(),
+    "dev": Config(
+        width=192, y=128, z=96, prior=256, spatial_width=256, encoder=3, decoder=6, fusion=2,
+        spatial=2, form="uf2",
+    ),
     "nano": Config(
         width=112, y=128, z=32, prior=112, spatial_width=96, encoder=3, decoder=5, fusion=2,
         spatial=1, offset=0.5, form="uf2", latent_gain=True, scale_head=128,

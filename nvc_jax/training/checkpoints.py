@@ -99,7 +99,7 @@ def resume(
     codec = registry.entry(config.model.name)
     newest = manager.latest_step()
     if newest is None:
-        return put(mesh, _fresh(model, config, run[0]))
+        return fresh(model, config, run[0], mesh)
     ends = np.cumsum([stage.steps for stage in run])
     number = int(np.searchsorted(ends, newest - 1, side="right"))
     stage = run[min(number, len(run) - 1)]  # the config may have been shortened since
@@ -115,7 +115,14 @@ def resume(
     return state
 
 
-def _fresh(model, config, stage: stages.Stage) -> training.TrainState:
+def fresh(
+    model: nn.Module, config: ml_collections.ConfigDict, stage: stages.Stage, mesh: Mesh
+) -> training.TrainState:
+    """The state before the first step.
+
+    Raises:
+      NvcError: the config starts from weights that are not there or do not fit.
+    """
     codec = registry.entry(config.model.name)
     # XLA for CPUs takes long over hundreds of random draws that happen once.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
@@ -128,7 +135,7 @@ def _fresh(model, config, stage: stages.Stage) -> training.TrainState:
         params = _weights_of(config.init_from, state.params)
         state = _with_params(state, params)
         logging.info("starting from the weights of %s", config.init_from)
-    return state
+    return put(mesh, state)
 
 
 def _weights_of(name: str, params: dict) -> dict:

@@ -355,6 +355,10 @@ class Profiler:
         self._running = False
 
 
+# What a log line says of time, and two runs of the same training never agree on.
+TIMES = {"seconds_per_step", "data_wait_share", "tflops_per_device", "mfu"}
+
+
 class Window:
     """Metrics and times since the last log line.
 

@@ -116,7 +116,7 @@ def load(config_file: str) -> ConfigDict:
     try:
         get_config = runpy.run_path(file)["get_config"]
         return complete(get_config(argument) if argument else get_config())
-    except (KeyError, SyntaxError, TypeError) as e:
+    except (KeyError, SyntaxError, TypeError, ValueError) as e:
         raise NvcError(f"{config_file}: is not a training config ({e!r})") from None
 
 

@@ -1,0 +1,42 @@
+"""The benchmark of training steps, small, and that what it compares with computes the same."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from conftest import SIZES, random_parameters
+
+from nvc_jax.benchmarks.training import as_plain_convolutions, benchmark
+from nvc_jax.entropy.bottleneck import Estimate
+from nvc_jax.errors import NvcError
+from nvc_jax.models import registry
+
+
+def test_plain_convolutions_compute_the_same():
+    model = registry.build("intra", SIZES["intra"])
+    params = random_parameters(model)
+    frames = np.random.default_rng(0).uniform(0, 1, (2, 1, 32, 48, 3)).astype(np.float32)
+    qp = np.array([[10], [50]])
+
+    def code():
+        return model.apply({"params": params}, frames, (), qp, Estimate())[0]
+
+    ours = code()
+    text = str(jax.make_jaxpr(code)())
+    with nn.intercept_methods(as_plain_convolutions):
+        np.testing.assert_allclose(code(), ours, atol=0.02)
+        plain = str(jax.make_jaxpr(code)())
+    assert plain.count("conv_general_dilated") > text.count("conv_general_dilated") + 20
+
+
+@pytest.mark.slow
+def test_the_benchmark(capsys):
+    results = benchmark("configs/smoke.py", None, 0, 2, [2], True)
+    printed = capsys.readouterr().out
+    for name in (
+        "steps_per_second_resident", "real_data_share", "share_of_a_matrix_product",
+        "plain_convolutions_times_slower", "seconds_per_step_on_2_emulated_devices",
+    ):  # fmt: skip
+        assert results[name] > 0 and name in printed
+    with pytest.raises(NvcError, match="has stages 0 to 1"):
+        benchmark("configs/smoke.py", None, 7, 2, [], False)
