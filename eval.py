@@ -29,7 +29,7 @@ from rich.console import Console
 
 from nvc_jax.errors import NvcError
 from nvc_jax.evaluation.report import print_tables, write_report
-from nvc_jax.evaluation.runner import Share, all_passed, evaluate
+from nvc_jax.evaluation.runner import Share, all_passed, check_config, evaluate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to measure; see configs/demo.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results; instead of the config's.")
@@ -45,9 +45,9 @@ flags.mark_flag_as_required("config")
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with a sentence instead of a traceback for a config that does not load."""
     try:
-        rest = app.parse_flags_with_usage(argv)
+        rest = flags.FLAGS(argv)
         _CONFIG.value.lock()  # a config file that could not be read raises only now
-    except (OSError, AttributeError, KeyError, SyntaxError) as error:
+    except (OSError, AttributeError, LookupError, SyntaxError, TypeError, ValueError) as error:
         reason = " ".join(str(error).replace("\\'", "'").split())
         print(f"error: the config cannot be used: {reason}", file=sys.stderr)
         sys.exit(2)
@@ -66,7 +66,7 @@ def join(workdir: Path, coordinator: str, processes: int, process: int) -> Share
     jax.config.update("jax_platforms", "cpu")
     if process == 0:
         for old in workdir.glob("points-*.json"):
-            old.unlink()
+            old.unlink(missing_ok=True)
     parallel.initialize(coordinator, processes, process)
     share = Share(jax.process_index(), jax.process_count())
     jax.distributed.shutdown()  # from here on they meet in the work folder
@@ -82,6 +82,7 @@ def main(argv: list[str]) -> int:
             config["workdir"] = _WORKDIR.value
         if _JSON.value and not Path(_JSON.value).absolute().parent.is_dir():
             raise NvcError(f"--json={_JSON.value}: its folder does not exist")
+        check_config(config)
         share = join(
             Path(config["workdir"]), _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
         )  # fmt: skip

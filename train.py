@@ -35,9 +35,9 @@ flags.mark_flags_as_required(["config", "workdir"])
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with a sentence instead of a traceback for a config that does not load."""
     try:
-        rest = app.parse_flags_with_usage(argv)
+        rest = flags.FLAGS(argv)
         _CONFIG.value.lock()  # a config file that could not be read raises only now
-    except (OSError, AttributeError, KeyError, SyntaxError, ValueError) as e:
+    except (OSError, AttributeError, LookupError, SyntaxError, TypeError, ValueError) as e:
         print(f"train.py: the config cannot be used: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
     return rest

@@ -2,12 +2,12 @@
 
   python train.py --config=configs/ui2c.py --workdir=runs/ui2c --config.data_root=DATA_DIR
   python train.py --config=configs/ui2c.py:dev --workdir=runs/ui2c_dev --config.data_root=DATA_DIR
-  python train.py --config=configs/ui2c.py:base,8 ...    # batches of 64 to 128, for up to 64 devices
+  python train.py --config=configs/ui2c.py:base,8 ...    # larger batches, for up to 64 devices
   nvc release --workdir=runs/ui2c --config=configs/ui2c.py OUT.safetensors
 
 DATA_DIR holds data sets that `python -m nvc_jax.data.build` made: `vimeo90k_septuplet/default`, and
 `video_folder/long`, clips of 129 pictures cut from longer videos (--name long --frames 129
---stride 129 --min-frames 33 --min-size 512).
+--stride 129 --min-frames 33 --min-size 512 --tile 512).
 
 The paper (arXiv 2510.14431) publishes the data, the mixed references, and that clips grow longer;
 lengths, learning rates and the exact mode's stages at the end are our choice. An epoch is as many

@@ -6,6 +6,7 @@ horizontal bands for crops and clips that no device holds alone; the compiler ex
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -76,18 +77,21 @@ def make_mesh(space: int = 1, devices: Sequence[jax.Device] | None = None) -> Me
     )
 
 
-# Dense products of bfloat16 per second and chip, in 10^12, from the makers' data sheets, by what a
-# device's kind contains.
+# Dense products of bfloat16 per second and chip, in 10^12, from the makers' data sheets, by the
+# words in a device's kind; the first that fits counts.
 PEAK_TFLOPS = {
-    "v6 lite": 918, "v6e": 918, "v5 lite": 197, "v5e": 197, "v5p": 459, "v5": 459, "v4": 275,
-    "H200": 989, "H100": 989, "A100": 312,
+    "MIG": None, "v4 lite": None, "v6 lite": 918, "v6e": 918, "v5 lite": 197, "v5e": 197,
+    "v5p": 459, "v5": 459, "v4": 275, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
+    "A100": 312,
 }  # fmt: skip
 
 
 def peak_tflops(device: jax.Device) -> float | None:
     """What a device could do at most, None if it is not known."""
-    kind = device.device_kind
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in kind), None)
+    for words, peak in PEAK_TFLOPS.items():
+        if re.search(rf"\b{words}\b", device.device_kind):
+            return peak
+    return None
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

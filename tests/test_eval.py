@@ -111,7 +111,7 @@ def test_an_evaluation_can_be_shared(tmp_path, count):
         futures = [
             pool.submit(evaluate, settings, print, FAKE, Share(n, count)) for n in range(count)
         ]
-        together = [future.result(timeout=300) for future in futures][0]
+        together, *_ = (future.result(timeout=300) for future in futures)
 
     def measured(point):
         return {k: v for k, v in point.items() if "seconds" not in k and "fps" not in k}
@@ -145,7 +145,7 @@ def test_processes_meet_to_share_an_evaluation(tmp_path, model_files):
         for process in both:
             process.kill()
     points = json.loads((tmp_path / "work/results.json").read_text())["points"]
-    assert [point["qp"] for point in points] == [10, 50]
+    assert len(points) == 2 and points[0]["file_bytes"] < points[1]["file_bytes"]
     assert all(point["checks"]["passed"] for point in points)
     assert (tmp_path / "work/report.html").exists()
 

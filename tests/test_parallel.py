@@ -43,8 +43,10 @@ def start(config, workdir: Path, *flags: str, devices: int = 1) -> subprocess.Po
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+    with open(f"{workdir}.out", "w") as out:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.PIPE, text=True
+        )
 
 
 @contextmanager
@@ -90,10 +92,10 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def reference(folder, tmp_path_factory):  # noqa: F811
-    """(config, workdir) of a run on one device: two stages, the second of walks."""
+    """(config, workdir) of a run on one device, whose second stage walks."""
     config = config_of(
-        folder, stage(3, batch=4), stage(4, batch=4, walk=2), checkpoint_every_seconds=1e9,
-        checkpoint_every_steps=3,
+        folder, stage(3, batch=4), stage(4, batch=4, walk=2), stage(2, batch=4),
+        checkpoint_every_seconds=1e9, checkpoint_every_steps=3,
     )  # fmt: skip
     workdir = tmp_path_factory.mktemp("reference") / "run"
     finish(start(config, workdir))
@@ -104,9 +106,7 @@ def test_four_devices_train_like_one(reference, tmp_path):
     config, one = reference
     finish(start(config, tmp_path / "four", devices=4))
     assert_close(tmp_path / "four", one)
-    with started(config_of("", stage(2, batch=6)), tmp_path / "six", devices=4) as process:
-        _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2 and "multiple of the 4 devices" in errors
+    assert (tmp_path / "four.out").read_text().startswith("4 x cpu, 1 processes")
 
 
 def test_pictures_can_be_cut_into_bands(reference, tmp_path):
@@ -119,16 +119,14 @@ def test_pictures_can_be_cut_into_bands(reference, tmp_path):
 def test_two_processes_train_like_one(reference, tmp_path):
     config, one = reference
     flags = [f"--coordinator=localhost:{free_port()}", "--processes=2"]
-    finish_all([start(config, tmp_path / "two", *flags, f"--process={n}") for n in range(2)])
-    assert_close(tmp_path / "two", one)
-    # And one process with two devices goes on where two processes stopped.
-    longer = ConfigDict(config.to_dict())
-    longer.stages = (*config.stages, stage(2, batch=4))
+    begun = ConfigDict(config.to_dict() | {"stages": config.stages[:2]})
+    finish_all([start(begun, tmp_path / "two", *flags, f"--process={n}") for n in range(2)])
     before = kept(tmp_path / "two")
-    finish(start(longer, tmp_path / "two", devices=2))
-    assert before and kept(tmp_path / "two")[: len(before)] == before
-    finish(start(longer, tmp_path / "one"))
-    assert_close(tmp_path / "two", tmp_path / "one")
+    assert len(before) == 7
+    # One process with two devices goes on where two processes stopped.
+    finish(start(config, tmp_path / "two", devices=2))
+    assert kept(tmp_path / "two")[:7] == before
+    assert_close(tmp_path / "two", one)
 
 
 def newest_checkpoint(workdir: Path) -> int:
@@ -155,25 +153,25 @@ def lines_of(workdir: Path) -> int:
 def test_killed_runs_go_on_bit_by_bit(folder, tmp_path):  # noqa: F811
     """SIGKILL at random moments, while steps run, checkpoints are written, or programs compile."""
     config = config_of(
-        folder, stage(150, units=2), stage(150, walk=3), checkpoint_every_seconds=1e9,
-        checkpoint_every_steps=4,
+        folder, stage(60, units=2), stage(60, walk=3), checkpoint_every_seconds=1e9,
+        checkpoint_every_steps=5,
     )  # fmt: skip
     finish(start(config, tmp_path / "whole"))
     rng, workdir = random.Random(0), tmp_path / "parts"
-    for target in (0, *sorted(rng.sample(range(5, 250), 3))):
+    for target in (0, *sorted(rng.sample(range(5, 100), 2))):
         with started(config, workdir) as process:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 300
             while lines_of(workdir) < target or not (workdir / "metrics.jsonl").exists():
                 assert process.poll() is None and time.monotonic() < deadline
             time.sleep(rng.uniform(0, 0.1))
             assert process.poll() is None
         # What is lost is at most what was done since the save before the one in progress.
-        assert newest_checkpoint(workdir) >= lines_of(workdir) - 9
+        assert newest_checkpoint(workdir) >= lines_of(workdir) - 11
     before = kept(workdir)
     finish(start(config, workdir))
     assert kept(workdir)[: len(before)] == before, "goes on, and does not begin again"
     ours, others = logged(workdir), logged(tmp_path / "whole")
-    assert [v["step"] for v in ours] == list(range(1, 301))
+    assert [v["step"] for v in ours] == list(range(1, 121))
     for a, b in zip(ours, others, strict=True):
         assert {n: a[n] for n in set(a) - TIMES} == {n: b[n] for n in set(b) - TIMES}
 
@@ -225,12 +223,11 @@ def test_batches_that_devices_cannot_share_are_refused():
 # What a pod user would find out first
 
 
-PLATFORMS = pytest.mark.parametrize("platform", ["tpu", "cuda"])
+PLATFORMS = ("tpu", "cuda")
 
 
-@PLATFORMS
 @pytest.mark.parametrize("name", ["ui2c", "intra"])
-def test_training_steps_lower_for_accelerators(platform, name):
+def test_training_steps_lower_for_accelerators(name):
     config = runpy.run_path(str(ROOT / f"configs/{name}_nano.py"))["get_config"]()
     config.model = ConfigDict(dict(name=name, size=SIZES[name], dtype="bfloat16"))
     entry, model = registry.entry(name), registry.build(name, SIZES[name], "bfloat16")
@@ -246,7 +243,7 @@ def test_training_steps_lower_for_accelerators(platform, name):
             *[jax.ShapeDtypeStruct((only.batch,), np.int32)] * 2,
         )
         traced = jax.jit(step, static_argnums=2).trace(shapes, clip, only.walk > 1)
-        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        text = traced.lower(lowering_platforms=PLATFORMS).as_text()
         assert "dot_general" in text and "xbf16>" in text
 
 
@@ -254,12 +251,9 @@ class Captured(Exception):
     """Carries the arguments of a call that was not made."""
 
 
-@PLATFORMS
 @pytest.mark.parametrize("mode", [EXACT, CALIBRATED])
 @pytest.mark.parametrize("name", ["ui2c", "intra", "single"])
-def test_encoders_and_decoders_lower_for_accelerators(
-    model_files, monkeypatch, platform, mode, name
-):
+def test_encoders_and_decoders_lower_for_accelerators(model_files, monkeypatch, mode, name):
     """They are one program. JAX lowers calls of the host only where the platform is at hand."""
 
     def no_host(function, result, *args):
@@ -275,4 +269,4 @@ def test_encoders_and_decoders_lower_for_accelerators(
         capturing = unit_codec._replace(program=capture)
         codec.encode_unit(capturing, moving_texture(37, 23, n), refs, (30, 38)[:n], True)
     traced = unit_codec.program.trace(*call.value.args)
-    assert "dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "dot_general" in traced.lower(lowering_platforms=PLATFORMS).as_text()

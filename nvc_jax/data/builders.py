@@ -302,7 +302,7 @@ def _pictures(source: Source, min_size: int) -> Iterator[Planes]:
         with closing(pictures):
             for y, u, v in pictures:
                 height, width = y.shape[0] // 2, y.shape[1] // 2
-                if 2 * min(height, width) < min_size:
+                if 2 * min(height, width) < max(min_size, 2):
                     raise NvcError(
                         f"{path}: {y.shape[1]}x{y.shape[0]} is less than {min_size} pixels"
                     )

@@ -1,8 +1,7 @@
-"""Small training sets, held in memory as 4:2:0 planes and cut into random clips on the host.
+"""Small training sets, held in memory as 4:2:0 planes.
 
-A folder of videos and photographs is decoded once. After that a batch costs a few slices, so this
-suits sets that fit in memory (about 1.5 bytes per pixel and frame). Every batch is a pure function
-of (clips, seed, step): a run that stops at step n and resumes there sees exactly the same data.
+A folder of videos and photographs is decoded once. After that a batch costs a few slices (see
+`nvc_jax.data.pipeline`), so this suits sets that fit in memory, at 1.5 bytes per pixel and frame.
 """
 
 import logging

@@ -96,15 +96,20 @@ def open_sets(data: Any, root: str = "") -> list[Source]:
     """
     if ("sets" in data) == ("folder" in data):
         raise NvcError("config.data must have either `folder` or `sets`; see nvc_jax.data.pipeline")
+    known = {"sets"} if "sets" in data else {"folder", "image_share"}
+    if unknown := sorted(set(data) - known):
+        raise NvcError(f"config.data.{unknown[0]} is nothing that {sorted(known)[0]} can have")
     if "sets" in data:
         if not data["sets"]:
             raise NvcError("config.data.sets is empty: there is nothing to train on")
         sets = enumerate(data["sets"])
         return [_open_set(dict(s), root, f"config.data.sets[{n}]") for n, s in sets]
-    folder = data["folder"]
+    folder, share = data["folder"], data.get("image_share", 0.25)
+    if not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise NvcError(f"config.data.image_share is {share!r}; it must be from 0 to 1")
     clips = load_clips(os.path.join(root, folder)) if folder else made_up_clips()
     log.info("training data: %s", stats(clips))
-    return memory_sources(clips, data.get("image_share", 0.25))
+    return memory_sources(clips, share)
 
 
 def _open_set(values: dict, root: str, where: str) -> Source:
@@ -113,8 +118,8 @@ def _open_set(values: dict, root: str, where: str) -> Source:
     if "path" not in values:
         raise NvcError(f"{where}.path is missing")
     weight = values.get("weight", 1.0)
-    if not weight > 0:
-        raise NvcError(f"{where}.weight is {weight}; it must be above 0")
+    if not isinstance(weight, int | float) or not weight > 0:
+        raise NvcError(f"{where}.weight is {weight!r}; it must be a number above 0")
     path = os.path.join(root, values["path"])
     return Source(Stored(path, values.get("split", "train")), weight)
 

@@ -2,7 +2,8 @@
 
 Every point of a rate-distortion curve is one `Job`, and `run_job` is a function of the job alone
 (besides the files it writes under the job's own names), so jobs may run in any order and on any
-number of processes. `evaluate` runs them one after the other, which is what timing needs.
+number of processes. `evaluate` runs its `Share` of them one after the other, which is what timing
+needs.
 
 For our codecs, a job runs the installed command line: encode to a file, then decode that file in
 a fresh process that is given nothing else. The decoder has to report every checksum of decoded

@@ -108,8 +108,9 @@ def resume(
         state = manager.restore(newest, args=ocp.args.StandardRestore(placed(mesh, shapes)))
     except ValueError as e:
         raise NvcError(
-            f"{manager.directory}: checkpoint {newest} does not fit this config's model; give "
-            f"another --workdir ({str(e).splitlines()[0]})"
+            f"{manager.directory}: checkpoint {newest} does not fit this config's model, or the "
+            "batch, crop or walk of the stage that left it; give another --workdir "
+            f"({str(e).splitlines()[0]})"
         ) from None
     logging.info("going on from step %d", newest)
     return state
@@ -152,6 +153,23 @@ def _with_params(state: training.TrainState, params: dict) -> training.TrainStat
     )
 
 
+def check_weights(config: ml_collections.ConfigDict, run: tuple[stages.Stage, ...]) -> None:
+    """Raises NvcError if weights that a run starts or learns from cannot be read."""
+    named = {stage.teacher.weights for stage in run if stage.teacher} - {"previous"}
+    for name in {config.init_from} - {""} | named:
+        released.load(name)
+
+
+def check_teacher(workdir: str, number: int, stage: stages.Stage) -> None:
+    """Raises NvcError if a stage should have kept the weights with which it began, but did not."""
+    folder = Path(workdir).absolute() / TEACHERS / str(number)
+    if stage.teacher.get("weights") == "previous" and not folder.is_dir():
+        raise NvcError(
+            f"{folder} is missing: config.stages[{number}] learns from the weights with which it "
+            "began, but it began without a teacher"
+        )
+
+
 def save_teacher(workdir: str, number: int, stage: stages.Stage, state) -> None:
     """Keeps the averaged weights with which a stage begins, if it learns from them."""
     if stage.teacher.get("weights") != "previous":
@@ -174,11 +192,6 @@ def load_teacher(workdir: str, number: int, stage: stages.Stage, state, mesh: Me
         everywhere = parallel.replicated(mesh)
         return jax.jit(lambda x: x, out_shardings=everywhere)(params)
     folder = Path(workdir).absolute() / TEACHERS / str(number)
-    if not folder.is_dir():
-        raise NvcError(
-            f"{folder} is missing: config.stages[{number}] learns from the weights with which it "
-            "began, but it began without a teacher"
-        )
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(folder, placed(mesh, state).average)

@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
@@ -29,7 +30,10 @@ from nvc_jax.training import step as training
 from nvc_jax.training.writers import MetricWriter, SilentWriter
 
 FIRST_UNITS = 64  # clips begin at one of these; a multiple of every pattern of qualities
-ASK_EVERY = 10  # steps after which the processes of a run agree on whether to save or stop
+SAMPLE_FRAMES = 8  # of a clip, a multiple of what a unit can be
+# The processes of a run agree on whether to save or stop after so many steps, or fewer that take
+# so many seconds: who is told to stop may have half a minute.
+ASK_STEPS, ASK_SECONDS = 10, 2.0
 
 
 class Stopped(NvcError):
@@ -124,12 +128,17 @@ def _train(
 ) -> training.TrainState:
     model = registry.build(config.model.name, config.model.size, config.model.dtype)
     ends = np.cumsum([stage.steps for stage in run])
+    parallel.together(lambda: checkpoints.check_weights(config, run))
     state = checkpoints.resume(manager, model, config, run, mesh)
     parameter_overview.log_parameter_overview(state.params)
+    if parallel.is_main():
+        kind = mesh.devices.ravel()[0].device_kind
+        print(f"{mesh.size} x {kind}, {jax.process_count()} processes", flush=True)
     step, pace = int(state.step), Pace(config)
     writer.keep_until(step)
     sample = make_sampler(registry.entry(config.model.name), model, mesh)
-    profiler.after(step)
+    profiler.after(step, None)
+    ahead = deque(maxlen=2)
     while step < ends[-1]:
         number = int(np.searchsorted(ends, step, side="right"))
         stage, start = run[number], int(ends[number]) - run[number].steps
@@ -137,17 +146,23 @@ def _train(
         state = work.with_carry(state)
         if step == start:
             checkpoints.save_teacher(workdir, number, stage, state)
+        parallel.together(lambda: checkpoints.check_teacher(workdir, number, stage))  # noqa: B023
         teacher = checkpoints.load_teacher(workdir, number, stage, state, mesh)
         window = Window(work)
         with closing(work.clips(sources[repr(stage.data)], step)) as clips:
             while step < ends[number]:
+                # Two steps may wait for the devices: more would only hold their clips in memory,
+                # and time spent waiting for the devices would look like waiting for data.
+                if len(ahead) == ahead.maxlen:
+                    jax.block_until_ready(ahead[0])
                 with window.waiting():
                     clip, carried = next(clips)
                 state, window.metrics = work.train_step(
                     state, window.metrics, clip, carried, teacher
                 )
                 step, window.steps = step + 1, window.steps + 1
-                profiler.after(step)
+                ahead.append(window.metrics)
+                profiler.after(step, window.metrics)
                 if step % config.log_every == 0 or step == ends[-1]:
                     values = {**window.close(), "stage": number}
                     pace.attempt(lambda: writer.write_scalars(step, values))  # noqa: B023
@@ -162,7 +177,7 @@ def _train(
                 if step % config.sample_every == 0:
                     sheet = sample(state, clip)
                     pace.attempt(lambda: writer.write_images(step, {"samples": sheet}))  # noqa: B023
-                stop, due = pace.agree(step, stops)
+                stop, due = pace.agree(step, step == ends[-1], stops)
                 if stop or due or step == ends[-1]:
                     checkpoints.save(manager, step, state)
                     pace.saved()
@@ -178,7 +193,7 @@ def open_all(run: tuple[stages.Stage, ...], root: str = "") -> dict[str, list[pi
 
 
 class Work:
-    """A stage, ready to run: its compiled step, its clips, its samples."""
+    """A stage, ready to run: its compiled step and its clips."""
 
     def __init__(
         self,
@@ -300,7 +315,7 @@ class Pace:
     def __init__(self, config: ml_collections.ConfigDict):
         self._seconds, self._steps = config.checkpoint_every_seconds, config.checkpoint_every_steps
         # Asking the others means waiting for the step; alone there is nobody to ask.
-        self._ask_every = ASK_EVERY if jax.process_count() > 1 else 1
+        self._alone, self._ask_at, self._asked = jax.process_count() == 1, 0, None
         self._last, self._error = time.monotonic(), None
 
     def attempt(self, work: Callable[[], None]) -> None:
@@ -315,22 +330,29 @@ class Pace:
     def saved(self) -> None:
         self._last = time.monotonic()
 
-    def agree(self, step: int, stops: list[signal.Signals]) -> tuple[signal.Signals | None, bool]:
-        """(the signal to stop for, whether a checkpoint is due).
+    def agree(
+        self, step: int, last: bool, stops: list[signal.Signals]
+    ) -> tuple[signal.Signals | None, bool]:
+        """(the signal to stop for, whether a checkpoint is due). `last`: of all steps.
 
         Raises:
           NvcError: an attempt has failed, here or on another process.
         """
         due = bool(self._steps) and step % self._steps == 0
-        if step % self._ask_every:
+        if not (self._alone or last or step >= self._ask_at):
             return None, due
-        stop, late = int(stops[0]) if stops else 0, time.monotonic() - self._last > self._seconds
-        if jax.process_count() > 1:
-            mine = np.array([stop, late, self._error is not None], np.int32)
-            flags = multihost_utils.process_allgather(mine).reshape(-1, 3)
-            stop, late, failed = flags.max(0)
+        now = time.monotonic()
+        stop, late = int(stops[0]) if stops else 0, now - self._last > self._seconds
+        if not self._alone:
+            before, then = self._asked or (step - 1, now - ASK_SECONDS)
+            pace = 1e6 * (now - then) / max(step - before, 1)
+            mine = np.array([stop, late, self._error is not None, pace], np.int32)
+            flags = multihost_utils.process_allgather(mine).reshape(-1, 4)
+            stop, late, failed, pace = flags.max(0)
             if failed:
                 raise self._error or NvcError(f"process {flags[:, 2].argmax()} cannot go on")
+            self._asked = step, now
+            self._ask_at = step + int(np.clip(1e6 * ASK_SECONDS / pace, 1, ASK_STEPS))
         return (signal.Signals(int(stop)) if stop else None), bool(due or late)
 
 
@@ -341,8 +363,10 @@ class Profiler:
         self._workdir, self._first, self._last = str(workdir), first, first + count - 1
         self._running = False
 
-    def after(self, step: int) -> None:
-        """To be called when so many steps are done."""
+    def after(self, step: int, result: Any) -> None:
+        """To be called when so many steps are on their way, of which the last gives `result`."""
+        if step in (self._first - 1, self._last):
+            jax.block_until_ready(result)
         if self._running and step >= self._last:
             self.close()
         elif not self._running and self._first - 1 <= step < self._last:
@@ -389,6 +413,9 @@ class Window:
         values = {name: float(value) for name, value in metrics.compute().items()}
         values["seconds_per_step"] = seconds / self.steps
         values["data_wait_share"] = self.waited / seconds
+        if self._work.stage.trainable:
+            self._begin()
+            return values  # how much a step computes is counted as if all networks learned
         devices = self._work.mesh.devices.ravel()
         speed = self._work.flop_per_step / values["seconds_per_step"] / len(devices) / 1e12
         values["tflops_per_device"] = speed
@@ -414,16 +441,15 @@ def make_sampler(codec, model: nn.Module, mesh: Mesh) -> Callable[[Any, training
 
     @partial(jax.jit, out_shardings=parallel.replicated(mesh))
     def reconstruct(state, clip):
-        clip = training.as_floats(clip)
+        clip = training.as_floats(clip._replace(frames=clip.frames[:, :SAMPLE_FRAMES]))
         refs = (registry.Ref(frame=clip.reference),) * model.references
         recon = training.unroll(codec, model, state.average, clip, refs, None).recon
         both = jnp.concatenate([clip.frames, recon], axis=2)[:4]  # one above the other
-        return jnp.clip(losses.yuv_to_rgb(both), 0, 1)
+        return jnp.round(255 * jnp.clip(losses.yuv_to_rgb(both), 0, 1)).astype(jnp.uint8)
 
     def sample(state, clip):
         rgb = np.asarray(reconstruct(state, clip))
         batch, frames, height, width, _ = rgb.shape
-        sheet = rgb.transpose(0, 2, 1, 3, 4).reshape(batch * height, frames * width, 3)
-        return (255 * sheet + 0.5).astype(np.uint8)
+        return rgb.transpose(0, 2, 1, 3, 4).reshape(batch * height, frames * width, 3)
 
     return sample

@@ -5,6 +5,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -128,6 +129,11 @@ def complete(config: ConfigDict) -> ConfigDict:
         )
     if unknown := sorted(set(config) - RUN - set(RUN_DEFAULTS)):
         raise NvcError(f"config.{unknown[0]} is nothing that a training config can have")
+    for name in ("warmup_steps", "log_every", "sample_every", "max_skipped_in_row"):
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise NvcError(f"config.{name} is {config[name]}; it must be a whole number above 0")
+    if not isinstance(config.seed, int) or config.seed < 0:
+        raise NvcError(f"config.seed is {config.seed}; it must be a whole number, 0 or more")
     result = ConfigDict(RUN_DEFAULTS | dict(config.items()))
     if result.workers and any("folder" in d for d in _data_sections(result)):
         raise NvcError(
@@ -145,7 +151,10 @@ def read(config: ConfigDict) -> tuple[Stage, ...]:
     """A config's stages. Raises NvcError that names the first field that cannot be what it is."""
     if not config.stages:
         raise NvcError("config.stages is empty: there is nothing to train")
-    model = registry.build(config.model.name, config.model.size, config.model.dtype)
+    try:
+        model = registry.build(config.model.name, config.model.size, config.model.dtype)
+    except TypeError as e:
+        raise NvcError(f"config.model.dtype is {config.model.dtype!r}: {e}") from None
     networks = sorted(jax.eval_shape(lambda: registry.init(model, jax.random.key(0))))
     inherited = {name: config[name] for name in INHERITED}
     result = []
@@ -163,7 +172,7 @@ def read(config: ConfigDict) -> tuple[Stage, ...]:
                 values["references"] = dict(values["references"])
             values["lr_scale"] = tuple(dict(values.get("lr_scale", ())).items())
             stage = Stage(**values)
-            _check(stage, where, networks, registry.has_scale_head(model))
+            _check(stage, where, networks, model)
         except (TypeError, ValueError) as e:  # text where a number should be, and the like
             raise NvcError(f"{where} holds a value of a wrong kind ({e})") from None
         result.append(stage)
@@ -174,7 +183,10 @@ def _is_required(f: Field) -> bool:
     return f.default is MISSING and f.default_factory is MISSING
 
 
-def _check(stage: Stage, where: str, networks: list[str], has_scale_head: bool) -> None:
+def _check(stage: Stage, where: str, networks: list[str], model: nn.Module) -> None:
+    for name in ("steps", "batch", "crop", "units", "walk", "accumulate"):
+        if not isinstance(getattr(stage, name), int):
+            raise NvcError(f"{where}.{name} is {getattr(stage, name)}; it must be a whole number")
     for name in ("steps", "batch", "crop", "units", "lr", "walk", "accumulate"):
         if not getattr(stage, name) > 0:
             raise NvcError(f"{where}.{name} is {getattr(stage, name)}; it must be above 0")
@@ -199,7 +211,9 @@ def _check(stage: Stage, where: str, networks: list[str], has_scale_head: bool) 
         raise NvcError(f"{where}.references: {unknown[0]!r} is none of {_listed(REFERENCES)}")
     if min(shares.values(), default=0) < 0 or not sum(shares.values()) > 0:
         raise NvcError(f"{where}.references: no share may be below 0, and one must be above")
-    if stage.exact and not has_scale_head:
+    if stage.walk > 1 and not model.references:
+        raise NvcError(f"{where}.walk is {stage.walk}; a codec without references cannot walk")
+    if stage.exact and not registry.has_scale_head(model):
         raise NvcError(f"{where}.exact needs a model with a scale head")
     if stage.detached and not (stage.exact and stage.noise):
         raise NvcError(f"{where}.detached needs `exact`, and noise")

@@ -4,6 +4,8 @@ clu's own metric writers need TensorFlow, which this project does without.
 """
 
 import json
+import math
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,9 @@ class MetricWriter:
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         with writing(self._dir):
-            self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
+            # Strict readers of JSON know no NaN, which skipped steps have.
+            finite = {n: value if math.isfinite(value) else None for n, value in scalars.items()}
+            self._lines.write(json.dumps({"step": step, **finite}) + "\n")
             for name, value in scalars.items():
                 self._events.add_scalar(name, value, step)
 
@@ -53,8 +57,10 @@ class MetricWriter:
                 self._events.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        self._lines.close()
-        self._events.close()
+        with suppress(OSError):  # a disk that was full still is, and that was said
+            self._lines.close()
+        with suppress(OSError):
+            self._events.close()
 
 
 def _is_until(line: str, step: int) -> bool:
