@@ -167,7 +167,10 @@ def test_models_lists_what_is_shipped(nvc, model_files):
     assert len(lines) == len(model_files)
     for line, name in zip(lines, sorted(model_files), strict=True):
         model = released.load(model_files[name])
-        assert line.startswith(f"{model.name}: codec {name}") and model.fingerprint.hex() in line
+        assert (
+            line.startswith(f"{model.name}: codec {model.codec}")
+            and model.fingerprint.hex() in line
+        )
         assert ("(default)" in line) == (name == "ui2c")
 
 

@@ -253,7 +253,7 @@ def damaged(unit_codec, tmp_path, change):
 
 def test_other_symbols_than_the_encoders_are_noticed(unit_codec, tmp_path):
     path = damaged(unit_codec, tmp_path, lambda p: replace(p, symbols_crc=p.symbols_crc ^ 1))
-    frames = "2, 3" if unit_codec.model.codec == "ui2c" else "1"
+    frames = "2, 3" if unit_codec.model.module.frames_per_unit == 2 else "1"
     with (
         bitstream.open_stream(path) as stream,
         pytest.raises(StreamError, match=rf"unit 1 \(frames {frames}\) .*checksum"),

@@ -785,7 +785,7 @@ def arguments_of_configs():
         yield f"ablations.py:{change}"
 
 
-@pytest.mark.parametrize("name", arguments_of_configs())
+@pytest.mark.parametrize("name", list(arguments_of_configs()))
 def test_every_config_can_be_meant(name):
     file, _, argument = name.partition(":")
     assert file in (ROOT / "configs" / file).read_text(), "says how it is run"
@@ -853,22 +853,30 @@ def test_initial_weights_have_strong_types(name):
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(shapes))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ui2c", "intra"])
-def test_real_codecs_learn(folder, tmp_path, monkeypatch, name):
-    params = random_parameters(registry.build(name, SIZES[name]))
-    monkeypatch.setattr(registry, "init", lambda *_: params)
-    model = ConfigDict(dict(name=name, size=SIZES[name], dtype="float32"))
-    config = config_of(folder, stage(30, lr=3e-3, end_lr=3e-3), model=model, log_every=10)
-    state = loop.train(config, tmp_path)
-    values = logged(tmp_path)
-    assert int(state.skipped) == 0 and values[2]["loss"] < values[0]["loss"]
-    # One serves the second pair of a clip, and there was only one; the other learns in stages of
-    # its own, see test_only_what_a_stage_trains_changes.
-    unused = ("feature_adaptor_p", "scale_head")
-    for path, leaf in jax.tree.leaves_with_path(state.opt_state[1][0].nu):
-        key = jax.tree_util.keystr(path)
-        assert np.any(leaf) or any(u in key for u in unused), f"no gradient reaches {key}"
+def test_gradients_reach_every_weight_and_lead_downhill(folder, name):
+    """Of two units in a row, under integer scales and float ones together."""
+    codec_entry, model = registry.entry(name), registry.build(name, SIZES[name])
+    config = config_of(folder, stage(1, units=2), model=dict(name=name, size=SIZES[name]))
+    config.model.dtype = "float32"
+    clip = training.as_floats(first_clip(config))
+    refs = (Ref(frame=clip.reference),) * model.references
+
+    @jax.value_and_grad
+    def loss(params):
+        coded = training.unroll(codec_entry, model, params, clip, refs, None, exact=True)
+        rate = coded.bpp["y"] + coded.bpp["y_float"] + coded.bpp["z"]
+        return (rate + 100 * coded.distortion).mean()
+
+    loss, params = jax.jit(loss), random_parameters(model)
+    before, slopes = loss(params)
+    for path, leaf in jax.tree.leaves_with_path(slopes):
+        assert np.isfinite(leaf).all() and np.any(leaf), (
+            f"no gradient: {jax.tree_util.keystr(path)}"
+        )
+    size = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(slopes)))
+    after, _ = loss(jax.tree.map(lambda p, s: p - 1e-3 / size * s, params, slopes))
+    assert after < before
 
 
 class Open:
@@ -999,7 +1007,7 @@ def test_shares_of_the_rate_under_both_kinds_of_scales(one_step):
         assert mixed[name] == pytest.approx(exact[name], rel=1e-5)
     assert exact["bpp_y"] != pytest.approx(exact["bpp_y_float"], rel=1e-3)
     assert floats["bpp_y"] == floats["bpp_y_float"]
-    assert exact["bpp_side"] == 0 < floats["bpp_side"]
+    assert exact["bpp_side"] == 0 <= floats["bpp_side"]
     assert floats["bpp_y"] == pytest.approx(exact["bpp_y_float"], rel=1e-4)
     expected = 0.75 * exact["loss"] + 0.25 * floats["loss"]
     assert mixed["loss"] == pytest.approx(expected, rel=1e-4)

@@ -159,7 +159,7 @@ def benchmark(
     if plain:
         results["plain_convolutions_times_slower"] = _plain(config, folder, stage, measured)
     for count in devices:
-        seconds = _emulated(config, folder, stage, steps, count)
+        seconds = emulated(config, folder, stage, steps, count)
         results[f"seconds_per_step_on_{count}_emulated_devices"] = seconds
     for key, value in results.items():
         print(f"{key:40} {value:.4g}" if isinstance(value, float) else f"{key:40} {value}")
@@ -175,7 +175,7 @@ def _plain(config: str, folder: str | None, stage: int, measured: dict[str, floa
             return min(run.seconds(resident, 1) for _ in range(2)) / measured["resident"]
 
 
-def _emulated(config: str, folder: str | None, stage: int, steps: int, devices: int) -> float:
+def emulated(config: str, folder: str | None, stage: int, steps: int, devices: int) -> float:
     """Seconds per step of a process of its own with so many devices on the same cores."""
     if jax.default_backend() != "cpu":
         raise NvcError("--devices: only CPUs can emulate devices")

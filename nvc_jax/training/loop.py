@@ -74,6 +74,7 @@ def train(
     config = stages.complete(config)
     run = stages.read(config)
     mesh = parallel.make_mesh(config.mesh.space)
+    parallel.together(lambda: checkpoints.check_weights(config, run))
     sources = parallel.together(lambda: open_all(run, config.data_root))
     parallel.check_same(
         [[len(s.records) for s in sources[repr(stage.data)]] for stage in run], "the data sets"
@@ -128,12 +129,11 @@ def _train(
 ) -> training.TrainState:
     model = registry.build(config.model.name, config.model.size, config.model.dtype)
     ends = np.cumsum([stage.steps for stage in run])
-    parallel.together(lambda: checkpoints.check_weights(config, run))
     state = checkpoints.resume(manager, model, config, run, mesh)
     parameter_overview.log_parameter_overview(state.params)
     if parallel.is_main():
         kind = mesh.devices.ravel()[0].device_kind
-        print(f"{mesh.size} x {kind}, {jax.process_count()} processes", flush=True)
+        print(f"devices: {mesh.size} x {kind}, processes: {jax.process_count()}", flush=True)
     step, pace = int(state.step), Pace(config)
     writer.keep_until(step)
     sample = make_sampler(registry.entry(config.model.name), model, mesh)
