@@ -29,7 +29,7 @@ from rich.console import Console
 
 from nvc_jax.errors import NvcError
 from nvc_jax.evaluation.report import print_tables, write_report
-from nvc_jax.evaluation.runner import Share, all_passed, check_config, evaluate
+from nvc_jax.evaluation.runner import Share, all_passed, check_config, evaluate, leave_error
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to measure; see configs/demo.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results; instead of the config's.")
@@ -86,7 +86,12 @@ def main(argv: list[str]) -> int:
         share = join(
             Path(config["workdir"]), _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
         )  # fmt: skip
-        results = evaluate(config, say=lambda line: print(line, flush=True), share=share)
+        try:
+            results = evaluate(config, say=lambda line: print(line, flush=True), share=share)
+        except NvcError as error:
+            if share.index:
+                leave_error(Path(config["workdir"]), share, error)
+            raise
         if share.index:
             return 0 if all_passed(results) else 1
         report = write_report(results, Path(config["workdir"]))

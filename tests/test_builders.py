@@ -232,14 +232,17 @@ def test_other_sources_or_settings_start_afresh(tmp_path, monkeypatch):
     args = ("video_folder", tmp_path / "in", "--data-dir", tmp_path / "data", *SMALL)
     original = builders.open_video
     for change in (lambda: save(tmp_path / "in/0.mkv", shot(5, seed=9)), lambda: None):
+        opened = []
 
-        def stop(path):
+        def stop(path, opened=opened):
+            opened.append(path.name)
             if path.name == "2.mkv":
                 raise KeyboardInterrupt
             return original(path)
 
         monkeypatch.setattr(builders, "open_video", stop)
         assert run(*args) == 130
+        assert opened == ["0.mkv", "1.mkv", "2.mkv"]
         change()
     monkeypatch.setattr(builders, "open_video", original)
     assert run(*args, "--stride", "2", "--frames", "2") == 0
@@ -264,6 +267,7 @@ def test_a_killed_build_goes_on(tmp_path):
     while len(list(parts.glob("*.json"))) < 3 and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0

@@ -21,6 +21,7 @@ from nvc_jax.evaluation.runner import (
     describe_clip,
     evaluate,
     find_clips,
+    leave_error,
     plan,
     run_job,
 )
@@ -119,6 +120,14 @@ def test_an_evaluation_can_be_shared(tmp_path, count):
     assert list(map(measured, together["points"])) == list(map(measured, alone["points"]))
     assert together["bd_rates"] == alone["bd_rates"]
     assert len(json.loads((tmp_path / "work/results.json").read_text())["points"]) == 4
+
+
+def test_a_process_that_cannot_do_its_share_says_so(tmp_path):
+    make_clip(tmp_path / "clip.y4m")
+    settings = config(tmp_path, qps=(8,))
+    leave_error(tmp_path / "work", Share(1, 2), NvcError("no such clip"))
+    with pytest.raises(NvcError, match="process 1: no such clip"):
+        evaluate(settings, print, FAKE, Share(0, 2))
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -485,11 +486,24 @@ def _write_json(path: Path, value) -> None:
         hidden.write_text(json.dumps(value, indent=1))
 
 
+def leave_error(workdir: Path, share: Share, error: NvcError) -> None:
+    """Tells process 0 that this one's points will not come."""
+    with suppress(OSError):
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write_json(workdir / f"points-{share.index}.json", {"error": str(error)})
+
+
 def _wait_for(path: Path, count: int) -> list[dict]:
-    """The points of another process, once there are so many; NvcError if none come any more."""
+    """The points of another process, once there are so many.
+
+    Raises:
+      NvcError: they will not come, or none has come for very long.
+    """
     last, seen = time.monotonic(), -1
     while True:
         points = json.loads(path.read_text()) if path.exists() else []
+        if isinstance(points, dict):
+            raise NvcError(f"{path.stem.replace('points-', 'process ')}: {points['error']}")
         if len(points) == count:
             return points
         if len(points) > seen:
