@@ -47,7 +47,15 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         _CONFIG.value.lock()  # a config file that could not be read raises only now
-    except (OSError, AttributeError, LookupError, SyntaxError, TypeError, ValueError) as error:
+    except (
+        OSError,
+        AttributeError,
+        LookupError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+        NvcError,
+    ) as error:
         reason = " ".join(str(error).replace("\\'", "'").split())
         print(f"error: the config cannot be used: {reason}", file=sys.stderr)
         sys.exit(2)

@@ -37,7 +37,15 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         _CONFIG.value.lock()  # a config file that could not be read raises only now
-    except (OSError, AttributeError, LookupError, SyntaxError, TypeError, ValueError) as e:
+    except (
+        OSError,
+        AttributeError,
+        LookupError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+        NvcError,
+    ) as e:
         print(f"train.py: the config cannot be used: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
     return rest

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from ml_collections import ConfigDict
 
 from nvc_jax.models import ui2c
+from nvc_jax.training.stages import on_more_devices
 
 SEPTUPLETS = dict(sets=(dict(path="vimeo90k_septuplet/default/1.0.0"),))
 LONG = dict(sets=(dict(path="video_folder/long/1.0.0"),))
@@ -37,18 +38,6 @@ def stage(epochs, units, batch, crop, lr, walk=1, end_lr=None, **special):
         lr=lr, end_lr=end_lr or lr, schedule="cosine" if end_lr else "constant",
     )  # fmt: skip
     return ConfigDict(fields | special)
-
-
-def on_more_devices(stage, times):
-    """The stage with batches `times` as large, for as many more devices.
-
-    Fewer steps see the same data; Adam's learning rate grows with the square root of the batch.
-    """
-    larger = dict(
-        steps=stage.steps // (times * stage.get("walk", 1)) * stage.get("walk", 1),
-        batch=stage.batch * times, lr=stage.lr * times**0.5, end_lr=stage.end_lr * times**0.5,
-    )  # fmt: skip
-    return ConfigDict(stage.to_dict() | larger)
 
 
 def get_config(argument="base"):

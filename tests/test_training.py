@@ -760,8 +760,18 @@ def test_releasing_refuses(run, tmp_path):
         (["--config=configs/demo.py"], "is missing; see configs/ui2c_nano.py"),
         (["--config=configs/smoke.py", "--config.stages[1].batch=3", "--profile=9"], "FIRST,COUNT"),
         (["--config=configs/ui2c.py:huge"], "the config cannot be used"),
+        (["--config=configs/ui2c.py:dev,0"], "0 times as large"),
     ],
-    ids=["missing", "no config", "no such field", "no data", "evaluation", "profile", "no size"],
+    ids=[
+        "missing",
+        "no config",
+        "no such field",
+        "no data",
+        "evaluation",
+        "profile",
+        "no size",
+        "no batch",
+    ],
 )
 def test_train_py_explains_what_is_wrong(tmp_path, arguments, complaint):
     command = [sys.executable, "train.py", f"--workdir={tmp_path / 'run'}", *arguments]
@@ -804,6 +814,7 @@ def test_config_files_that_are_none_are_explained():
         ("configs/none.py", "no such config file"),
         ("configs/ui2c.py:tiny", "is not a training config"),
         ("configs/ui2c.py:dev,many", "is not a training config"),
+        ("configs/ui2c.py:dev,0", "0 times as large"),
     ):
         with pytest.raises(NvcError, match=complaint):
             stages.load(str(ROOT / name))
