@@ -21,12 +21,14 @@ if __name__ == "__main__":
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
 from rich.console import Console
 
+from nvc_jax.command_line import parse
 from nvc_jax.errors import NvcError
 from nvc_jax.evaluation.report import print_tables, write_report
 from nvc_jax.evaluation.runner import Share, all_passed, check_config, evaluate, leave_error
@@ -40,26 +42,6 @@ _COORDINATOR = flags.DEFINE_string(
 _PROCESSES = flags.DEFINE_integer("processes", 1, "How many processes evaluate together.")
 _PROCESS = flags.DEFINE_integer("process", 0, "Which of them this is, from 0.")
 flags.mark_flag_as_required("config")
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with a sentence instead of a traceback for a config that does not load."""
-    try:
-        rest = flags.FLAGS(argv)
-        _CONFIG.value.lock()  # a config file that could not be read raises only now
-    except (
-        OSError,
-        AttributeError,
-        LookupError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-        NvcError,
-    ) as error:
-        reason = " ".join(str(error).replace("\\'", "'").split())
-        print(f"error: the config cannot be used: {reason}", file=sys.stderr)
-        sys.exit(2)
-    return rest
 
 
 def join(workdir: Path, coordinator: str, processes: int, process: int) -> Share:
@@ -114,4 +96,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=partial(parse, config=_CONFIG, prefix="error"))

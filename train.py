@@ -15,10 +15,12 @@ from nvc_jax.launch import setup
 setup()
 
 import sys  # noqa: E402
+from functools import partial  # noqa: E402
 
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
+from nvc_jax.command_line import parse  # noqa: E402
 from nvc_jax.errors import NvcError  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Training config.", lock_config=True)
@@ -30,25 +32,6 @@ _PROFILE = flags.DEFINE_list("profile", None, "FIRST,COUNT: steps to record for 
 _PROCESSES = flags.DEFINE_integer("processes", 1, "How many processes train together.")
 _PROCESS = flags.DEFINE_integer("process", 0, "Which of them this is, from 0.")
 flags.mark_flags_as_required(["config", "workdir"])
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with a sentence instead of a traceback for a config that does not load."""
-    try:
-        rest = flags.FLAGS(argv)
-        _CONFIG.value.lock()  # a config file that could not be read raises only now
-    except (
-        OSError,
-        AttributeError,
-        LookupError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-        NvcError,
-    ) as e:
-        print(f"train.py: the config cannot be used: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
-    return rest
 
 
 def profile_window(given: list[str] | None) -> tuple[int, int] | None:
@@ -76,4 +59,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=partial(parse, config=_CONFIG, prefix="train.py"))

@@ -761,17 +761,10 @@ def test_releasing_refuses(run, tmp_path):
         (["--config=configs/smoke.py", "--config.stages[1].batch=3", "--profile=9"], "FIRST,COUNT"),
         (["--config=configs/ui2c.py:huge"], "the config cannot be used"),
         (["--config=configs/ui2c.py:dev,0"], "0 times as large"),
+        (["--config=configs/ui2c_nano.py:dev"], "the config cannot be used: TypeError"),
+        (["--config=configs/smoke.py", "--walkdir=x"], "Did you mean: workdir"),
     ],
-    ids=[
-        "missing",
-        "no config",
-        "no such field",
-        "no data",
-        "evaluation",
-        "profile",
-        "no size",
-        "no batch",
-    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_train_py_explains_what_is_wrong(tmp_path, arguments, complaint):
     command = [sys.executable, "train.py", f"--workdir={tmp_path / 'run'}", *arguments]
