@@ -237,19 +237,24 @@ class Stop(Exception):
     pass
 
 
+def stop_at(monkeypatch, *steps):
+    """Interrupts trainings after each of these steps once, before its checkpoint."""
+    write_scalars, stops = loop.MetricWriter.write_scalars, list(steps)
+
+    def stopping(self, step, scalars):
+        if stops and step == stops[0]:
+            raise Stop(stops.pop(0))
+        write_scalars(self, step, scalars)
+
+    monkeypatch.setattr(loop.MetricWriter, "write_scalars", stopping)
+
+
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(folder, tmp_path, monkeypatch):
     """Between two stages of different shapes, and in the middle of a walk through a clip."""
     config = config_of(folder, stage(3), stage(5, units=2, walk=2, batch=1))
     uninterrupted = loop.train(config, tmp_path / "whole")
 
-    write_scalars, stops = loop.MetricWriter.write_scalars, [4, 7]
-
-    def stopping(self, step, scalars):
-        if stops and step == stops[0]:
-            raise Stop(stops.pop(0))  # after the step, before its checkpoint
-        write_scalars(self, step, scalars)
-
-    monkeypatch.setattr(loop.MetricWriter, "write_scalars", stopping)
+    stop_at(monkeypatch, 4, 7)
     for _ in range(2):
         with pytest.raises(Stop):
             loop.train(config, tmp_path / "parts")
@@ -277,14 +282,7 @@ def test_data_sets_are_trained_on_and_runs_on_them_go_on(folder, tmp_path, monke
         data=mixture, data_root=str(tmp_path / "sets"), workers=1,
     )  # fmt: skip
     uninterrupted = loop.train(config, tmp_path / "whole")
-    write_scalars, stops = loop.MetricWriter.write_scalars, [2, 5]
-
-    def stopping(self, step, scalars):
-        if stops and step == stops[0]:
-            raise Stop(stops.pop(0))
-        write_scalars(self, step, scalars)
-
-    monkeypatch.setattr(loop.MetricWriter, "write_scalars", stopping)
+    stop_at(monkeypatch, 2, 5)
     for _ in range(2):
         with pytest.raises(Stop):
             loop.train(config, tmp_path / "parts")

@@ -160,9 +160,13 @@ def check_weights(config: ml_collections.ConfigDict, run: tuple[stages.Stage, ..
         released.load(name)
 
 
+def _teacher_folder(workdir: str, number: int) -> Path:
+    return Path(workdir).absolute() / TEACHERS / str(number)
+
+
 def check_teacher(workdir: str, number: int, stage: stages.Stage) -> None:
     """Raises NvcError if a stage should have kept the weights with which it began, but did not."""
-    folder = Path(workdir).absolute() / TEACHERS / str(number)
+    folder = _teacher_folder(workdir, number)
     if stage.teacher.get("weights") == "previous" and not folder.is_dir():
         raise NvcError(
             f"{folder} is missing: config.stages[{number}] learns from the weights with which it "
@@ -174,7 +178,7 @@ def save_teacher(workdir: str, number: int, stage: stages.Stage, state) -> None:
     """Keeps the averaged weights with which a stage begins, if it learns from them."""
     if stage.teacher.get("weights") != "previous":
         return
-    folder = Path(workdir).absolute() / TEACHERS / str(number)
+    folder = _teacher_folder(workdir, number)
     with saving(folder), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder, state.average, force=True)
 
@@ -191,7 +195,7 @@ def load_teacher(workdir: str, number: int, stage: stages.Stage, state, mesh: Me
         params = _weights_of(stage.teacher.weights, state.average)
         everywhere = parallel.replicated(mesh)
         return jax.jit(lambda x: x, out_shardings=everywhere)(params)
-    folder = Path(workdir).absolute() / TEACHERS / str(number)
+    folder = _teacher_folder(workdir, number)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(folder, placed(mesh, state).average)

@@ -413,14 +413,12 @@ class Window:
         values = {name: float(value) for name, value in metrics.compute().items()}
         values["seconds_per_step"] = seconds / self.steps
         values["data_wait_share"] = self.waited / seconds
-        if self._work.stage.trainable:
-            self._begin()
-            return values  # how much a step computes is counted as if all networks learned
-        devices = self._work.mesh.devices.ravel()
-        speed = self._work.flop_per_step / values["seconds_per_step"] / len(devices) / 1e12
-        values["tflops_per_device"] = speed
-        if peak := parallel.peak_tflops(devices[0]):
-            values["mfu"] = speed / peak
+        if not self._work.stage.trainable:  # what a step computes is counted as if all learned
+            devices = self._work.mesh.devices.ravel()
+            speed = self._work.flop_per_step / values["seconds_per_step"] / len(devices) / 1e12
+            values["tflops_per_device"] = speed
+            if peak := parallel.peak_tflops(devices[0]):
+                values["mfu"] = speed / peak
         self._begin()
         return values
 
