@@ -34,12 +34,12 @@ from nvc_jax.entropy.bottleneck import (
     FROM_PICTURE,
     FROM_STREAM,
     Coded,
-    Estimate,
+    Step,
 )
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT, MARGIN_EXPONENT, Margin
 from nvc_jax.errors import NvcError, OtherTables, StreamError, WeightsMismatch
 from nvc_jax.machine import cores
-from nvc_jax.models import released
+from nvc_jax.models import registry, released
 from nvc_jax.models.released import Released
 from nvc_jax.video import Planes, VideoInfo
 
@@ -79,7 +79,7 @@ class UnitCodec(NamedTuple):
       margin_exponents: the margins are 2^-exponent, one per level of the hierarchy; only if
         CALIBRATED.
       margins: their thresholds.
-      step_sizes: symbols in each coding step of a unit.
+      steps: of units (without, with) references, see `registry.steps`.
       program: jitted, see `_unit_program`.
     """
 
@@ -90,8 +90,12 @@ class UnitCodec(NamedTuple):
     mode: int
     margin_exponents: tuple[int, ...]
     margins: tuple[Margin, ...]
-    step_sizes: tuple[int, ...]
+    steps: dict[bool, tuple[Step, ...]]
     program: Any
+
+    def steps_of(self, refs: tuple) -> tuple[Step, ...]:
+        """The coding steps of a unit with these references."""
+        return self.steps[bool(refs) if len(self.steps) > 1 else next(iter(self.steps))]
 
 
 def default_mode(model: Released) -> int:
@@ -123,23 +127,11 @@ def prepare(
         if not model.exact:
             raise NvcError(f"the model '{model.name}' has no integer scales for the exact mode")
         released.check_integers(model)
-    sizes = []
-
-    def probe(variables):
-        bottleneck = Estimate(exact=mode == EXACT)
-        frames = jnp.zeros((1, module.frames_per_unit, _padded(height), _padded(width), 3))
-        qp = jnp.zeros((1, module.frames_per_unit), jnp.int32)
-        result = module.apply(variables, frames, (), qp, bottleneck)
-        sizes.extend(bottleneck.sizes)
-        return result
-
-    params = {"params": model.variables["params"]}
-    if mode == EXACT:
-        params = model.variables
-    jax.eval_shape(probe, params)
+    variables = model.variables if mode == EXACT else {"params": model.variables["params"]}
+    steps = registry.steps(module, variables, _padded(height), _padded(width), mode == EXACT)
     tables = coder.prepare(model.tables)
     program = jax.jit(functools.partial(_unit_program, model, tables, width, height, mode))
-    codec = UnitCodec(model, tables, width, height, mode, (), (), tuple(sizes), program)
+    codec = UnitCodec(model, tables, width, height, mode, (), (), steps, program)
     if mode == CALIBRATED:
         codec = with_margins(codec, margin_exponents or (MARGIN_EXPONENT,))
     return codec
@@ -177,12 +169,12 @@ def _unit_program(model, tables, width, height, mode, variables, planes, refs, q
         return jax.pure_callback(_pull_on_host(tables), result, payload, state, index)
 
     bottleneck = Coded(model.spec, mode, source, render, pull, coder_state, given, margin, flags)
-    frames = planes_to_frames(planes, height, width)
+    rgb = uses_rgb(model.module)
+    frames = planes_to_frames(planes, height, width, rgb)
     recon, new_refs = model.module.apply(variables, frames, refs, qp, bottleneck)
-    new_refs = tuple(ref._replace(blank=jnp.bool_(False)) for ref in new_refs)
     pictures = jax.lax.cond(
         render,
-        lambda: frames_to_planes(recon, height, width),
+        lambda: frames_to_planes(recon, height, width, rgb),
         lambda: jax.tree.map(jnp.zeros_like, planes),
     )
     b = bottleneck
@@ -201,10 +193,36 @@ def _padded(side: int) -> int:
     return -(-side // 16) * 16
 
 
-def planes_to_frames(planes, height: int, width: int) -> jax.Array:
+def uses_rgb(module: Any) -> bool:
+    """Whether a codec works on R, G, B instead of Y, U, V, as the published BRHVC does."""
+    return any(getattr(c, "rgb", False) for c in (module.cfg, getattr(module.cfg, "intra", None)))
+
+
+# Y, U, V of BT.709 in limited range, as shares of 255, are OFFSET + FROM_RGB @ (R, G, B in [0, 1]).
+OFFSET = np.array([16, 128, 128]) / 255
+FROM_RGB = (
+    np.array(
+        [
+            [0.2126, 0.7152, 0.0722],
+            [-0.2126 / 1.8556, -0.7152 / 1.8556, 0.5],
+            [0.5, -0.7152 / 1.5748, -0.0722 / 1.5748],
+        ]
+    )
+    * np.array([[219], [224], [224]])
+    / 255
+)
+
+
+def _times(matrix: np.ndarray, pixels: jax.Array) -> jax.Array:
+    return jnp.dot(pixels, jnp.asarray(matrix.T, jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+
+def planes_to_frames(planes, height: int, width: int, rgb: bool = False) -> jax.Array:
     """uint8 4:2:0 planes -> float32 [1, frames, height', width', 3] in [0, 1], sides padded to 16.
 
-    Chroma samples are repeated 2x2, borders replicated at the bottom and right (DCVC-RT).
+    Chroma samples are repeated 2x2, borders replicated at the bottom and right (DCVC-RT). With
+    `rgb` the channels are R, G, B, taken from Y, U, V as from BT.709 in limited range whatever the
+    video says, and a little beyond [0, 1] for colours that no screen shows.
     """
     y, u, v = planes
 
@@ -212,16 +230,21 @@ def planes_to_frames(planes, height: int, width: int) -> jax.Array:
         return chroma.repeat(2, axis=1).repeat(2, axis=2)[:, :height, :width]
 
     frames = jnp.stack([y, full_size(u), full_size(v)], axis=-1).astype(jnp.float32) / 255
+    if rgb:
+        frames = _times(np.linalg.inv(FROM_RGB), frames - jnp.asarray(OFFSET, jnp.float32))
     pad = ((0, 0), (0, -height % 16), (0, -width % 16), (0, 0))
     return jnp.pad(frames, pad, mode="edge")[None]
 
 
-def frames_to_planes(frames: jax.Array, height: int, width: int):
+def frames_to_planes(frames: jax.Array, height: int, width: int, rgb: bool = False):
     """Inverse of `planes_to_frames`: clipped, chroma averaged 2x2, rounded to uint8.
 
     The clip belongs to the networks of DCVC-RT and UF; ours leave it to whoever shows the picture.
     """
-    frames = jnp.clip(frames[0], 0, 1) * 255
+    frames = jnp.clip(frames[0], 0, 1)
+    if rgb:
+        frames = _times(FROM_RGB, frames) + jnp.asarray(OFFSET, jnp.float32)
+    frames *= 255
     n, h, w, _ = frames.shape
     chroma = frames[..., 1:].reshape(n, h // 2, 2, w // 2, 2, 2).mean((2, 4))
     chroma = chroma[:, : -(-height // 2), : -(-width // 2)]
@@ -229,13 +252,17 @@ def frames_to_planes(frames: jax.Array, height: int, width: int):
     return tuple(jnp.round(p).astype(jnp.uint8) for p in (y, chroma[..., 0], chroma[..., 1]))
 
 
+# The unit of a flat order, as far as it matters for coding it.
+FLAT = schedules.Unit((0,), (), 0, (0,), ())
+
+
 def _run(
     codec: UnitCodec,
-    refs: Any,
+    refs: tuple,
     qps: Sequence[int],
     source: int,
     render: bool,
-    level: int,
+    unit: schedules.Unit,
     *,
     pictures: Sequence[Planes] = (),
     payload: bytes = b"",
@@ -252,14 +279,18 @@ def _run(
         chroma = (n, -(-codec.height // 2), -(-codec.width // 2))
         shapes = (n, codec.height, codec.width), chroma, chroma
         planes = tuple(np.zeros(s, np.uint8) for s in shapes)
-    buffer = np.zeros(_capacity(codec), np.uint8)
+    buffer = np.zeros(_capacity(codec, refs), np.uint8)
     buffer[: len(payload)] = np.frombuffer(payload, np.uint8)
+    symbols = sum(step.size for step in codec.steps_of(refs))
+    refs = codec.model.module.complete(
+        refs, unit, _padded(codec.height), _padded(codec.width), codec.mode == EXACT
+    )
     if given is None:
-        given = np.zeros(sum(codec.step_sizes), np.int16)
+        given = np.zeros(symbols, np.int16)
     margin = None
     if codec.mode == CALIBRATED:
-        margin = codec.margins[min(level, len(codec.margins) - 1)]
-        flags = np.zeros(sum(codec.step_sizes), bool) if flags is None else flags
+        margin = codec.margins[min(unit.level, len(codec.margins) - 1)]
+        flags = np.zeros(symbols, bool) if flags is None else flags
     out, refs, symbols, indices, flags, scales, state = codec.program(
         codec.model.variables,
         planes,
@@ -280,13 +311,13 @@ def _run(
     return CodedUnit(out if render else None, refs, symbols, indices, flags, scales, state)
 
 
-def _capacity(codec: UnitCodec) -> int:
+def _capacity(codec: UnitCodec, refs: tuple) -> int:
     """Bytes that no payload exceeds, see `coder.encode`.
 
-    One size for all units: another would be another program, whose machine code may round
+    One size for all units of a kind: another would be another program, whose machine code may round
     otherwise, and encoder and decoder have to run the same.
     """
-    return 4 * sum(codec.step_sizes) + 512
+    return 4 * sum(step.size for step in codec.steps_of(refs)) + 512
 
 
 def symbols_crc(symbols: Sequence[np.ndarray]) -> int:
@@ -300,18 +331,22 @@ def symbols_crc(symbols: Sequence[np.ndarray]) -> int:
 def encode_unit(
     codec: UnitCodec,
     pictures: Sequence[Planes],
-    refs: Any,
+    refs: tuple,
     qps: Sequence[int],
     render: bool,
-    level: int = 0,
+    unit: schedules.Unit = FLAT,
 ) -> tuple[bytes, CodedUnit]:
     """Codes pictures and returns (payload, what the program left).
 
-    level: of the unit in the schedule's hierarchy.
+    Args:
+      refs: what the units that are referred to left; () for none.
+      unit: of the schedule: its level and place between its references count.
     """
-    unit = _run(codec, refs, qps, FROM_PICTURE, render, level, pictures=pictures)
-    payload = coder.encode(list(zip(unit.symbols, unit.indices, strict=True)), codec.tables)
-    return _calibration_bytes(codec, unit) + payload, unit
+    # What refers to a frame of a separate intra codec refers to its picture.
+    render = render or (len(codec.steps) > 1 and not refs)
+    coded = _run(codec, refs, qps, FROM_PICTURE, render, unit, pictures=pictures)
+    payload = coder.encode(list(zip(coded.symbols, coded.indices, strict=True)), codec.tables)
+    return _calibration_bytes(codec, coded) + payload, coded
 
 
 def _calibration_bytes(codec: UnitCodec, unit: CodedUnit) -> bytes:
@@ -322,26 +357,35 @@ def _calibration_bytes(codec: UnitCodec, unit: CodedUnit) -> bytes:
     return varint(len(data)) + data
 
 
-def _split_payload(codec: UnitCodec, payload: bytes) -> tuple[np.ndarray | None, bytes]:
+def _split_payload(
+    codec: UnitCodec, payload: bytes, refs: tuple
+) -> tuple[np.ndarray | None, bytes]:
     """(flags of the calibrated mode, the coder's payload). Raises StreamError."""
     flags = None
     if codec.mode == CALIBRATED:
         size, start = read_varint(payload)
-        # The hyper-latent comes first and has fixed tables: nothing of it is ever listed.
-        hyper, *steps = codec.step_sizes
+        # Hyper-latents have fixed tables: nothing of them is ever listed.
+        steps = codec.steps_of(refs)
+        sizes = [step.size for step in steps if step.family]
         # A Rice code of parameter 0 never takes more than a bit per element and some per step.
-        if size > min(len(payload) - start, sum(steps) // 8 + 8 * len(steps)):
+        if size > min(len(payload) - start, sum(sizes) // 8 + 8 * len(sizes)):
             raise StreamError("the list of calibrated elements is damaged")
-        flags = calibration.read_flags(payload[start : start + size], steps)
-        flags = np.concatenate([np.zeros(hyper, bool), flags])
+        listed = calibration.read_flags(payload[start : start + size], sizes)
+        scaled = np.repeat([step.family is not None for step in steps], [s.size for s in steps])
+        flags = np.zeros(len(scaled), bool)
+        flags[scaled] = listed
         payload = payload[start + size :]
-    if len(payload) > _capacity(codec):
+    if len(payload) > _capacity(codec, refs):
         raise StreamError(f"a unit of {len(payload)} bytes is larger than any of this size can be")
     return flags, payload
 
 
 def decode_unit(
-    codec: UnitCodec, payload: bytes, refs: Any, qps: Sequence[int], level: int = 0
+    codec: UnitCodec,
+    payload: bytes,
+    refs: tuple,
+    qps: Sequence[int],
+    unit: schedules.Unit = FLAT,
 ) -> CodedUnit:
     """Decodes one unit inside one jitted program that calls the host coder back.
 
@@ -349,12 +393,12 @@ def decode_unit(
       StreamError: the payload is damaged, or was not consumed exactly.
     """
     if _xla_threads() < 2:
-        return decode_unit_from_host(codec, payload, refs, qps, level)
-    flags, payload = _split_payload(codec, payload)
+        return decode_unit_from_host(codec, payload, refs, qps, unit)
+    flags, payload = _split_payload(codec, payload, refs)
     with _ONE_AT_A_TIME:
-        unit = _run(codec, refs, qps, FROM_STREAM, True, level, payload=payload, flags=flags)
-    coder.finish_decode(np.frombuffer(payload, np.uint8), unit.coder_state)
-    return unit
+        coded = _run(codec, refs, qps, FROM_STREAM, True, unit, payload=payload, flags=flags)
+    coder.finish_decode(np.frombuffer(payload, np.uint8), coded.coder_state)
+    return coded
 
 
 # Arguments of a callback that are larger than 100 kB are copied on the same threads that run CPU
@@ -372,7 +416,11 @@ def _xla_threads() -> int:
 
 
 def decode_unit_from_host(
-    codec: UnitCodec, payload: bytes, refs: Any, qps: Sequence[int], level: int = 0
+    codec: UnitCodec,
+    payload: bytes,
+    refs: tuple,
+    qps: Sequence[int],
+    unit: schedules.Unit = FLAT,
 ) -> CodedUnit:
     """As `decode_unit`, without callbacks: the host drives.
 
@@ -380,24 +428,31 @@ def decode_unit_from_host(
     indices of the next step. Slower, but needs nothing of the backend: a cross-check, and the way
     out where callbacks are not available.
     """
-    flags, payload = _split_payload(codec, payload)
+    flags, payload = _split_payload(codec, payload, refs)
     buffer = np.frombuffer(payload, np.uint8)
     state = coder.begin_decode(buffer, len(payload))
-    replay = functools.partial(_run, codec, refs, qps, FROM_CALLER, level=level, flags=flags)
-    known = np.zeros(sum(codec.step_sizes), np.int16)
+    replay = functools.partial(_run, codec, refs, qps, FROM_CALLER, unit=unit, flags=flags)
+    steps = codec.steps_of(refs)
+    known = np.zeros(sum(step.size for step in steps), np.int16)
     position = 0
-    for step, size in enumerate(codec.step_sizes):
-        unit = replay(render=False, given=known)
-        symbols, state = coder.decode_step(buffer, state, unit.indices[step], codec.tables)
+    for number, (size, _) in enumerate(steps):
+        run = replay(render=False, given=known)
+        symbols, state = coder.decode_step(buffer, state, run.indices[number], codec.tables)
         known[position : position + size] = symbols
         position += size
     coder.finish_decode(buffer, state)
     return replay(render=True, given=known)
 
 
-def replay_unit(codec: UnitCodec, symbols: np.ndarray, refs: Any, qps: Sequence[int]) -> CodedUnit:
+def replay_unit(
+    codec: UnitCodec,
+    symbols: np.ndarray,
+    refs: tuple,
+    qps: Sequence[int],
+    unit: schedules.Unit = FLAT,
+) -> CodedUnit:
     """What a unit's symbols (int16, all steps in coding order) decode to, without a payload."""
-    return _run(codec, refs, qps, FROM_CALLER, True, 0, given=symbols)
+    return _run(codec, refs, qps, FROM_CALLER, True, unit, given=symbols)
 
 
 class EncodedUnit(NamedTuple):
@@ -462,8 +517,8 @@ def encode(
         for unit in schedules.units(schedule, frame, len(group), number):
             originals = [group[f - frame] for f in unit.frames]
             qps = tuple(qp + offset for offset in unit.qp_offset)
-            refs = references(codec, unit, slots)
-            payload, coded = encode_unit(codec, originals, refs, qps, render, unit.level)
+            refs = references(unit, slots)
+            payload, coded = encode_unit(codec, originals, refs, qps, render, unit)
             slots[number] = coded.refs
             for slot in unit.release:
                 del slots[slot]
@@ -475,16 +530,8 @@ def encode(
         frame += len(group)
 
 
-def blank_references(codec: UnitCodec) -> tuple:
-    """What a unit without references refers to."""
-    height, width = _padded(codec.height), _padded(codec.width)
-    return codec.model.module.blank_refs(height, width, codec.mode == EXACT)
-
-
-def references(codec: UnitCodec, unit: schedules.Unit, slots: dict[int, tuple]) -> tuple:
-    """A unit's references as the model takes them; slots: unit number -> what it left."""
-    if not unit.refs:
-        return blank_references(codec)
+def references(unit: schedules.Unit, slots: dict[int, tuple]) -> tuple:
+    """What a unit refers to; slots: unit number -> what it left."""
     return tuple(ref for slot in unit.refs for ref in slots[slot])
 
 
@@ -560,9 +607,9 @@ def _decode_run(
                     f"unit {number} has a qp of {max(packet.qps)}, beyond the model; encode the "
                     "video again"
                 )
-            refs = references(codec, unit, slots)
+            refs = references(unit, slots)
             try:
-                decoded = decode_unit(codec, packet.payload, refs, packet.qps, unit.level)
+                decoded = decode_unit(codec, packet.payload, refs, packet.qps, unit)
             except OtherTables:
                 reason = "its coded data does not end with its last symbol"
                 raise _mismatch(codec.mode, number, packet, reason) from None

@@ -81,8 +81,8 @@ class Difference(NamedTuple):
     exponent: int | None
 
 
-def real_levels(codec: UnitCodec, scales: np.ndarray) -> np.ndarray:
-    """Real-valued levels of scales, float64.
+def real_levels(codec: UnitCodec, scales: np.ndarray, skip_below: int) -> np.ndarray:
+    """Real-valued levels of scales, float64; levels below `skip_below` are not coded.
 
     Clamped half a level beyond those that tables exist and are used for: where logarithms of scales
     near zero differ much, and where scales are larger than any table's, nothing matters.
@@ -91,14 +91,20 @@ def real_levels(codec: UnitCodec, scales: np.ndarray) -> np.ndarray:
     first, step = calibration.ladder(spec.scale_boundaries)
     with np.errstate(divide="ignore", invalid="ignore"):
         levels = (np.log(np.maximum(scales.astype(np.float64), 0)) - first) / step + 1
-    lowest = spec.skip_below - 0.5
+    lowest = skip_below - 0.5
     return np.clip(np.nan_to_num(levels, nan=lowest), lowest, len(spec.scale_boundaries) + 0.5)
 
 
-def tables_of(codec: UnitCodec, scales: np.ndarray) -> np.ndarray:
+def tables_of(codec: UnitCodec, scales: np.ndarray, skip_below: int) -> np.ndarray:
     """Levels that an unprotected file would use; all that are skipped count as one."""
     levels = np.searchsorted(codec.model.spec.scale_boundaries, scales, side="right")
-    return np.maximum(levels, codec.model.spec.skip_below - 1)
+    return np.maximum(levels, skip_below - 1)
+
+
+def _skip_below(codec: UnitCodec, unit: schedules.Unit) -> int:
+    """First level that is coded in a unit. All latents of one are of one family."""
+    (family,) = {step.family for step in codec.steps_of(unit.refs) if step.family}
+    return codec.model.spec.families[family].skip_below
 
 
 def make_record(
@@ -149,8 +155,8 @@ def replay(codec: UnitCodec, record: Record) -> Iterator[tuple[schedules.Unit, c
     slots = {}
     plan = schedules.plan(record.schedule, record.frames)
     for number, (unit, recorded) in enumerate(zip(plan, record.units, strict=True)):
-        refs = coding.references(codec, unit, slots)
-        coded = coding.replay_unit(codec, recorded.symbols, refs, recorded.qps)
+        refs = coding.references(unit, slots)
+        coded = coding.replay_unit(codec, recorded.symbols, refs, recorded.qps, unit)
         slots[number] = coded.refs
         for slot in unit.release:
             del slots[slot]
@@ -162,8 +168,9 @@ def compare(codec: UnitCodec, record: Record) -> dict[int, Difference]:
     found: dict[int, list[tuple[float, bool]]] = {}
     for (unit, coded), recorded in zip(replay(codec, record), record.units, strict=True):
         both = _scales(coded), recorded.scales
-        ours, theirs = (real_levels(codec, scales) for scales in both)
-        tables = [tables_of(codec, scales) for scales in both]
+        skip_below = _skip_below(codec, unit)
+        ours, theirs = (real_levels(codec, scales, skip_below) for scales in both)
+        tables = [tables_of(codec, scales, skip_below) for scales in both]
         largest = float(np.abs(ours - theirs).max())
         found.setdefault(unit.level, []).append((largest, bool((tables[0] != tables[1]).any())))
     result = {}

@@ -30,7 +30,8 @@ class Unit(NamedTuple):
 
     `frames` holds display indices of real frames only: the last unit of an odd clip coded in pairs
     has one frame, and the codec repeats the picture. `qp_offset` has one entry per frame and is
-    added to the qp of the clip; `level` is the depth in a hierarchy, 0 for a flat order.
+    added to the qp of the clip; `level` is the layer of a hierarchy, 0 for a flat order, `ratio` a
+    B-frame's place between its two references: its distance from the first as a share of theirs.
     """
 
     frames: tuple[int, ...]
@@ -38,6 +39,7 @@ class Unit(NamedTuple):
     level: int
     qp_offset: tuple[int, ...]
     release: tuple[int, ...]
+    ratio: float = 0.5
 
 
 @dataclass(frozen=True)

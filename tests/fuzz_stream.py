@@ -149,7 +149,7 @@ def _symbols(payload: bytes) -> list[np.ndarray]:
     return [np.frombuffer(payload, np.uint8).astype(np.int16)]
 
 
-def _decode_unit(_, payload, refs, qps, level):
+def _decode_unit(_, payload, refs, qps, unit):
     """In place of a model: payloads are their own symbols."""
     if payload[:1] == b"\xff":
         raise StreamError("the stand-in for a model refuses this")
@@ -157,7 +157,7 @@ def _decode_unit(_, payload, refs, qps, level):
 
 
 _GREY = Planes(*(np.full((1, 1), 128, np.uint8) for _ in range(3)))
-_MODEL = SimpleNamespace(module=SimpleNamespace(qp_rows=72, blank_refs=lambda *_: ()))
+_MODEL = SimpleNamespace(module=SimpleNamespace(qp_rows=72))
 _UNIT_CODEC = SimpleNamespace(model=_MODEL, width=1, height=1, mode=calibration.FLOAT)
 
 
@@ -210,9 +210,11 @@ def container(data: bytes) -> None:
 def element_list(data: bytes) -> None:
     """Splits a calibrated unit's payload. The first eight bytes are sizes of the coding steps."""
     sizes = [1 + size for size in struct.unpack("<4H", data[:8].ljust(8, b"\0"))]
-    unit_codec = SimpleNamespace(mode=calibration.CALIBRATED, step_sizes=sizes)
+    families = [None, *["gaussian"] * 3]
+    steps = [SimpleNamespace(size=n, family=f) for n, f in zip(sizes, families, strict=True)]
+    unit_codec = SimpleNamespace(mode=calibration.CALIBRATED, steps_of=lambda refs: steps)
     try:
-        flags, payload = codec._split_payload(unit_codec, data[8:])
+        flags, payload = codec._split_payload(unit_codec, data[8:], ())
     except StreamError as error:
         readable(error)
         return

@@ -13,19 +13,31 @@ from nvc_jax.entropy.bottleneck import (
     Coded,
     CodingSpec,
     Estimate,
+    Family,
 )
 from nvc_jax.entropy.calibration import FLOAT
 from nvc_jax.entropy.freeze import concatenate, factorized_tables, gaussian_tables
 
 EDGES = np.geomspace(0.11, 32, 16)
 QP_ROWS, CHANNELS = 3, 4
-SPEC = CodingSpec(EDGES[1:].astype(np.float32), skip_below=1, z_table_base=16)
+SPEC = CodingSpec(EDGES[1:].astype(np.float32), {"gaussian": Family(0, 1)}, {"some/z_prior": 16})
 CHAINS = np.random.default_rng(5).normal(0.5, 0.3, (QP_ROWS, CHANNELS, 11)).astype(np.float32)
 TABLES = coder.prepare(
     concatenate(
         gaussian_tables(EDGES * 1.2), factorized_tables(CHAINS.reshape(-1, 11).astype(np.float64))
     )
 )
+
+
+class Prior:
+    """In place of a `FactorizedPrior`."""
+
+    path = ("some", "z_prior")
+
+    def __call__(self, row):
+        return jnp.asarray(CHAINS)[row]
+
+
 Z_SHAPE, Y_SHAPE = (1, 2, 3, CHANNELS), (1, 4, 6, 5)
 SIZES = [24, 120]
 
@@ -41,7 +53,7 @@ def latents(seed: int):
 
 
 def code_both(bottleneck, z, y, mean, scale, qp):
-    z_hat = bottleneck.factorized(z, jnp.asarray(CHAINS)[qp], qp)
+    z_hat = bottleneck.factorized(z, Prior(), qp)
     return z_hat, bottleneck.gaussian(y - mean, scale) + mean
 
 
@@ -117,7 +129,7 @@ def test_index_counts_the_boundaries_at_or_below_the_scale():
 @pytest.mark.parametrize("qp", range(QP_ROWS))
 def test_hyper_latents_use_the_tables_of_their_quality(qp):
     index = coded(FROM_PICTURE, latents(0), qp)[2][0]
-    expected = SPEC.z_table_base + qp * CHANNELS + np.arange(CHANNELS)
+    expected = 16 + qp * CHANNELS + np.arange(CHANNELS)
     np.testing.assert_array_equal(index.reshape(Z_SHAPE), np.broadcast_to(expected, Z_SHAPE))
 
 
@@ -132,7 +144,8 @@ def test_estimate_rounds_and_adds_up_the_bits_of_each_image():
     z_hat, y_hat = code_both(bottleneck, z, y, mean, scale, qp)
     np.testing.assert_array_equal(z_hat, np.round(z))
     np.testing.assert_allclose(y_hat, np.round(y - mean) + mean, rtol=1e-6)
-    assert bottleneck.sizes == [2 * n for n in SIZES]
+    families = [None, "gaussian"]
+    assert bottleneck.steps == [(2 * n, f) for n, f in zip(SIZES, families, strict=True)]
     expected = likelihood.factorized_bits(np.round(z), CHAINS[qp]).sum((1, 2, 3))
     np.testing.assert_allclose(bottleneck.bits["z"], expected, rtol=1e-5)
     expected = likelihood.gaussian_bits(np.round(y - mean), scale).sum((1, 2, 3))
@@ -154,7 +167,7 @@ def test_noise_only_stands_in_for_rounding_in_the_rate():
 
 def test_noise_is_uniform_and_new_for_every_call():
     bottleneck = Estimate(jax.random.key(0))
-    first, second = (np.ravel(bottleneck._stand_in(jnp.zeros(10000))) for _ in range(2))
+    first, second = (np.ravel(bottleneck._stand_in(jnp.zeros(10000), None)) for _ in range(2))
     for noise in (first, second):
         assert -0.5 <= noise.min() < -0.49 and 0.49 < noise.max() <= 0.5
         assert abs(noise.mean()) < 0.01
@@ -167,7 +180,7 @@ def test_gradients_of_the_rate_reach_latents_and_parameters():
 
     def rate(z, y, mean, scale, chain):
         bottleneck = Estimate(jax.random.key(0))
-        bottleneck.factorized(z, chain, None)
+        bottleneck.factorized(z, lambda _: chain, None)
         bottleneck.gaussian(y - mean, scale)
         return (bottleneck.bits["z"] + bottleneck.bits["y"]).sum()
 

@@ -107,7 +107,7 @@ def test_the_test_is_hard_enough(unit_codec):
     """Many tables, skipped and escaped symbols, pictures neither grey nor saturated."""
     values, tables, escapes = set(), set(), 0
     for qp in (0, 63):
-        refs = codec.blank_references(unit_codec)
+        refs = ()
         n = unit_codec.model.module.frames_per_unit
         _, unit = codec.encode_unit(unit_codec, CLIPS["noise"][:n], refs, [qp] * n, True)
         for symbols, indices in zip(unit.symbols, unit.indices, strict=True):
@@ -122,7 +122,7 @@ def test_the_test_is_hard_enough(unit_codec):
 def test_unit_by_unit_with_both_ways_to_decode(unit_codec):
     """In one program that calls the host back, and with the host driving."""
     n = unit_codec.model.module.frames_per_unit
-    encoder = called_back = driven = codec.blank_references(unit_codec)
+    encoder = called_back = driven = ()
     for start, qps in ((0, (50, 58)), (2, (63, 63)), (4, (0, 8))):
         pictures, qps = CLIPS["noise"][start : start + n], qps[:n][: 5 - start]
         payload, encoded = codec.encode_unit(unit_codec, pictures, encoder, qps, True)
@@ -171,7 +171,7 @@ def test_payloads_of_every_size_are_coded_by_the_same_program(pairs):
         return pairs.program(*arguments)
 
     noted = pairs._replace(program=noting)
-    blank = codec.blank_references(pairs)
+    blank = ()
     for pictures, qp in ((CLIPS["texture"][:2], 0), (CLIPS["noise"][:2], 63)):
         payload, encoded = codec.encode_unit(noted, pictures, blank, (qp, qp), True)
         for decode_unit in (codec.decode_unit, codec.decode_unit_from_host):
@@ -195,7 +195,7 @@ def test_estimate_predicts_the_size(large, mode):
         module.apply(variables, frames, refs, qp, bottleneck)
         return bottleneck.bits
 
-    refs = codec.blank_references(unit_codec)
+    refs = ()
     for start in (0, 2):
         pair, qps = pictures[start : start + 2], (8, 12)
         planes = tuple(np.stack(p) for p in zip(*pair, strict=True))

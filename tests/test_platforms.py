@@ -48,7 +48,7 @@ def failures(here, there):
     failed = total = 0
     for qp in QPS:
         schedule = codec.schedule_for(here.model)
-        refs = codec.blank_references(there)
+        refs = ()
         for unit in codec.encode(here, CLIP, qp, schedule):
             packet = unit.packet
             try:

@@ -50,7 +50,8 @@ def test_what_is_saved_comes_back(frozen, saved):
     integers = model.variables["integers"]["scale_head"]
     jax.tree.map(np.testing.assert_array_equal, integers, integer.freeze(params["scale_head"]))
     tables.validate(model.tables)
-    assert model.spec.z_table_base + module.qp_rows * module.cfg.z == len(model.tables.size)
+    base = model.spec.priors["z_prior"]
+    assert base + module.qp_rows * module.cfg.z == len(model.tables.size)
     assert len(model.fingerprint) == released.FINGERPRINT_BYTES
     assert released.load(str(saved)).fingerprint == model.fingerprint
 
@@ -60,8 +61,9 @@ def test_only_scales_that_code_something_are_coded(saved):
     assert spec.scale_boundaries.dtype == np.float32
     assert (np.diff(spec.scale_boundaries) > 0).all()
     # Level k ends at boundary k: the last one left out ends below 0.15, the next one above.
-    assert spec.scale_boundaries[spec.skip_below - 1] <= 0.15
-    assert spec.scale_boundaries[spec.skip_below] > 0.15
+    first = spec.families["gaussian"].skip_below
+    assert spec.scale_boundaries[first - 1] <= 0.15
+    assert spec.scale_boundaries[first] > 0.15
 
 
 def test_tables_belong_to_the_weights_as_stored(frozen):
@@ -78,11 +80,15 @@ def test_models_of_the_first_format_have_no_integer_scales(frozen, tmp_path):
     tensors = {k: v for k, v in frozen[3].items() if not k.startswith("integers/")}
     size = json.loads(frozen[4]["size"]) | {"scale_head": 0}
     metadata = frozen[4] | {"format": "nvc-model-1", "size": json.dumps(size)}
+    families, priors = json.loads(metadata.pop("families")), json.loads(metadata.pop("priors"))
+    assert priors == {"z_prior": 64}
+    metadata["skip_below"] = str(families["gaussian"][1])
     del metadata["known_answer"]
     path = tmp_path / "old.safetensors"
     released.save(path, tensors, metadata)
     model = released.load(path)
     assert not model.exact and codec.default_mode(model) == CALIBRATED
+    assert model.spec.families == {"gaussian": tuple(families["gaussian"])}
     with pytest.raises(NvcError, match="no integer scales"):
         codec.prepare(model, 32, 32, EXACT)
 
@@ -171,13 +177,13 @@ def test_weights_of_other_programs_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "version, remedy",
-    [("0", "use an older"), ("3", "update"), ("10", "update"), ("9" * 5000, "update")],
+    [("0", "use an older"), ("4", "update"), ("10", "update"), ("9" * 5000, "update")],
 )
 def test_models_of_other_versions_say_which_program_they_need(frozen, tmp_path, version, remedy):
     path = tmp_path / "model.safetensors"
     tensors, metadata = frozen[3:]
     released.save(path, tensors, {**metadata, "format": f"nvc-model-{version}"})
-    complaint = f"version {version[:9]} of the format, this program reads versions 1 to 2; {remedy}"
+    complaint = f"version {version[:9]} of the format, this program reads versions 1 to 3; {remedy}"
     with pytest.raises(NvcError, match=complaint) as error:
         released.load(path)
     assert len(str(error.value)) < 500

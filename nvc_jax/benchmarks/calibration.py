@@ -129,7 +129,8 @@ def _variants(
     base = models[0]
     for scale in skip_scales:
         below = int(np.searchsorted(base.spec.scale_boundaries, scale, side="right"))
-        spec = base.spec._replace(skip_below=below)
+        gaussian = base.spec.families["gaussian"]._replace(skip_below=below)
+        spec = base.spec._replace(families=base.spec.families | {"gaussian": gaussian})
         yield "skip", f"scales below {scale:g}", base._replace(spec=spec), FLOAT, ()
     for ladder in LADDERS:
         levels, low, high, middle = ladder

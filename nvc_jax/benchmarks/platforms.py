@@ -181,17 +181,15 @@ def run_decode(job: dict) -> None:
         with bitstream.open_stream(path) as stream:
             plan = schedules.plan(stream.header.schedule, stream.frame_count)
             for (number, packet), unit in zip(stream.packets(), plan, strict=True):
-                refs = coding.references(codec, unit, slots)
+                refs = coding.references(unit, slots)
                 try:
-                    decoded = coding.decode_unit(
-                        codec, packet.payload, refs, packet.qps, unit.level
-                    )
+                    decoded = coding.decode_unit(codec, packet.payload, refs, packet.qps, unit)
                     wrong = coding.symbols_crc(decoded.symbols) != packet.symbols_crc
                 except StreamError:
                     wrong = True
                 failed.append(wrong)
                 if wrong:
-                    decoded = coding.replay_unit(codec, symbols[number], refs, packet.qps)
+                    decoded = coding.replay_unit(codec, symbols[number], refs, packet.qps, unit)
                 slots[number] = decoded.refs
                 for slot in unit.release:
                     del slots[slot]

@@ -10,13 +10,15 @@ does with floating-point sums.
 Bottleneck interface, used by the models:
   encoder_only(module, fn, *shapes) -> arrays      fn(module), computed only if a picture is coded
   decoder_only(module, fn, *shapes) -> arrays      fn(module), computed only if pictures are wanted
-  factorized(z, chain, qp)   -> symbols            rounded hyper-latent
+  factorized(z, prior, row)  -> symbols            rounded hyper-latent; prior: `FactorizedPrior`
   exact                                            whether scales come as levels or as floats
   gaussian(residual, scale)  -> symbols            rounded y - mean; one call per step
+  laplace(residual, scale)   -> symbols            the same for another distribution
   leveled(residual, level, scale) -> symbols       the same under scale levels; scale: to compare
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -33,13 +35,26 @@ from nvc_jax.entropy.coder import SKIP
 FROM_PICTURE, FROM_STREAM, FROM_CALLER = 0, 1, 2
 
 
+class Step(NamedTuple):
+    """One call of a bottleneck.
+
+    Attributes:
+      size: number of elements.
+      family: of their distributions, "gaussian" or "laplace"; None for a hyper-latent's, whose
+        tables are fixed.
+    """
+
+    size: int
+    family: str | None
+
+
 class Estimate:
     """Training and rate estimates: straight-through rounding, bits from the likelihoods.
 
     Attributes:
       bits: {"z", "y", "y_float", "side"} -> float32 [batch], bits so far; "y_float": what "y"
         would be under float scales; "side": the calibrated mode's lists, not for `exact`.
-      sizes: elements of each coding step so far.
+      steps: the calls so far, each a `Step`.
     """
 
     def __init__(
@@ -48,6 +63,7 @@ class Estimate:
         exact: bool = False,
         detached: bool = False,
         penalty: Callable[[jax.Array], jax.Array] | None = None,
+        as_published: bool = False,
     ):
         """
         Args:
@@ -58,38 +74,45 @@ class Estimate:
             the scale head learns from what it will code, the latent from "y_float".
           penalty: of a float scale, elementwise, see `nvc_jax.training.losses`; `self.penalty`
             adds it up, float32 [batch].
+          as_published: see `likelihood.gaussian_bits`.
         """
         self._key, self.exact, self._detached, self._penalty = noise_key, exact, detached, penalty
+        self._as_published = as_published
         self.bits = {"z": 0.0, "y": 0.0, "y_float": 0.0, "side": 0.0}
-        self.sizes, self.penalty = [], 0.0
+        self.steps, self.penalty = [], 0.0
 
     def encoder_only(self, module, fn, *shapes):
         return fn(module)
 
     decoder_only = encoder_only
 
-    def _stand_in(self, value):
-        self.sizes.append(value.size)
+    def _stand_in(self, value, family):
+        self.steps.append(Step(value.size, family))
         if self._key is None:
             return likelihood.round_straight_through(value)
         self._key, key = jax.random.split(self._key)
         return value + jax.random.uniform(key, value.shape, minval=-0.5, maxval=0.5)
 
-    def factorized(self, z, chain, qp):
-        self.bits["z"] += likelihood.factorized_bits(self._stand_in(z), chain).sum((1, 2, 3))
+    def factorized(self, z, prior, row):
+        stand_in = self._stand_in(z, None)
+        self.bits["z"] += likelihood.factorized_bits(stand_in, prior(row)).sum((1, 2, 3))
         return likelihood.round_straight_through(z)
 
     def gaussian(self, residual, scale):
         return self._latent(residual, scale, scale)
 
+    def laplace(self, residual, scale):
+        return self._latent(residual, scale, scale, "laplace")
+
     def leveled(self, residual, level, scale):
         return self._latent(residual, likelihood.scale_of_level(level), scale)
 
-    def _latent(self, residual, used, scale):
-        stand_in = self._stand_in(residual)
+    def _latent(self, residual, used, scale, family="gaussian"):
+        stand_in = self._stand_in(residual, family)
+        bits = partial(likelihood.BITS[family], as_published=self._as_published)
         coded = lax.stop_gradient(jnp.round(residual)) if self._detached else stand_in
-        self.bits["y"] += likelihood.gaussian_bits(coded, used).sum((1, 2, 3))
-        self.bits["y_float"] += likelihood.gaussian_bits(stand_in, scale).sum((1, 2, 3))
+        self.bits["y"] += bits(coded, used).sum((1, 2, 3))
+        self.bits["y_float"] += bits(stand_in, scale).sum((1, 2, 3))
         if not self.exact:
             self.bits["side"] += likelihood.list_bits(scale, 2.0**-calibration.MARGIN_EXPONENT)
         if self._penalty is not None:
@@ -97,18 +120,31 @@ class Estimate:
         return likelihood.round_straight_through(residual)
 
 
+class Family(NamedTuple):
+    """Tables of one kind of distribution, one for each level of its scale.
+
+    Attributes:
+      base: table of level 0.
+      skip_below: levels below this are not coded.
+    """
+
+    base: int
+    skip_below: int
+
+
 class CodingSpec(NamedTuple):
     """Integer side of a released model: how float scales become table indices.
 
     Attributes:
-      scale_boundaries: float32 [levels - 1], ascending; index = number of boundaries <= scale.
-      skip_below: indices below this are not coded.
-      z_table_base: table of (qp row 0, channel 0) of the hyper-latent; row-major from there.
+      scale_boundaries: float32 [levels - 1], ascending; level = number of boundaries <= scale.
+      families: "gaussian", "laplace" -> `Family`.
+      priors: path of a `FactorizedPrior` in the model -> table of its (row 0, channel 0); the
+        others follow row by row.
     """
 
     scale_boundaries: np.ndarray
-    skip_below: int
-    z_table_base: int
+    families: dict[str, Family]
+    priors: dict[str, int]
 
 
 class Coded:
@@ -169,8 +205,8 @@ class Coded:
         shape, n = value.shape, value.size
         # The barrier pins what the three sources see, so that none is fused with its neighbours.
         value, index = lax.optimization_barrier((value.reshape(n), index.reshape(n)))
-        skipped = index < self._spec.skip_below
-        index = jnp.where(skipped, jnp.uint16(SKIP), index.astype(jnp.uint16))
+        index = index.astype(jnp.uint16)
+        skipped = index == SKIP
         given = lax.dynamic_slice(self._given, (self._position,), (n,))
 
         def from_picture():
@@ -187,31 +223,40 @@ class Coded:
         self.indices.append(index)
         return symbols.astype(jnp.float32).reshape(shape)
 
-    def factorized(self, z, chain, qp):
-        del chain  # the frozen integer tables stand for it
+    def factorized(self, z, prior, row):
         channels = z.shape[-1]
-        row = self._spec.z_table_base + qp[:, None, None, None] * channels
-        index = jnp.broadcast_to(row + jnp.arange(channels), z.shape)
-        return self._code(z, index)
+        base = self._spec.priors["/".join(prior.path)]
+        first = base + row[:, None, None, None] * channels
+        return self._code(z, jnp.broadcast_to(first + jnp.arange(channels), z.shape))
 
     def gaussian(self, residual, scale):
+        return self._scaled(residual, scale, self._spec.families["gaussian"])
+
+    def laplace(self, residual, scale):
+        return self._scaled(residual, scale, self._spec.families["laplace"])
+
+    def leveled(self, residual, level, scale):
+        return self._leveled(residual, level.astype(jnp.int32), self._spec.families["gaussian"])
+
+    def _scaled(self, residual, scale, family):
         scale = lax.optimization_barrier(scale)
         self.scales.append(scale.reshape(-1))
         boundaries = jnp.asarray(self._spec.scale_boundaries)
         level = jnp.sum(scale[..., None] >= boundaries, axis=-1, dtype=jnp.int32)
         if self._mode == CALIBRATED:
-            level = self._calibrate(scale, level)
-        return self._code(residual, level)
+            level = self._calibrate(scale, level, family.skip_below)
+        return self._leveled(residual, level, family)
 
-    def leveled(self, residual, level, scale):
-        return self._code(residual, level.astype(jnp.int32))
+    def _leveled(self, residual, level, family):
+        index = jnp.where(level < family.skip_below, SKIP, family.base + level)
+        return self._code(residual, index)
 
-    def _calibrate(self, scale, floor):
+    def _calibrate(self, scale, floor, skip_below):
         nearest = calibration.nearest(scale, floor, self._margin)
         flags = self._given_flags[self._position : self._position + scale.size]
         flags = lax.cond(
             self._source == FROM_PICTURE,
-            lambda: calibration.uncertain(scale, floor, self._margin, self._spec.skip_below),
+            lambda: calibration.uncertain(scale, floor, self._margin, skip_below),
             lambda: flags.reshape(scale.shape),
         )
         self.flags.append(flags.reshape(-1))

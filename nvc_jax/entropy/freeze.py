@@ -4,6 +4,7 @@ What is built here is stored in the model and hashed; decoders never run this.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -50,9 +51,22 @@ def _stack(frequencies: list[np.ndarray], offsets: list[int]) -> CdfTables:
 
 def gaussian_tables(scales: np.ndarray) -> CdfTables:
     """One table per scale of a zero-mean Gaussian over integers, float64 [levels]."""
+    return _symmetric(scales, lambda x, scale: 0.5 * math.erfc(x / (scale * math.sqrt(2))))
+
+
+def laplace_tables(scales: np.ndarray) -> CdfTables:
+    """One table per scale of a zero-mean Laplace distribution over integers, float64 [levels]."""
+    return _symmetric(scales, lambda x, scale: 0.5 * math.exp(-x / scale))
+
+
+TABLES = {"gaussian": gaussian_tables, "laplace": laplace_tables}
+
+
+def _symmetric(scales: np.ndarray, tail: Callable[[float, float], float]) -> CdfTables:
+    """Tables of P(X > x) = tail(x, scale), x >= 0, around 0."""
     frequencies, offsets = [], []
     for scale in scales:
-        upper = lambda x: 0.5 * math.erfc(x / (scale * math.sqrt(2)))  # noqa: B023, E731
+        upper = lambda x: tail(x, scale)  # noqa: B023, E731
         radius = 1
         while 2 * upper(radius + 0.5) > TAIL_MASS:
             radius += 1
@@ -81,15 +95,14 @@ def factorized_tables(chain: np.ndarray, radius: int = 100) -> CdfTables:
     return _stack(frequencies, offsets)
 
 
-def concatenate(first: CdfTables, second: CdfTables) -> CdfTables:
-    """The tables of `first`, then those of `second`."""
-    width = max(first.cdf.shape[1], second.cdf.shape[1])
+def concatenate(*parts: CdfTables) -> CdfTables:
+    """The tables of all parts, in this order."""
+    width = max(t.cdf.shape[1] for t in parts)
     cdf = [
-        np.pad(t.cdf, ((0, 0), (0, width - t.cdf.shape[1])), constant_values=TOTAL)
-        for t in (first, second)
+        np.pad(t.cdf, ((0, 0), (0, width - t.cdf.shape[1])), constant_values=TOTAL) for t in parts
     ]
     return CdfTables(
         np.concatenate(cdf),
-        np.concatenate([first.size, second.size]),
-        np.concatenate([first.offset, second.offset]),
+        np.concatenate([t.size for t in parts]),
+        np.concatenate([t.offset for t in parts]),
     )

@@ -15,12 +15,14 @@ from nvc_jax.nn.hyperprior import factorized_logits
 
 SCALE_MIN = 0.11
 SCALE_MAX = 32.0
+LAPLACE_SCALE_MIN = 0.01
 LEVELS = 64  # log-spaced from SCALE_MIN to SCALE_MAX
 SKIP_SCALE = 0.15  # levels that end below this are not coded
 LEVEL_STEP = math.log(SCALE_MAX / SCALE_MIN) / (LEVELS - 1)
 # At most 29.9 bits, as in DCVC-RT/UF. The coder's escape, which such values go through, costs about
 # 31: on the few symbols that reach this bound, rate estimates are that much too low.
 PROBABILITY_MIN = 1e-9
+PUBLISHED_MIN = 1e-5  # of scales, and added to probabilities, where the DCVC family counts bits
 
 
 @jax.custom_vjp
@@ -45,20 +47,43 @@ def scale_of_level(level: jax.Array) -> jax.Array:
     return SCALE_MIN * jnp.exp(LEVEL_STEP * (level + 0.5))
 
 
-def gaussian_bits(value: jax.Array, scale: jax.Array) -> jax.Array:
+def _bits(probability: jax.Array, as_published: bool) -> jax.Array:
+    probability = lower_bound(probability, PROBABILITY_MIN)
+    if as_published:
+        return jnp.maximum(-jnp.log2(probability + PUBLISHED_MIN), 0)
+    return -jnp.log2(probability)
+
+
+def gaussian_bits(value: jax.Array, scale: jax.Array, as_published: bool = False) -> jax.Array:
     """Bits of values in unit intervals under N(0, scale): -log2(P(value - 1/2 < X < value + 1/2)).
 
     Args:
       value: float32 [...], symbols or noisy stand-ins.
       scale: float32 [...], raw network output; bounded below by 0.11.
+      as_published: count as the DCVC family reports its estimates: scales are bounded by 1e-5 only,
+        and probabilities have 1e-5 added, so that no symbol counts more than 16.6 bits.
     """
-    scale = lower_bound(scale, SCALE_MIN)
+    scale = lower_bound(scale, PUBLISHED_MIN if as_published else SCALE_MIN)
     # Both arguments on the negative side, where the cumulative distribution keeps its precision.
     magnitude = jnp.abs(value)
     factor = 1.0 / (scale * jnp.sqrt(2.0))
     upper = jax.scipy.special.erfc((magnitude - 0.5) * factor)
     lower = jax.scipy.special.erfc((magnitude + 0.5) * factor)
-    return -jnp.log2(lower_bound(0.5 * (upper - lower), PROBABILITY_MIN))
+    return _bits(0.5 * (upper - lower), as_published)
+
+
+def laplace_bits(value: jax.Array, scale: jax.Array, as_published: bool = False) -> jax.Array:
+    """As `gaussian_bits`, under the density exp(-|x| / scale) / (2 scale), scales of 0.01 or more."""
+    scale = lower_bound(scale, PUBLISHED_MIN if as_published else LAPLACE_SCALE_MIN)
+    magnitude = jnp.abs(value)
+    far, near = (magnitude + 0.5) / scale, (magnitude - 0.5) / scale
+    # In the middle interval `near` is negative, and what lies beyond either end is missing.
+    middle = 1 - 0.5 * (jnp.exp(-far) + jnp.exp(jnp.minimum(near, 0)))
+    beside = 0.5 * (jnp.exp(-jnp.maximum(near, 0)) - jnp.exp(-far))
+    return _bits(jnp.where(near < 0, middle, beside), as_published)
+
+
+BITS = {"gaussian": gaussian_bits, "laplace": laplace_bits}
 
 
 def factorized_bits(value: jax.Array, chain: jax.Array) -> jax.Array:

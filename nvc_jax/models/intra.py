@@ -144,8 +144,8 @@ class Intra(nn.Module):
         self.decoder = Decoder(c, self.dtype)
         self.q_scale_dec = QpTable(QP_ROWS, c.width, self.dtype)
 
-    def blank_refs(self, height, width, exact=False):
-        """`refs` of a unit without references: there are never any."""
+    def complete(self, refs, unit, height, width, exact=False):
+        """References in the form that a program takes: there are never any."""
         return ()
 
     def __call__(self, frames, refs, qp, bottleneck):
@@ -180,7 +180,7 @@ class Intra(nn.Module):
             jax.ShapeDtypeStruct((batch, h, w, c.y), jnp.float32),
             jax.ShapeDtypeStruct((batch, -(-h // 4), -(-w // 4), c.z), jnp.float32),
         )
-        z_hat = bottleneck.factorized(z, self.z_prior(qp), qp)
+        z_hat = bottleneck.factorized(z, self.z_prior, qp)
         params = self.prior_fusion(self.hyper_decoder(z_hat))[:, :h, :w]
         q_enc, q_dec = jnp.split(0.5 + 1.5 * jax.nn.sigmoid(params[..., :2]), 2, axis=-1)
         scale, mean = jnp.split(params[..., 2:], 2, axis=-1)

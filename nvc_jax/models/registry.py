@@ -11,11 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nvc_jax.entropy.bottleneck import Estimate
+from nvc_jax.entropy.bottleneck import Estimate, Step
 from nvc_jax.errors import NvcError
-from nvc_jax.models import intra, ui2c
+from nvc_jax.models import brhvc, dcvc_dc, intra, ui2c, with_intra
 from nvc_jax.models.ui2c import Ref
-from nvc_jax.schedule import QP_OFFSETS
+from nvc_jax.schedule import QP_OFFSETS, Unit
 
 
 class Entry(NamedTuple):
@@ -40,7 +40,17 @@ class Entry(NamedTuple):
 
 CODECS = {
     "intra": Entry(intra.Intra, intra.Config, intra.SIZES, "image"),
+    "dcvc_dc": Entry(dcvc_dc.Intra, dcvc_dc.Config, dcvc_dc.SIZES, "image"),
     "ui2c": Entry(ui2c.UI2C, ui2c.Config, ui2c.SIZES, "video", QP_OFFSETS, ui2c.FRAME_WEIGHTS),
+    "dcvc_rt": Entry(
+        with_intra.WithIntra,
+        with_intra.Config,
+        with_intra.DCVC_RT_SIZES,
+        "video",
+        QP_OFFSETS,
+        ui2c.FRAME_WEIGHTS,
+    ),
+    "brhvc": Entry(with_intra.WithIntra, with_intra.Config, with_intra.BRHVC_SIZES, "video"),
 }
 
 
@@ -63,12 +73,28 @@ def build(name: str, size: str | dict, dtype: Any = jnp.float32) -> nn.Module:
             raise NvcError(f"'{name}' has no size '{size}'; there are: {', '.join(codec.sizes)}")
         cfg = codec.sizes[size]
     else:
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in size.items()}
         try:
-            cfg = codec.config(**fields)
+            cfg = _config(codec.config, size)
         except TypeError as e:
             raise NvcError(f"bad size for '{name}': {e}") from None
     return codec.module(cfg, jnp.dtype(dtype))
+
+
+def _config(kind: type, size: dict) -> Any:
+    """A config from plain data. Configs inside of it are known by their fields."""
+
+    def value(v):
+        if isinstance(v, list):
+            return tuple(v)
+        if not isinstance(v, dict):
+            return v
+        names = {inner: {f.name for f in dataclasses.fields(inner)} for inner in with_intra.MODULES}
+        fitting = [inner for inner in names if set(v) <= names[inner]]
+        if not fitting:
+            raise TypeError(f"no codec has a config of the fields {', '.join(sorted(v))}")
+        return _config(min(fitting, key=lambda inner: len(names[inner])), v)
+
+    return kind(**{k: value(v) for k, v in size.items()})
 
 
 def size_as_dict(model: nn.Module) -> dict:
@@ -87,11 +113,50 @@ def init(model: nn.Module, key: jax.Array) -> dict:
     qp = jnp.zeros((1, model.frames_per_unit), jnp.int32)
 
     def visit_everything(m):
-        exact = has_scale_head(m)
-        _, refs = m(frames, (), qp, Estimate(exact=exact))
-        return m(frames, refs, qp, Estimate(exact=exact))[0]
+        def code(refs):
+            return m(frames, refs, qp, Estimate(exact=has_scale_head(m)))[1]
+
+        first = code(())
+        if m.references == 1:
+            code(code(first))
+        elif m.references == 2:
+            (intra_ref,) = first
+            (b_ref,) = code(brhvc.Between(intra_ref, intra_ref, 0, 0.5))
+            for pair in ((intra_ref, b_ref), (b_ref, intra_ref), (b_ref, b_ref)):
+                code(brhvc.Between(*pair, 0, 0.5))
 
     return nn.init(visit_everything, model)(key)["params"]
 
 
-__all__ = ["CODECS", "Ref", "build", "entry", "has_scale_head", "init", "size_as_dict"]
+def steps(
+    model: nn.Module, variables: dict, height: int, width: int, exact: bool
+) -> dict[bool, tuple[Step, ...]]:
+    """Coding steps of pictures of this padded size: of units (without, with) references.
+
+    For codecs in which they are the same program, only the second is there.
+    """
+    frames = jnp.zeros((1, model.frames_per_unit, height, width, 3))
+    qp = jnp.zeros((1, model.frames_per_unit), jnp.int32)
+    found = {}
+
+    def probe(variables, refs):
+        bottleneck = Estimate(exact=exact)
+        _, left = model.apply(variables, frames, refs, qp, bottleneck)
+        found[bool(refs)] = tuple(bottleneck.steps)
+        return left
+
+    def visit(variables):
+        unit = Unit((0,), (), 0, (0,), ())
+        refs = model.complete((), unit, height, width, exact)
+        left = probe(variables, refs)
+        if model.references and not refs:
+            probe(
+                variables,
+                model.complete(left * model.references, unit, height, width, exact),
+            )
+
+    jax.eval_shape(visit, variables)
+    return found
+
+
+__all__ = ["CODECS", "Ref", "build", "entry", "has_scale_head", "init", "size_as_dict", "steps"]

@@ -9,6 +9,7 @@ them. The tables are data: nobody recomputes them from floats when decoding.
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,16 +23,16 @@ from flax import traverse_util
 
 import nvc_jax
 from nvc_jax.entropy import likelihood
-from nvc_jax.entropy.bottleneck import CodingSpec
-from nvc_jax.entropy.freeze import concatenate, factorized_tables, gaussian_tables
+from nvc_jax.entropy.bottleneck import CodingSpec, Family
+from nvc_jax.entropy.freeze import TABLES, concatenate, factorized_tables
 from nvc_jax.entropy.tables import CdfTables
 from nvc_jax.errors import NvcError
 from nvc_jax.files import replacing, writing
 from nvc_jax.models import registry
 from nvc_jax.nn import integer
 
-FORMAT = "nvc-model-2"
-OLDEST_VERSION = 1  # that is still read: without scale heads
+FORMAT = "nvc-model-3"
+OLDEST_VERSION = 1  # that is still read
 FINGERPRINT_BYTES = 16
 SHIPPED = Path(nvc_jax.__file__).parent / "weights"
 
@@ -80,11 +81,12 @@ def freeze(
     """Turns trained parameters into a released model's tensors and metadata.
 
     Args:
-      levels, scale_range: the Gaussian tables' log-spaced scales. A model with a scale head has
-        been trained with the defaults.
+      levels, scale_range: the log-spaced scales of the tables, for every family of distributions.
+        A model with a scale head has been trained with the defaults.
       middle: table scales lie in the middle of their interval (which costs a quarter of the rate
         loss of its lower end) and not at its lower end.
-      skip_scale: levels that end below this are not coded.
+      skip_scale: Gaussian levels that end below this are not coded, those of other families below
+        the scale that has as many zeros.
 
     Returns:
       (tensors, metadata) for `save`.
@@ -117,12 +119,18 @@ def freeze(
         )
     step = np.log(scale_range[1] / scale_range[0]) / (levels - 1)
     edges = scale_range[0] * np.exp(step * np.arange(levels))
-    chain = np.asarray(params["z_prior"]["chain"], np.float64)
-    tables = concatenate(
-        gaussian_tables(edges * np.exp(step / 2 if middle else 0)),
-        factorized_tables(chain.reshape(-1, chain.shape[-1])),
-    )
-    tensors = {f"params/{k}": v for k, v in traverse_util.flatten_dict(params, sep="/").items()}
+    flat = traverse_util.flatten_dict(params, sep="/")
+    families = _families(module, params)
+    scales = edges * np.exp(step / 2 if middle else 0)
+    parts = [TABLES[family](scales) for family in families]
+    priors = {}
+    for path, chain in sorted(flat.items()):
+        prior, _, leaf = path.rpartition("/")
+        if leaf == "chain":
+            priors[prior] = sum(len(p.size) for p in parts)
+            parts.append(factorized_tables(chain.reshape(-1, chain.shape[-1]).astype(np.float64)))
+    tables = concatenate(*parts)
+    tensors = {f"params/{k}": v for k, v in flat.items()}
     if head is not None:
         flat = traverse_util.flatten_dict(head, sep="/")
         tensors |= {f"integers/scale_head/{k}": v for k, v in flat.items()}
@@ -139,7 +147,13 @@ def freeze(
         "size": json.dumps(registry.size_as_dict(module), sort_keys=True),
         # The compute type is part of the model: encoder and decoder must not differ in it.
         "dtype": jnp.dtype(module.dtype).name,
-        "skip_below": str(int(np.searchsorted(edges[1:], skip_scale, side="right"))),
+        "families": json.dumps(
+            {
+                family: (number * levels, _skip_below(family, edges[1:], skip_scale))
+                for number, family in enumerate(families)
+            }
+        ),
+        "priors": json.dumps(priors),
     }
     metadata["known_answer"] = ""
     if head is not None:
@@ -190,10 +204,32 @@ def load(model: str | Path) -> Released:
         module=registry.build(metadata["codec"], json.loads(metadata["size"]), metadata["dtype"]),
         variables=jax.device_put(variables),
         tables=_unpack_tables(tensors),
-        spec=CodingSpec(boundaries, int(metadata["skip_below"]), len(boundaries) + 1),
+        spec=_spec(boundaries, metadata),
         fingerprint=bytes.fromhex(stored),
         known_answer=metadata.get("known_answer", ""),
     )
+
+
+def _families(module: nn.Module, params: dict) -> list[str]:
+    """Of the distributions that a codec's latents have, in the order of their tables."""
+    steps = registry.steps(module, {"params": params}, 64, 64, exact=False).values()
+    return sorted({step.family for unit in steps for step in unit if step.family})
+
+
+def _skip_below(family: str, boundaries: np.ndarray, skip_scale: float) -> int:
+    """First level that is coded; `skip_scale` is a Gaussian's."""
+    if family == "laplace" and skip_scale > 0:
+        skip_scale = -0.5 / math.log(math.erfc(0.5 / (skip_scale * math.sqrt(2))))
+    return int(np.searchsorted(boundaries, skip_scale, side="right"))
+
+
+def _spec(boundaries: np.ndarray, metadata: dict[str, str]) -> CodingSpec:
+    levels = len(boundaries) + 1
+    if "families" not in metadata:  # before version 3
+        families = {"gaussian": Family(0, int(metadata["skip_below"]))}
+        return CodingSpec(boundaries, families, {"z_prior": levels})
+    families = {k: Family(*v) for k, v in json.loads(metadata["families"]).items()}
+    return CodingSpec(boundaries, families, json.loads(metadata["priors"]))
 
 
 def _check_format(path: Path, found: str) -> None:

@@ -8,7 +8,7 @@ There is no intra model: the first pair refers to a blank (mid-grey) frame throu
 adaptor. A pair is one latent and one stream; the second frame is a backward reference of the first
 for free. Each frame of a pair has its own quality index, and every quality table holds two halves,
 one looked up by each frame's index. `Config.frames` 1 is the same network without pairs, to compare
-with.
+with; under the size "dcvc_rt" it is the P-frame codec that UI2C grew from.
 """
 
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Config:
     latent before quantisation and back after it, from a start that spans the whole range of rates:
     our addition, without which short trainings do not get the qualities apart. `scale_head` is the
     width of the integer network behind the exact mode (`nvc_jax.nn.integer`), 0 for none. `frames`
-    are coded at once: 2, or 1.
+    are coded at once: 2, or 1. `offset` is subtracted from pictures (0.5: signed networks).
     """
 
     width: int = 384
@@ -75,11 +75,15 @@ class Config:
     latent_gain: bool = False
     scale_head: int = 0
     frames: int = 2
+    offset: float = 0.5
 
 
 SIZES = {
     "base": Config(),
     "plain": Config(extractor=(2, 4), fusion=3, spatial=2),
+    "dcvc_rt": Config(
+        width=256, recon=320, extractor=(2, 4), fusion=3, spatial=2, frames=1, offset=0.0
+    ),
     "dev": Config(
         width=192, y=96, z=96, recon=192, prior=288, temporal=192, extractor=(2, 2),
         encoder=2, decoder=2, recon_blocks=2, fusion=2, spatial=2,
@@ -98,8 +102,8 @@ class Ref(NamedTuple):
     Attributes:
       frame: float32 [batch, height, width, 3] in [0, 1], or None.
       feature: float32 [batch, height/8, width/8, width], or None.
-      blank: bool [], disregard the feature and start from a blank frame. Lets one compiled program
-        serve both kinds of unit. None: no.
+      blank: bool [], disregard the feature and start from the frame, mid-grey if there is none.
+        Lets one compiled program serve both kinds of unit. None: no.
       memory: [batch, height/16, width/16, memory_channels(y)], what the scale head remembers of
         the unit, or None.
     """
@@ -224,19 +228,37 @@ class UI2C(nn.Module):
         self.recon_head = [ReconHead(c, self.dtype) for _ in range(c.frames)]
         self.q_recon = [QpTable(QP_ROWS, c.recon, self.dtype) for _ in range(c.frames)]
 
-    def blank_refs(self, height, width, exact=False):
-        """`refs` of a unit without references, in the form that the others have too."""
-        feature = jnp.zeros((1, height // 8, width // 8, self.cfg.width))
-        memory = jnp.zeros((1, height // 16, width // 16, memory_channels(self.cfg.y)), jnp.int8)
-        return (Ref(feature=feature, blank=jnp.bool_(True), memory=memory if exact else None),)
+    @staticmethod
+    def start(frame):
+        """What the first unit behind an intra frame [batch, height, width, 3] refers to."""
+        return Ref(frame=frame)
+
+    def complete(self, refs, unit, height, width, exact=False):
+        """References in the one form that a compiled program of this size takes.
+
+        Args:
+          refs: what the units that are referred to left; () for a blank reference.
+          unit: of the schedule, for what else a codec may want to know.
+          height, width: of the padded pictures.
+          exact: whether the scale head is used.
+        """
+        del unit
+        ref = refs[0] if refs else Ref()
+        blank = ref.feature is None
+        if blank:
+            ref = ref._replace(feature=jnp.zeros((1, height // 8, width // 8, self.cfg.width)))
+        if exact and ref.memory is None:
+            shape = (1, height // 16, width // 16, memory_channels(self.cfg.y))
+            ref = ref._replace(memory=jnp.zeros(shape, jnp.int8))
+        return (ref._replace(blank=jnp.bool_(blank)),)
 
     def _reference(self, ref, shape):
         """Reference feature [batch, height/8, width/8, width]."""
 
         def from_frame(m):
-            # Mid-grey is zero in the network's range; the paper's "blank frame".
-            frame = jnp.zeros(shape) if ref.frame is None else ref.frame - 0.5
-            return m.feature_adaptor_i(space_to_depth(frame, 8))
+            # Mid-grey: the paper's "blank frame".
+            frame = jnp.full(shape, 0.5) if ref.frame is None else ref.frame
+            return m.feature_adaptor_i(space_to_depth(frame - m.cfg.offset, 8))
 
         def from_feature(m):
             return m.feature_adaptor_p(ref.feature)
@@ -271,7 +293,7 @@ class UI2C(nn.Module):
         gain = self.q_latent(qp) if c.latent_gain else 1.0
 
         def analysis(m):
-            y = m.encoder((frames - 0.5).astype(m.dtype), ctx, m.q_encoder(qp))
+            y = m.encoder((frames - c.offset).astype(m.dtype), ctx, m.q_encoder(qp))
             y = y.astype(jnp.float32) * gain
             return y, m.hyper_encoder(pad_to_multiple(y, 4))
 
@@ -284,7 +306,7 @@ class UI2C(nn.Module):
         )
 
         # Of a pair, only the second frame's index changes with the frame number's class.
-        z_hat = bottleneck.factorized(z, self.z_prior(qp[:, -1]), qp[:, -1])
+        z_hat = bottleneck.factorized(z, self.z_prior, qp[:, -1])
         hyper = self.hyper_decoder(z_hat)[:, :h, :w]
         temporal = self.temporal_prior_encoder(early * self.q_feature(qp))
         params = self.prior_fusion(jnp.concatenate([hyper, temporal], axis=-1))
@@ -313,7 +335,7 @@ class UI2C(nn.Module):
                 head(feature, q(qp[:, i]))
                 for i, (head, q) in enumerate(zip(m.recon_head, m.q_recon, strict=True))
             ]
-            return (jnp.stack(recons, axis=1).astype(jnp.float32) + 0.5,)
+            return (jnp.stack(recons, axis=1).astype(jnp.float32) + c.offset,)
 
         (recon,) = bottleneck.decoder_only(
             self, render, jax.ShapeDtypeStruct(frames.shape, jnp.float32)

@@ -121,7 +121,14 @@ def unpack_step(x: jax.Array, group: jax.Array, steps: int) -> jax.Array:
     )
 
 
-def code_in_steps(y, steps: int, predict: Callable, bottleneck, levels: Callable | None = None):
+def code_in_steps(
+    y,
+    steps: int,
+    predict: Callable,
+    bottleneck,
+    levels: Callable | None = None,
+    family: str = "gaussian",
+):
     """Codes a latent group by group, each step knowing what the ones before decoded to.
 
     Args:
@@ -129,6 +136,7 @@ def code_in_steps(y, steps: int, predict: Callable, bottleneck, levels: Callable
       predict: (step, y_hat so far) -> (mean, scale), both [b, h, w, c].
       bottleneck: see `nvc_jax.entropy.bottleneck`.
       levels: (step, symbols so far) -> scale levels [b, h, w, c], which replace the scales.
+      family: of the distributions, "gaussian" or "laplace".
 
     Returns:
       (y_hat, symbols, levels), all [b, h, w, c]; levels are None if none were given.
@@ -140,7 +148,7 @@ def code_in_steps(y, steps: int, predict: Callable, bottleneck, levels: Callable
         mean, scale = (pack_step(p, group(s), steps) for p in predict(s, y_hat))
         residual = pack_step(y, group(s), steps) - mean
         if levels is None:
-            coded = bottleneck.gaussian(residual, scale)
+            coded = getattr(bottleneck, family)(residual, scale)
         else:
             level = pack_step(levels(s, symbols), group(s), steps)
             coded = bottleneck.leveled(residual, level, scale)

@@ -1,0 +1,573 @@
+"""BRHVC: hierarchical B-frames with two references whose motion and contexts are joined.
+
+Source: arXiv 2511.08938 and its released code. *Bi-directional Motion Converge* codes the motion
+towards both references in one latent, from flows at three scales; *Bi-directional Contextual
+Fusion* weights the contexts of both references pixel by pixel. Frames without references come from
+an intra codec, see `nvc_jax.models.with_intra`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nvc_jax.nn.blocks import Conv3x3, Pointwise
+from nvc_jax.nn.flow import SpyNet
+from nvc_jax.nn.hyperprior import FactorizedPrior, pad_to_multiple
+from nvc_jax.nn.residual import (
+    DepthBlock,
+    DepthConv,
+    LatentPrior,
+    RateScale,
+    ResBlock,
+    ResDown,
+    ResUp,
+    Subpixel,
+    UNet,
+    leaky,
+)
+from nvc_jax.nn.warp import double, halve, warp, warp_groups
+
+LAYERS = 5  # of the hierarchy, each with its own feature adaptor
+
+
+@dataclass(frozen=True)
+class Config:
+    """Widths (channels) of one size.
+
+    `widths` are those of the contexts at full, half and quarter size, `motion` of everything that
+    concerns motion, `tail` of the decoder's last layer, `guess` of the first layers that read the
+    guessed flows. `groups` and `offsets`: see `OffsetDiversity`.
+    """
+
+    widths: tuple[int, int, int] = (48, 64, 96)
+    y: int = 128
+    motion: int = 64
+    guess: int = 48
+    tail: int = 32
+    groups: int = 16
+    offsets: int = 2
+    unet: tuple[int, int, int] = (32, 64, 128)
+    unet_blocks: int = 4
+    flow: tuple[int, ...] = (32, 64, 32, 16)
+    flow_kernel: int = 7
+
+
+SIZES = {"full": Config()}
+
+
+class Ref(NamedTuple):
+    """What is kept of a coded frame. An intra frame leaves nothing but itself.
+
+    Attributes:
+      frame: float32 [b, h, w, 3] in [0, 1].
+      feature: [b, h, w, widths[0]].
+      motion_feature: [b, h/4, w/4, 2 motion].
+      y, motion_y: decoded latents, [b, h/16, w/16, y or motion].
+      bare: bool [], disregard all but the frame. Lets one compiled program serve all combinations
+        of intra and B-frames. None: what is there is used.
+    """
+
+    frame: jax.Array
+    feature: jax.Array | None = None
+    motion_feature: jax.Array | None = None
+    y: jax.Array | None = None
+    motion_y: jax.Array | None = None
+    bare: jax.Array | None = None
+
+
+class Between(NamedTuple):
+    """What a B-frame refers to.
+
+    Attributes:
+      past, future: two `Ref`, usually of an earlier and a later frame.
+      level: int32 [], layer of the hierarchy: 0 for a frame between neighbours, one more for every
+        doubling of the distance, see `nvc_jax.schedule`.
+      ratio: float32 [], the frame's distance from the first reference in time, as a share of the
+        distance of both: 1/2 in the middle, beyond 0..1 for references on the same side.
+    """
+
+    past: Ref
+    future: Ref
+    level: Any
+    ratio: Any
+
+
+class ReferenceTypes(nn.Module):
+    """A network for each combination of intra and B-frames among the two references.
+
+    Only B-frames bring a state; which of them do decides which network runs (LTA in the released
+    code).
+    """
+
+    features: int
+
+    def setup(self):
+        self.ii, self.ib, self.bi, self.bb = (DepthBlock(self.features) for _ in range(4))
+
+    def __call__(self, x, states, bare):
+        """x [b, h, w, c]; states: of both references, [b, h, w, c] or None; bare: as `Ref.bare`."""
+
+        def network(f, b):
+            kept = [s for s, used in zip(states, (f, b), strict=True) if used]
+            name = "ib"[f] + "ib"[b]
+            return lambda m: getattr(m, name)(jnp.concatenate([x, *kept], -1))
+
+        if bare[0] is None:
+            return network(*(s is not None for s in states))(self)
+        networks = [network(f, b) for f in (False, True) for b in (False, True)]
+        number = 2 * ~bare[0] + ~bare[1]
+        return nn.switch(number.astype(jnp.int32), networks, self)
+
+
+class FlowConverge(nn.Module):
+    """Flows at full, half and quarter size of one direction -> [b, h/4, w/4, features]."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, flows):
+        h = None
+        for i, (flow, stride) in enumerate(zip(flows, (2, 2, 1), strict=True)):
+            x = flow if h is None else jnp.concatenate([h, flow], -1)
+            x = leaky(Conv3x3(self.features, stride, name=f"conv{i}")(x))
+            h = Pointwise(self.features, name=f"mix{i}")(x)
+        return h
+
+
+class GuessNet(nn.Module):
+    """Guessed flows to both references [b, h, w, 4] -> features, through strided convolutions."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        for i, features in enumerate(self.widths):
+            x = Conv3x3(features, 2, name=f"conv{i}")(leaky(x, 0.1) if i else x)
+        return x
+
+
+class MotionEncoder(nn.Module):
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, flows_f, flows_b, guess, states, bare, q):
+        m = self.cfg.motion
+        converge = FlowConverge(m, name="converge")
+        x = jnp.concatenate([converge(flows_f), converge(flows_b), guess], -1)
+        x = ResDown(m, name="down0")(x)
+        x = ResDown(m, name="down1")(x) * q
+        state0, state1 = DepthBlock(m, 2, name="state0"), DepthBlock(m, 2, name="state1")
+        states = [s if s is None else state1(state0(s)) for s in states]
+        x = ReferenceTypes(m, name="types")(x, states, bare)
+        return DepthBlock(m, name="out")(x)
+
+
+class MotionDecoder(nn.Module):
+    """Motion latent -> (flows of both directions at three scales, feature for later frames)."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, y_hat, guess, q):
+        m = self.cfg.motion
+        x = ResUp(2 * m, name="up1")(ResUp(m, name="up0")(y_hat))
+        feature = DepthBlock(2 * m, name="fuse")(jnp.concatenate([x, guess], -1))
+        ups = [(ResUp(m, name=f"double{i}"), DepthBlock(m, name=f"block{i}")) for i in range(2)]
+        heads = [Conv3x3(2, name=f"flow{i}") for i in range(3)]  # full, half, quarter size
+
+        def flows(half):
+            quarter = half * q
+            middle = ups[0][1](ups[0][0](quarter))
+            full = ups[1][1](ups[1][0](middle))
+            return heads[0](full), heads[1](middle), heads[2](quarter)
+
+        forward, backward = (flows(half) for half in jnp.split(feature, 2, -1))
+        return forward, backward, feature
+
+
+class HyperEncoder(nn.Module):
+    """3x3 convolutions with the given strides, leaky ReLU in between."""
+
+    features: int
+    strides: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        for i, stride in enumerate(self.strides):
+            x = Conv3x3(self.features, stride, name=f"conv{i}")(leaky(x) if i else x)
+        return x
+
+
+class HyperDecoder(nn.Module):
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(2):
+            x = leaky(Conv3x3(self.features, name=f"conv{i}")(x))
+            x = leaky(Subpixel(self.features, 1, name=f"up{i}")(x))
+        return Conv3x3(self.features, name="conv2")(x)
+
+
+class Pyramid(nn.Module):
+    """Feature [b, h, w, widths[0]] -> features at full, half and quarter size."""
+
+    widths: tuple[int, int, int]
+
+    @nn.compact
+    def __call__(self, x):
+        out = []
+        for i, width in enumerate(self.widths):
+            x = Conv3x3(width, 2 if i else 1, name=f"conv{i}")(x)
+            x = ResBlock(name=f"res{i}")(x)
+            out.append(x)
+        return out
+
+
+class OffsetDiversity(nn.Module):
+    """Aligns a feature by several flows of its own for each group of channels, weighted by masks.
+
+    The offsets are corrections of one decoded flow. As in the released code, group k of the moved
+    features is weighted by mask k, and the final grouped convolution mixes neighbouring groups.
+    """
+
+    groups: int
+    offsets: int
+    reach = 40.0  # pixels that an offset may differ from the flow
+
+    @nn.compact
+    def __call__(self, x, flow, hints):
+        """x [b, h, w, c]; flow [b, h, w, 2]; hints: what tells how reliable the flow is."""
+        b, h, w, c = x.shape
+        n = self.groups * self.offsets
+        o = jnp.concatenate([warp(x, flow), *hints], -1)
+        o = leaky(Conv3x3(64, 2, name="offset0")(o), 0.1)
+        o = leaky(Conv3x3(64, name="offset1")(o), 0.1)
+        o = double(Conv3x3(3 * n, name="offset2")(o))
+        mask = jax.nn.sigmoid(o[..., 2 * n :])[..., None]
+        flows = self.reach * jnp.tanh(o[..., : 2 * n]).reshape(b, h, w, n, 2) + flow[..., None, :]
+        moved = warp_groups(x.reshape(b, h, w, self.groups, c // self.groups), flows) * mask
+        moved = moved.reshape(b, h, w, self.groups, -1)
+        kernel = self.param(
+            "fusion_kernel",
+            nn.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=0),
+            (self.groups, moved.shape[-1], c // self.groups),
+        )
+        bias = self.param("fusion_bias", nn.initializers.zeros, (c,))
+        mixed = jnp.einsum("bhwgi,gio->bhwgo", moved, kernel, precision=jax.lax.Precision.HIGHEST)
+        return mixed.reshape(b, h, w, c) + bias
+
+
+class ScaleFusion(nn.Module):
+    """Lets aligned features of three scales correct each other, from coarse to fine."""
+
+    widths: tuple[int, int, int]
+
+    @nn.compact
+    def __call__(self, c1, c2, c3):
+        w1, w2, w3 = self.widths
+        up = ResBlock(name="up3_res")(Subpixel(w2, name="up3")(c3))
+        c3 = c3 + ResBlock(name="out3_res")(Conv3x3(w3, name="out3")(c3))
+        joined = jnp.concatenate([up, c2], -1)
+        up = ResBlock(name="up2_res")(Subpixel(w1, name="up2")(joined))
+        c2 = c2 + ResBlock(name="out2_res")(Conv3x3(w2, name="out2")(joined))
+        joined = jnp.concatenate([up, c1], -1)
+        return c1 + ResBlock(name="out1_res")(Conv3x3(w1, name="out1")(joined)), c2, c3
+
+
+def _weighted(maps, context_f, context_b):
+    """The rule of Bi-directional Contextual Fusion: contexts under predicted weights, and offset."""
+    scale_b, scale_f, offset = jnp.split(maps, 3, -1)
+    return (1 + scale_b) * context_b + (1 + scale_f) * context_f + offset
+
+
+class EncoderFusion(nn.Module):
+    """Contexts of both references -> one, seen from the frame that is coded; fine to coarse."""
+
+    widths: tuple[int, int, int]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, frame, warped_f, warped_b, contexts_f, contexts_b):
+        w1, w2, w3 = self.widths
+        block, mix = partial(DepthBlock, dtype=self.dtype), partial(DepthConv, dtype=self.dtype)
+        guide = block(w1, name="guide")(jnp.concatenate([frame, warped_b, warped_f], -1))
+        maps = block(3 * w1, name="maps1")(mix(w1, name="guide1")(guide))
+        out1 = block(w1, name="fuse1")(_weighted(maps, contexts_f[0], contexts_b[0]))
+        x = jnp.concatenate([mix(w1, name="guide2")(guide), out1], -1)
+        maps = block(3 * w2, 2, name="maps2")(x)
+        out2 = block(w2, name="fuse2")(_weighted(maps, contexts_f[1], contexts_b[1]))
+        x = jnp.concatenate([mix(w2, 2, name="guide3")(guide), out2], -1)
+        maps = block(3 * w3, 2, name="maps3")(x)
+        out3 = block(w3, name="fuse3")(_weighted(maps, contexts_f[2], contexts_b[2]))
+        return out1, out2, out3
+
+
+class DecoderFusion(nn.Module):
+    """The same seen from the decoded latent; coarse to fine."""
+
+    widths: tuple[int, int, int]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, y_hat, warped_f, warped_b, contexts_f, contexts_b):
+        w1, w2, w3 = self.widths
+        block, mix = partial(DepthBlock, dtype=self.dtype), partial(DepthConv, dtype=self.dtype)
+        up = partial(Subpixel, dtype=self.dtype)
+        pixels0, pixels1 = mix(w3, 2, name="pixels0"), mix(w3, 2, name="pixels1")
+        seen_f, seen_b = (pixels1(leaky(pixels0(p))) for p in (warped_f, warped_b))
+        z = up(w3, name="latent1")(leaky(up(w3, name="latent0")(y_hat)))
+        guide = block(w3, name="guide")(jnp.concatenate([z, seen_b, seen_f], -1))
+        maps = block(3 * w3, name="maps3")(mix(w3, name="guide3")(guide))
+        out3 = block(w3, name="fuse3")(_weighted(maps, contexts_f[2], contexts_b[2]))
+        x = jnp.concatenate([mix(w3, name="guide2")(guide), out3], -1)
+        maps = up(3 * w2, name="maps2")(x)
+        out2 = block(w2, name="fuse2")(_weighted(maps, contexts_f[1], contexts_b[1]))
+        x = jnp.concatenate([up(w2, name="guide1")(guide), out2], -1)
+        maps = up(3 * w1, name="maps1")(x)
+        out1 = block(w1, name="fuse1")(_weighted(maps, contexts_f[0], contexts_b[0]))
+        return out1, out2, out3
+
+
+class Encoder(nn.Module):
+    cfg: Config
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, frame, contexts, q):
+        _, w2, w3 = self.cfg.widths
+        conv = partial(Conv3x3, dtype=self.dtype)
+        res = partial(ResBlock, slope=0.1, bottleneck=True, end=True, dtype=self.dtype)
+        c1, c2, c3 = contexts
+        x = conv(w2, 2, name="conv0")(jnp.concatenate([frame, c1], -1))
+        x = res(name="res0")(jnp.concatenate([x, c2], -1)) * q
+        x = conv(w3, 2, name="conv1")(x)
+        x = res(name="res1")(jnp.concatenate([x, c3], -1))
+        return conv(self.cfg.y, 2, name="latent")(conv(w3, 2, name="conv2")(x))
+
+
+class Decoder(nn.Module):
+    """Latent -> (picture, feature for later frames)."""
+
+    cfg: Config
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, y_hat, contexts, q):
+        w1, w2, w3 = self.cfg.widths
+        up = partial(Subpixel, dtype=self.dtype)
+        res = partial(ResBlock, slope=0.1, bottleneck=True, end=True, dtype=self.dtype)
+        c1, c2, c3 = contexts
+        x = up(w3, name="up1")(up(w3, name="up0")(y_hat))
+        x = res(name="res0")(jnp.concatenate([x, c3], -1))
+        x = up(w2, name="up2")(x) * q
+        x = res(name="res1")(jnp.concatenate([x, c2], -1))
+        x = up(self.cfg.tail, name="up3")(x)
+        x = Conv3x3(w1, dtype=self.dtype, name="join")(jnp.concatenate([x, c1], -1))
+        for i in range(2):
+            x = UNet(self.cfg.unet, self.cfg.unet_blocks, dtype=self.dtype, name=f"unet{i}")(x)
+        return Conv3x3(3, dtype=self.dtype, name="pixels")(x), x
+
+
+class LayerAdaptor(nn.Module):
+    """A 1x1 convolution for each layer of the hierarchy. `__call__(x, level)`, level int []."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x, level):
+        level = jnp.clip(level, 0, LAYERS - 1)
+        shape = (LAYERS, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.xavier_normal(batch_axis=0), shape)
+        bias = self.param("bias", nn.initializers.zeros, (LAYERS, self.features))
+        return jnp.dot(x, kernel[level], precision=jax.lax.Precision.HIGHEST) + bias[level]
+
+
+def _resized(fn, a, b, times):
+    """fn on pictures of a half or a quarter of the size, padded to multiples of 16."""
+    for _ in range(times):
+        a, b = halve(a), halve(b)
+    h, w = a.shape[1:3]
+    return fn(pad_to_multiple(a, 16), pad_to_multiple(b, 16))[:, :h, :w]
+
+
+class BFrame(nn.Module):
+    """The B-frame codec. `dtype` is the compute type of everything but the entropy path."""
+
+    cfg: Config
+    dtype: Any = jnp.float32
+
+    frames_per_unit = 1
+    references = 2
+    qp_rows = 64
+
+    def setup(self):
+        c = self.cfg
+        w1, w2, w3 = c.widths
+        self.flow = SpyNet(c.flow, c.flow_kernel)
+        self.guess_feature = GuessNet((c.guess, c.motion))
+        self.motion_encoder = MotionEncoder(c)
+        self.motion_hyper_encoder = HyperEncoder(c.motion, (1, 1, 2, 1, 2))
+        self.motion_hyper_decoder = HyperDecoder(c.motion)
+        self.motion_z_prior = FactorizedPrior(1, c.motion)
+        self.motion_guess = GuessNet((c.guess, c.motion, c.motion, c.motion))
+        self.motion_types = ReferenceTypes(2 * c.motion)
+        self.motion_fusion = [DepthBlock(3 * c.motion) for _ in range(2)]
+        self.motion_prior = LatentPrior(c.motion, (3 * c.motion, 3 * c.motion), "laplace")
+        self.motion_decoder = MotionDecoder(c)
+        self.q_motion_encoder = RateScale(c.motion)
+        self.q_motion_decoder = RateScale(c.motion)
+
+        self.feature_of_frame = Conv3x3(w1)
+        self.feature_of_feature = Pointwise(w1)
+        self.layer_adaptor = LayerAdaptor(w1)
+        self.pyramid = Pyramid(c.widths)
+        self.align = OffsetDiversity(c.groups, c.offsets)
+        self.scale_fusion = ScaleFusion(c.widths)
+        self.prior_context = DepthBlock(w3)
+
+        self.encoder_fusion = EncoderFusion(c.widths, self.dtype)
+        self.encoder = Encoder(c, self.dtype)
+        self.q_encoder = RateScale(2 * w2)
+        self.hyper_encoder = HyperEncoder(c.y, (1, 2, 2))
+        self.hyper_decoder = HyperDecoder(c.y)
+        self.z_prior = FactorizedPrior(1, c.y)
+        self.temporal_prior = GuessNet((w3, c.y))
+        self.types = ReferenceTypes(3 * c.y)
+        self.fusion = [DepthBlock(3 * c.y) for _ in range(2)]
+        self.prior = LatentPrior(c.y, (3 * c.y, 3 * c.y), "laplace")
+        self.decoder_fusion = DecoderFusion(c.widths, self.dtype)
+        self.decoder = Decoder(c, self.dtype)
+        self.q_decoder = RateScale(w2)
+
+    def _contexts(self, ref, flows, guesses, level):
+        def of_frame(m):
+            return m.feature_of_frame(ref.frame)
+
+        def of_feature(m):
+            return m.feature_of_feature(ref.feature)
+
+        if ref.bare is None:
+            x = of_frame(self) if ref.feature is None else of_feature(self)
+        else:
+            x = nn.cond(ref.bare, of_frame, of_feature, self)
+        f1, f2, f3 = self.pyramid(self.layer_adaptor(x, level))
+        warped = warp(ref.frame, flows[0])
+        c1 = self.align(f1, flows[0], [warped, flows[0], ref.frame, *guesses])
+        c2, c3 = warp(f2, flows[1]), warp(f3, flows[2])
+        return self.scale_fusion(c1, c2, c3), warped
+
+    @staticmethod
+    def start(frame):
+        """What is kept of an intra frame [batch, height, width, 3]."""
+        return Ref(frame)
+
+    def complete(self, refs, unit, height, width, exact=False):
+        """See `nvc_jax.models.ui2c.UI2C.complete`."""
+        c = self.cfg
+        shapes = dict(
+            feature=(height, width, c.widths[0]),
+            motion_feature=(height // 4, width // 4, 2 * c.motion),
+            y=(height // 16, width // 16, c.y),
+            motion_y=(height // 16, width // 16, c.motion),
+        )
+
+        def completed(ref):
+            bare = ref.feature is None
+            if bare:
+                ref = ref._replace(**{k: jnp.zeros((1, *shape)) for k, shape in shapes.items()})
+            return ref._replace(bare=jnp.bool_(bare))
+
+        past, future = (completed(ref) for ref in refs)
+        return Between(past, future, np.int32(unit.level), np.float32(unit.ratio))
+
+    def __call__(self, frames, refs, qp, bottleneck):
+        """Codes one frame between two others.
+
+        Args:
+          frames: float32 [batch, 1, height, width, 3] in [0, 1], sides multiples of 16. When
+            decoding only the shape counts.
+          refs: `Between`.
+          qp: int32 [batch, 1], 0..63.
+          bottleneck: see `nvc_jax.entropy.bottleneck`.
+
+        Returns:
+          recon: float32 [batch, 1, height, width, 3].
+          new_refs: (Ref,).
+        """
+        c = self.cfg
+        batch, _, height, width, _ = frames.shape
+        f, b, level, ratio = refs
+        bare = f.bare, b.bare
+        qp = qp[:, 0]
+        row = jnp.zeros_like(qp)  # of the hyper-priors, which do not depend on the quality
+        h, w = height // 16, width // 16
+        z_shape = (batch, -(-h // 4), -(-w // 4))
+
+        guess_f = ratio * self.flow(b.frame, f.frame)
+        guess_b = (1 - ratio) * self.flow(f.frame, b.frame)
+        guess = self.guess_feature(jnp.concatenate([guess_f, guess_b], -1))
+
+        def motion_analysis(m):
+            x = frames[:, 0]
+            flows_f, flows_b = (
+                [_resized(m.flow, x, ref.frame, times) for times in range(3)] for ref in (f, b)
+            )
+            states = [ref.motion_feature for ref in (f, b)]
+            y = m.motion_encoder(flows_f, flows_b, guess, states, bare, m.q_motion_encoder(qp))
+            return y, m.motion_hyper_encoder(pad_to_multiple(y, 4))
+
+        y, z = bottleneck.encoder_only(
+            self,
+            motion_analysis,
+            jax.ShapeDtypeStruct((batch, h, w, c.motion), jnp.float32),
+            jax.ShapeDtypeStruct((*z_shape, c.motion), jnp.float32),
+        )
+        z_hat = bottleneck.factorized(z, self.motion_z_prior, row)
+        params = self.motion_hyper_decoder(z_hat)[:, :h, :w]
+        params = self.motion_types(params, [f.motion_y, b.motion_y], bare)
+        temporal = self.motion_guess(jnp.concatenate([guess_b, guess_f], -1))
+        params = jnp.concatenate([params, temporal], -1)
+        for block in self.motion_fusion:
+            params = block(params)
+        motion_y = self.motion_prior(y, params, bottleneck)
+        flows_f, flows_b, motion_feature = self.motion_decoder(
+            motion_y, guess, self.q_motion_decoder(qp)
+        )
+
+        guesses = [guess_f, guess_b]
+        contexts_f, warped_f = self._contexts(f, flows_f, guesses, level)
+        contexts_b, warped_b = self._contexts(b, flows_b, guesses, level)
+
+        def analysis(m):
+            fused = m.encoder_fusion(frames[:, 0], warped_f, warped_b, contexts_f, contexts_b)
+            y = m.encoder(frames[:, 0], fused, m.q_encoder(qp)).astype(jnp.float32)
+            return y, m.hyper_encoder(pad_to_multiple(y, 4))
+
+        y, z = bottleneck.encoder_only(
+            self,
+            analysis,
+            jax.ShapeDtypeStruct((batch, h, w, c.y), jnp.float32),
+            jax.ShapeDtypeStruct((*z_shape, c.y), jnp.float32),
+        )
+        z_hat = bottleneck.factorized(z, self.z_prior, row)
+        hyper = self.hyper_decoder(z_hat)[:, :h, :w]
+        prior_context = self.prior_context(jnp.concatenate([contexts_f[2], contexts_b[2]], -1))
+        params = jnp.concatenate([self.temporal_prior(prior_context), hyper], -1)
+        params = self.types(params, [f.y, b.y], bare)
+        for block in self.fusion:
+            params = block(params)
+        y_hat = self.prior(y, params, bottleneck)
+
+        fused = self.decoder_fusion(y_hat, warped_f, warped_b, contexts_f, contexts_b)
+        recon, feature = self.decoder(y_hat, fused, self.q_decoder(qp))
+        recon = recon.astype(jnp.float32)
+        ref = Ref(
+            jnp.clip(recon, 0, 1), feature.astype(jnp.float32), motion_feature, y_hat, motion_y
+        )
+        return recon[:, None], (ref,)

@@ -1,0 +1,81 @@
+"""Codecs of predicted frames together with the intra codec that their first frames come from.
+
+UI2C does without an intra codec; DCVC-RT (arXiv 2502.20762) and BRHVC (arXiv 2511.08938) do not.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from nvc_jax.models import brhvc, dcvc_dc, intra, ui2c
+
+MODULES = {
+    intra.Config: intra.Intra,
+    dcvc_dc.Config: dcvc_dc.Intra,
+    ui2c.Config: ui2c.UI2C,
+    brhvc.Config: brhvc.BFrame,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Configs of both codecs."""
+
+    intra: Any
+    inter: Any
+
+
+DCVC_RT_SIZES = {"full": Config(intra.SIZES["full"], ui2c.SIZES["dcvc_rt"])}
+BRHVC_SIZES = {"full": Config(dcvc_dc.SIZES["full"], brhvc.SIZES["full"])}
+
+
+class WithIntra(nn.Module):
+    """The pair. Units without references are coded by `intra`, all others by `inter`."""
+
+    cfg: Config
+    dtype: Any = jnp.float32
+
+    frames_per_unit = 1
+
+    @property
+    def _inter(self):
+        """The class of the codec of predicted frames: its constants, outside of a program."""
+        return MODULES[type(self.cfg.inter)]
+
+    @property
+    def references(self) -> int:
+        return self._inter.references
+
+    @property
+    def schedule(self) -> str:
+        return {1: "low_delay", 2: "hierarchical"}[self.references]
+
+    @property
+    def qp_rows(self) -> int:
+        return self._inter.qp_rows
+
+    def setup(self):
+        c = self.cfg
+        self.intra = MODULES[type(c.intra)](c.intra, self.dtype)
+        self.inter = self._inter(c.inter, self.dtype)
+
+    def complete(self, refs, unit, height, width, exact=False):
+        """See `nvc_jax.models.ui2c.UI2C.complete`. Without references: ()."""
+        if not refs:
+            return ()
+        blank = jnp.zeros((1, height, width, 3))
+        refs = tuple(r._replace(frame=blank) if r.frame is None else r for r in refs)
+        inter = self._inter(self.cfg.inter, self.dtype, parent=None)
+        return inter.complete(refs, unit, height, width, exact)
+
+    def __call__(self, frames, refs, qp, bottleneck):
+        """Codes one frame: arguments and results as those of both codecs.
+
+        A qp beyond the intra codec's range counts as its highest.
+        """
+        if refs:
+            return self.inter(frames, refs, qp, bottleneck)
+        recon, _ = self.intra(frames, (), jnp.minimum(qp, self.intra.qp_rows - 1), bottleneck)
+        return recon, (self.inter.start(jnp.clip(recon[:, 0], 0, 1)),)
