@@ -124,6 +124,16 @@ def _parser() -> argparse.ArgumentParser:
                    help="tables for the lower end of a level and not its middle, which costs more "
                    "and is how the paper prints it")  # fmt: skip
     p.set_defaults(run=release)
+
+    p = commands.add_parser("import", help="turn a published PyTorch checkpoint into a model file")
+    p.add_argument("kind", choices=("dcvc-rt-intra", "dcvc-rt-inter", "brhvc-intra", "brhvc"))
+    p.add_argument("checkpoint", type=Path, help="the .pth or .pth.tar file")
+    p.add_argument("output", type=Path,
+                   help="the .safetensors file to write; its name names the model")  # fmt: skip
+    p.add_argument("--intra", type=Path,
+                   help="checkpoint of the intra codec, for codecs that need one (default: the "
+                   "official file in the same folder)")  # fmt: skip
+    p.set_defaults(run=import_checkpoint)
     return parser
 
 
@@ -401,6 +411,13 @@ def models(args: argparse.Namespace) -> None:
         default = "  (default)" if name == DEFAULT_MODEL else ""
         print(f"{name}: codec {model.codec}, {path.stat().st_size / 1e6:.1f} MB, "
               f"weights {model.fingerprint.hex()}{default}")  # fmt: skip
+
+
+def import_checkpoint(args: argparse.Namespace) -> None:
+    from nvc_jax.importing import checkpoints
+
+    checkpoints.to_released(args.kind, args.checkpoint, args.output, args.intra)
+    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
 
 
 def release(args: argparse.Namespace) -> None:

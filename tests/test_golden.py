@@ -1,13 +1,12 @@
-"""Parity of `intra` size `full` with the published DCVC-RT intra model, value by value.
+"""Parity of the published models with ours, value by value.
 
-The golden vectors were recorded from the published model under weights that both sides generate
-from the tensors' names. The whole codec runs once, with a bottleneck that keeps what arrives and
-passes on the *recorded* latents and symbols, so that every sub-network is judged on the published
-model's own intermediate values.
+The golden vectors were recorded from the published models under weights that both sides generate
+from the tensors' names. Here those weights are written as PyTorch checkpoints, and go through the
+importer. Networks behind a rounding get the *recorded* latents and symbols, so that every one is
+judged on the published model's own intermediate values.
 """
 
 import json
-import re
 import zlib
 from pathlib import Path
 
@@ -16,15 +15,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
+import torch_writer
 
-from nvc_jax.models import registry
+from nvc_jax.entropy.bottleneck import Estimate
+from nvc_jax.importing import checkpoints
+from nvc_jax.models import brhvc, ui2c
 from nvc_jax.nn.hyperprior import factorized_logits
+from nvc_jax.schedule import Unit
 
 GOLDEN = Path(__file__).parents[1].parent / "shared/golden"
+# Kind of checkpoint -> name of its manifest.
+MANIFESTS = {
+    "dcvc-rt-intra": "dcvc_rt_intra",
+    "dcvc-rt-inter": "dcvc_rt_inter",
+    "brhvc-intra": "brhvc_intra",
+    "brhvc": "brhvc_bframe",
+}
 
 pytestmark = pytest.mark.skipif(
-    not (GOLDEN / "dcvc_rt_intra.npz").exists(), reason=f"no golden vectors in {GOLDEN}"
+    not (GOLDEN / "GOLDEN.md").exists(), reason=f"no golden vectors in {GOLDEN}"
 )
 
 
@@ -42,84 +51,51 @@ def stand_in(name: str, shape: list[int], gain: float) -> np.ndarray:
     return np.asarray(w, np.float32)
 
 
-# Published module -> ours, first match wins; what follows the match are the layers of a block.
-MODULES = [
-    (r"enc\.enc_1", "encoder/patch"),
-    (r"enc\.enc_2\.6", "encoder/latent/conv"),
-    (r"enc\.enc_2\.(\d)", r"encoder/blocks/block\1"),
-    (r"hyper_enc\.0", "hyper_encoder/block"),
-    (r"hyper_enc\.1", "hyper_encoder/down0"),
-    (r"hyper_enc\.2", "hyper_encoder/down1"),
-    (r"hyper_dec\.([01])", r"hyper_decoder/up\1"),
-    (r"hyper_dec\.2", "hyper_decoder/block"),
-    (r"y_prior_fusion\.3", "prior_fusion/params/dense"),
-    (r"y_prior_fusion\.(\d)", r"prior_fusion/blocks/block\1"),
-    (r"y_spatial_prior_reduction", "spatial_prior_reduction/dense"),
-    (r"y_spatial_prior_adaptor_1", "spatial_prior_adaptors_0"),
-    (r"y_spatial_prior_adaptor_2", "spatial_prior_adaptors_1"),
-    (r"y_spatial_prior_adaptor_3", "spatial_prior_adaptors_2"),
-    (r"y_spatial_prior\.3", "spatial_prior/params/dense"),
-    (r"y_spatial_prior\.(\d)", r"spatial_prior/blocks/block\1"),
-    (r"dec\.dec_1\.0", "decoder/up"),
-    # Ours start to count after the upsampling.
-    *[(rf"dec\.dec_1\.{i + 1}(?=\.)", f"decoder/blocks/block{i}") for i in range(12)],
-    (r"dec\.dec_2", "decoder/pixels"),
-]
-LAYERS = {
-    "": "",
-    ".up.conv.0": "/subpixel/dense",
-    ".down": "/patch/dense",
-    ".adaptor": "/adaptor/dense",
-    ".dc.0": "/depth_in/dense",
-    ".dc.2": "/depth",
-    ".dc.3": "/depth_out/dense",
-    ".ffn.0": "/point_in/dense",
-    ".ffn.2": "/point_out/dense",
-}
-BIT_ESTIMATOR = [f"f{i}.h" for i in (1, 2, 3, 4)] + [f"f{i}.b" for i in (1, 2, 3, 4)]
-BIT_ESTIMATOR += [f"f{i}.a" for i in (1, 2, 3)]
-
-
-def our_path(name: str) -> str:
-    """A published weight's or bias' place in our parameter tree."""
-    module, _, kind = name.rpartition(".")
-    match, ours = next((m, ours) for p, ours in MODULES if (m := re.match(p, module)))
-    layer = module[match.end() :]
-    nested = "/block" if layer.startswith(".conv.") else ""  # the block of an Up or Down
-    place = match.expand(ours) + nested + LAYERS[layer.removeprefix(".conv")]
-    return f"{place}/{'kernel' if kind == 'weight' else 'bias'}"
-
-
-def our_layout(w: np.ndarray) -> np.ndarray:
-    """A published kernel (output, input, row, column) in the layout of our layer."""
-    outputs, inputs, rows, _ = w.shape
-    if rows == 3:
-        return w[:, 0].transpose(1, 2, 0) if inputs == 1 else w.transpose(2, 3, 1, 0)
-    # 1x1, or 2x2 with stride 2: a matrix from (input, row, column) as `space_to_depth` orders them.
-    return w.reshape(outputs, -1).T
-
-
-def our_parameters(published: dict[str, np.ndarray]) -> dict:
-    """The parameter tree of `intra` size `full`. Uses every published tensor exactly once."""
-    left = dict(published)
-    flat = {
-        f"{table}/table": left.pop(table)[:, :, 0, 0] for table in ("q_scale_enc", "q_scale_dec")
+def write_checkpoint(kind: str, folder: Path) -> Path:
+    manifest = json.loads((GOLDEN / f"{MANIFESTS[kind]}.manifest.json").read_text())
+    tensors = {
+        name: stand_in(name, shape, manifest["gain"]) for name, shape in manifest["tensors"].items()
     }
-    chain = [left.pop(f"bit_estimator_z.{part}")[:, :, 0, 0] for part in BIT_ESTIMATOR]
-    flat["z_prior/chain"] = np.stack(chain, axis=-1)
-    for name, w in left.items():
-        path = our_path(name)
-        assert path not in flat, f"{name} and another tensor both map to {path}"
-        flat[path] = our_layout(w) if w.ndim == 4 else w
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return torch_writer.write(folder / checkpoints.PUBLISHED[kind].file, tensors)
+
+
+def imported(kind: str, folder: Path) -> tuple[nn.Module, dict]:
+    """The video codec of a kind, its intra codec included."""
+    paths = [write_checkpoint(k, folder) for k in (checkpoints.PUBLISHED[kind].intra, kind)]
+    model = checkpoints.load(kind, paths[1])
+    for path in paths:  # half a gigabyte in all
+        path.unlink()
+    return model
+
+
+@pytest.fixture(scope="module")
+def dcvc_rt(tmp_path_factory):
+    return imported("dcvc-rt-inter", tmp_path_factory.mktemp("dcvc_rt"))
+
+
+@pytest.fixture(scope="module")
+def brhvc_model(tmp_path_factory):
+    return imported("brhvc", tmp_path_factory.mktemp("brhvc"))
 
 
 def nhwc(x: np.ndarray) -> jax.Array:
     return jnp.asarray(x.transpose(0, 2, 3, 1))
 
 
+def record(name: str) -> dict:
+    """A file of golden vectors; single numbers stay NumPy's."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return {k: nhwc(file[k]) if file[k].ndim == 4 else file[k] for k in file}
+
+
+def quality(number) -> jax.Array:
+    return jnp.full((1, 1), int(number))
+
+
 class Replay:
     """Bottleneck that keeps what the networks say and answers with the record."""
+
+    exact = False
 
     def __init__(self, record):
         self.record, self.kept, self.step = record, {}, 0
@@ -131,14 +107,12 @@ class Replay:
     def decoder_only(self, module, fn, *shapes):
         return fn(module)
 
-    def factorized(self, z, chain, qp):
+    def factorized(self, z, prior, row):
         z_hat = jnp.clip(jnp.round(z), -128, 127)
-        chain = chain[:, None, None]
+        chain = prior(row)[:, None, None]
         upper, lower = (factorized_logits(chain, z_hat + d) for d in (0.5, -0.5))
         self.kept["z_prob"] = jax.nn.sigmoid(upper) - jax.nn.sigmoid(lower)
         return z_hat
-
-    exact = False
 
     def gaussian(self, residual, scale):
         s, self.step = self.step, self.step + 1
@@ -147,73 +121,184 @@ class Replay:
         return self.record[f"yq{s}"]
 
 
-@pytest.fixture(scope="module")
-def recorded():
-    with np.load(GOLDEN / "dcvc_rt_intra.npz") as file:
-        return {k: int(file[k]) if k == "qp" else nhwc(file[k]) for k in file}
+def compare(computed: dict, recorded: dict, *names: str) -> None:
+    for name in names:
+        ours, theirs = np.asarray(computed[name]), np.asarray(recorded[name])
+        assert ours.shape == theirs.shape, name
+        if name.startswith("yq"):
+            # A value on the edge between two integers may fall to either side.
+            assert np.mean(ours != theirs) <= 1e-3, name
+        else:
+            assert np.abs(ours - theirs).max() <= 1e-3 * np.abs(theirs).max(), name
 
 
-@pytest.fixture(scope="module")
-def published():
-    manifest = json.loads((GOLDEN / "dcvc_rt_intra.manifest.json").read_text())
-    return {
-        name: stand_in(name, shape, manifest["gain"]) for name, shape in manifest["tensors"].items()
-    }
+def taps(kept: dict, inputs: dict, outputs: dict, replaced: dict | None = None):
+    """Keeps arguments and results of sub-networks by their names; replaces results."""
+
+    def intercept(next_fun, args, kwargs, context):
+        name = context.module.name
+        if context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        for number, key in inputs.get(name, ()):
+            kept[key] = args[number]
+        result = next_fun(*args, **kwargs)
+        if name in outputs:
+            kept[outputs[name]] = result
+        return result if not replaced or name not in replaced else replaced[name]
+
+    return nn.intercept_methods(intercept)
 
 
-@pytest.fixture(scope="module")
-def computed(recorded, published):
-    """Our values under the names of the record."""
-    model = registry.build("intra", "full")
+def test_intra_codec_of_dcvc_rt(dcvc_rt):
+    module, params = dcvc_rt
+    recorded = record("dcvc_rt_intra")
 
     @jax.jit
-    def run(params, record):
-        replay = Replay(record)
-
-        def tap(next_fun, args, kwargs, context):
-            # Two values that only pass between sub-networks: seen where they enter.
-            if context.module.name == "spatial_prior_reduction":
-                replay.kept["params"] = args[0]
-            if context.module.name == "decoder" and context.method_name == "__call__":
-                replay.kept["y_hat"] = args[0]
-            return next_fun(*args, **kwargs)
-
-        frames = record["x"][:, None]
-        qp = jnp.full((1, 1), recorded["qp"])
-        with nn.intercept_methods(tap):
-            recon, _ = model.apply({"params": params}, frames, (), qp, replay)
+    def run(params, recorded):
+        replay = Replay(recorded)
+        inputs = {"spatial_prior_reduction": [(0, "params")], "decoder": [(0, "y_hat")]}
+        with taps(replay.kept, inputs, {}):
+            recon, _ = module.apply(
+                {"params": params}, recorded["x"][:, None], (), quality(qp), replay
+            )
         return replay.kept | {"x_hat_unclamped": recon[:, 0]}
 
-    arrays = {k: v for k, v in recorded.items() if k != "qp"}
-    return run(our_parameters(published), arrays)
+    qp = recorded.pop("qp")
+    computed = run(params, recorded)
+    compare(computed, recorded, *(set(recorded) - {"x"}))
 
 
-def test_every_tensor_has_its_place(published):
-    params = our_parameters(published)
-    model = registry.build("intra", "full")
-    expected = jax.eval_shape(lambda key: registry.init(model, key), jax.random.key(0))
-    shapes = lambda tree: {k: v.shape for k, v in traverse_util.flatten_dict(tree).items()}  # noqa: E731
-    assert shapes(params) == shapes(expected)
+@pytest.mark.parametrize("kind", ["frame", "feature"])
+def test_predicted_frames_of_dcvc_rt(dcvc_rt, kind):
+    module, params = dcvc_rt
+    recorded = record(f"dcvc_rt_inter_{kind}_ref")
+    ref = {"frame": recorded.pop("ref_frame"), "feature": recorded.pop("ref_feature", None)}
+
+    @jax.jit
+    def run(params, recorded):
+        replay = Replay(recorded)
+        inputs = {
+            "temporal_prior_encoder": [(0, "ctx_t")],
+            "decoder": [(0, "y_hat"), (1, "ctx")],
+        }
+        with taps(replay.kept, inputs, {"prior_fusion": "params"}):
+            recon, (left,) = module.apply(
+                {"params": params},
+                recorded["x"][:, None],
+                (ui2c.Ref(**{kind: ref[kind]}),),
+                quality(qp),
+                replay,
+            )
+        kept = replay.kept | {"x_hat": jnp.clip(recon[:, 0], 0, 1), "feature_out": left.feature}
+        thinned = {"ctx": 8, "ctx_t": 8, "feature_out": 8, "params": 4}
+        return {k: v[..., :: thinned.get(k, 1)] for k, v in kept.items()}
+
+    qp = recorded.pop("qp")
+    computed = run(params, recorded)
+    compare(computed, recorded, *(set(recorded) - {"x"}))
 
 
-FLOATS = ["y", "z", "z_prob", "params", "s0", "s1", "s2", "s3", "y_hat", "x_hat_unclamped"]
-SYMBOLS = ["yq0", "yq1", "yq2", "yq3"]
+class Bits(Estimate):
+    """Counts as the published codecs report, and keeps the bits of every step."""
+
+    def __init__(self):
+        super().__init__(as_published=True)
+        self.parts = []
+
+    def factorized(self, z, prior, row):
+        return self._noted("z", super().factorized, z, prior, row)
+
+    def _latent(self, *arguments):
+        return self._noted("y", super()._latent, *arguments)
+
+    def _noted(self, part, method, *arguments):
+        before = self.bits[part]
+        result = method(*arguments)
+        self.parts.append(self.bits[part] - before)
+        return result
 
 
-@pytest.mark.parametrize("name", FLOATS)
-def test_values_agree(name, computed, recorded):
-    ours, theirs = np.asarray(computed[name]), np.asarray(recorded[name])
-    assert ours.shape == theirs.shape
-    assert np.abs(ours - theirs).max() <= 1e-3 * np.abs(theirs).max()
+def test_intra_codec_of_brhvc(brhvc_model):
+    module, params = brhvc_model
+    recorded = record("brhvc_intra")
+
+    @jax.jit
+    def run(params, x):
+        bits, kept = Bits(), {}
+        with taps(kept, {"prior": [(0, "y")]}, {}):
+            recon, _ = module.apply(
+                {"params": params}, x[:, None], (), quality(recorded["q_index"]), bits
+            )
+        return kept | {"x_hat": recon[:, 0]}, bits.bits
+
+    computed, bits = run(params, recorded["x"])
+    compare(computed, recorded, "y")
+    clamped = {"x_hat": jnp.clip(computed["x_hat"], 0, 1)}
+    compare(clamped, {"x_hat": jnp.clip(recorded["x_hat"], 0, 1)}, "x_hat")
+    pixels = recorded["x"].shape[1] * recorded["x"].shape[2]
+    np.testing.assert_allclose(bits["y"] / pixels, recorded["bpp_y"], rtol=0.005)
+    np.testing.assert_allclose(bits["z"] / pixels, recorded["bpp_z"], rtol=0.005)
+    np.testing.assert_allclose(bits["y"] + bits["z"], recorded["bit"], rtol=0.005)
 
 
-@pytest.mark.parametrize("name", SYMBOLS)
-def test_symbols_agree(name, computed, recorded):
-    # A value on the edge between two integers may fall to either side.
-    ours, theirs = np.asarray(computed[name]), np.asarray(recorded[name])
-    assert ours.shape == theirs.shape
-    assert np.mean(ours != theirs) <= 1e-3
+def b_reference(frame: jax.Array, seed: int) -> brhvc.Ref:
+    """A reference with the agreed random state."""
+    rng = np.random.RandomState(seed)
+
+    def draw(factor, *shape):
+        return nhwc(np.float32(factor * rng.randn(1, *shape)))
+
+    return brhvc.Ref(
+        frame,
+        feature=draw(0.3, 48, 128, 192),
+        motion_feature=draw(0.3, 128, 32, 48),
+        y=draw(1, 128, 8, 12),
+        motion_y=draw(1, 64, 8, 12),
+    )
 
 
-def test_nothing_recorded_is_left_out(recorded):
-    assert {*FLOATS, *SYMBOLS} == set(recorded) - {"x", "qp"}
+@pytest.mark.parametrize("kind", ["intra", "b"])
+def test_b_frames_of_brhvc(brhvc_model, kind):
+    module, params = brhvc_model
+    recorded = record(f"brhvc_bframe_{kind}_refs")
+    pair = [brhvc.Ref(recorded[k]) for k in "fb"]
+    if kind == "b":
+        pair = [b_reference(ref.frame, seed) for ref, seed in zip(pair, (11, 12), strict=True)]
+    level, qp = int(recorded["layer_index"]), quality(recorded["q_index"])
+    # As a compiled program gets them, and as training does.
+    refs = {
+        "intra": module.complete(tuple(pair), Unit((), (), level, (), ()), 128, 192),
+        "b": brhvc.Between(*pair, level, 0.5),
+    }[kind]
+
+    @jax.jit
+    def run(params, recorded, refs):
+        bits, kept = Bits(), {}
+        outputs = {"motion_prior": "mv_y_hat", "prior": "y_hat"}
+        replaced = {ours: recorded[theirs] for ours, theirs in outputs.items()}
+        with taps(kept, {}, outputs, replaced):
+            recon, (left,) = module.apply(
+                {"params": params}, recorded["x"][:, None], refs, qp, bits
+            )
+        kept |= {
+            "x_hat": jnp.clip(recon[:, 0], 0, 1),
+            "feature_out": left.feature[..., ::8],
+            "mv_feature_out": left.motion_feature,
+        }
+        if kind == "intra":
+            kept["flow_x_f"] = module.apply(
+                {"params": params},
+                recorded["x"],
+                recorded["f"],
+                method=lambda m, *a: m.inter.flow(*a),
+            )
+        return kept, bits.parts
+
+    arrays = {k: v for k, v in recorded.items() if v.ndim == 4}
+    computed, parts = run(params, arrays, refs)
+    compare(computed, recorded, *(set(arrays) - {"x", "f", "b"}))
+    counted = dict(
+        bit_mv_z=parts[0], bit_mv_y=sum(parts[1:5]), bit_z=parts[5], bit_y=sum(parts[6:])
+    )
+    for name, bits in counted.items():
+        np.testing.assert_allclose(bits[0], recorded[name], rtol=0.005, err_msg=name)
