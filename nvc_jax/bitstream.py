@@ -36,8 +36,8 @@ from nvc_jax.files import replacing, writing
 from nvc_jax.schedule import Schedule
 
 MAGIC = b"\x8bNVC"
-VERSION = 2
-OLDEST_VERSION = 1  # that is still read: the same, with only mode 0
+VERSION = 3
+OLDEST_VERSION = 1  # that is still read: 1 has only mode 0, 1 and 2 no short groups
 END_MAGIC = b"CVN\x8b"
 
 MAX_SIDE = 16384  # pixels, width and height
@@ -48,9 +48,10 @@ MAX_LEVELS = 8  # of a schedule's hierarchy
 MAX_QP = 127  # a qp of 0..63 plus its offset
 MAX_ACCESS_POINTS = 2**20  # later ones are not listed; decoding then starts at the last one listed
 
-# Tag of a packet: 110erfff with e = display frames written out, r = random access point,
-# fff = frames - 1. Nothing else but the index may stand where a packet could.
-_PACKET, _PACKET_MASK, _EXPLICIT, _RANDOM_ACCESS = 0b1100_0000, 0b1110_0000, 0b1_0000, 0b1000
+# Tag of a packet: 11gerfff with g = size of the group written out, e = display frames written out,
+# r = random access point, fff = frames - 1. Nothing else but the index may stand where a packet
+# could.
+_PACKET, _PACKET_MASK, _GROUP, _EXPLICIT, _RANDOM_ACCESS = 0xC0, 0xC0, 0x20, 0x10, 0x08
 _INDEX = ord("I")
 _MIN_PACKET_BYTES = 12  # one frame, no payload
 
@@ -146,6 +147,8 @@ class Packet:
         payload: entropy-coded bytes, of interest to the codec only.
         symbols_crc: CRC-32 of the decoded symbols, computed and checked by the codec.
         random_access: decoding can start at this unit.
+        group: frames of the schedule's group that the unit begins, if fewer than the schedule
+            says; else None.
     """
 
     frames: tuple[int, ...]
@@ -153,6 +156,7 @@ class Packet:
     payload: bytes = field(repr=False)
     symbols_crc: int
     random_access: bool = False
+    group: int | None = None
 
 
 class AccessPoint(NamedTuple):
@@ -281,6 +285,10 @@ def _packet_bytes(packet: Packet, unit: int, next_frame: int, header: Header) ->
     if frames != tuple(range(next_frame, next_frame + len(frames))):
         tag |= _EXPLICIT
         explicit = b"".join(map(varint, frames))
+    if packet.group is not None:
+        _require(0 < packet.group < 256, f"unit {unit} begins a group of {packet.group} frames")
+        tag |= _GROUP
+        explicit = bytes([packet.group]) + explicit
     head = bytes([tag]) + explicit + bytes(qps) + varint(len(payload)) + _u32(packet.symbols_crc)
     head += bytes([_crc8(head)])
     return head + payload + _u32(_packet_crc(unit, frames[0], head, payload))
@@ -622,6 +630,7 @@ def _read_packet(
     """The packet whose tag was read just now; it must end at byte `limit` at the latest."""
     start = source.tell() - 1
     count = (tag & 0b111) + 1
+    group = source.read(1)[0] if tag & _GROUP else None
     frames = tuple(range(next_frame, next_frame + count))
     if tag & _EXPLICIT:
         frames = tuple(source.varint(2**32 - 1) for _ in range(count))
@@ -638,7 +647,7 @@ def _read_packet(
     payload = source.read(size)
     if source.u32() != _packet_crc(unit, frames[0], head, payload):
         raise _Unreadable("the checksum of the unit is wrong", start)
-    return Packet(frames, qps, payload, symbols_crc, bool(tag & _RANDOM_ACCESS))
+    return Packet(frames, qps, payload, symbols_crc, bool(tag & _RANDOM_ACCESS), group)
 
 
 def _find_index(source: _Source, first_offset: int) -> Index | None:

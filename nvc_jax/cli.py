@@ -67,8 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--target-bpp", type=float, help=f"bits per pixel not to exceed {first}")
     quality.add_argument("--target-psnr", type=float, help=f"6:1:1 PSNR in dB to reach {first}")
     p.add_argument("--frames", type=positive, help="encode only the first frames")
-    p.add_argument("--intra-period", type=int, default=0,
-                   help="frames between random-access points (default: only one)")  # fmt: skip
+    p.add_argument("--intra-period", type=int,
+                   help="frames between random-access points; 0: only one, the default but for "
+                   "models with B-frames, where it is the group's size")  # fmt: skip
+    p.add_argument("--gop", type=int,
+                   help="frames in a group, 2 to 64, of models with B-frames (default: 32, or the "
+                   "intra period if that is shorter)")  # fmt: skip
+    p.add_argument("--closed-gop", action="store_true",
+                   help="groups of B-frames that do not reach into each other")  # fmt: skip
     p.add_argument("--calibration", type=margin_exponents, metavar="EPS|off",
                    help="list scales closer than EPS levels to a boundary (a power of two such as "
                    "2^-10; several, for the levels of a hierarchy, with commas between), or do not "
@@ -84,6 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("input", help="the .nvc file")
     p.add_argument("output", help=f"the video to write: {', '.join(video.WRITABLE)}")
     p.add_argument("--model", help="file of the weights, if they are not shipped")
+    p.add_argument("--start", type=int, default=0, metavar="FRAME",
+                   help="first frame to write, counted from 0; decoding begins at the "
+                   "random-access point before it")  # fmt: skip
+    p.add_argument("--end", type=positive, metavar="FRAME",
+                   help="first frame not to write (default: all to the end)")  # fmt: skip
     p.add_argument("--conceal", action="store_true",
                    help="go on after damage; lost frames repeat the last good one")  # fmt: skip
     p.add_argument("--max-pixels", type=positive, default=MAX_PIXELS,
@@ -185,7 +196,7 @@ def encode(args: argparse.Namespace) -> None:
     from nvc_jax.models import released
 
     model = released.load(args.model)
-    schedule = codec.schedule_for(model, args.intra_period)
+    schedule = codec.schedule_for(model, args.intra_period, args.gop, args.closed_gop)
     mode, margins = codec.default_mode(model), ()
     if args.calibration is not None:
         mode, margins = (CALIBRATED if args.calibration else FLOAT), args.calibration
@@ -210,11 +221,15 @@ def encode(args: argparse.Namespace) -> None:
         bar = stack.enter_context(_progress())
         task = bar.add_task("encoding", total=total, note="")
         ahead = stack.enter_context(closing(read_ahead(pictures, 4)))
-        coded_bytes = 0
+        coded_bytes = shown = 0
+        waiting: dict[int, video.Planes] = {}  # coded before a frame that is shown earlier
         for unit in codec.encode(unit_codec, ahead, qp, schedule, render=bool(args.recon)):
             size = stream.write(unit.packet)
-            for picture in unit.recons or ():
-                recon.write(picture)
+            if args.recon:
+                waiting |= dict(zip(unit.packet.frames, unit.recons, strict=True))
+                while shown in waiting:
+                    recon.write(waiting.pop(shown))
+                    shown += 1
             coded_bytes += size
             clock.tick(len(unit.packet.frames))
             units.append(
@@ -227,7 +242,8 @@ def encode(args: argparse.Namespace) -> None:
                     "listed_elements": sum(int(step.sum()) for step in unit.coded.flags),
                 }
             )
-            latent = unit.coded.indices[1:]  # the hyper-latent comes first, and is always coded
+            steps = unit_codec.steps_of(not unit.packet.random_access)
+            latent = [i for i, s in zip(unit.coded.indices, steps, strict=True) if s.family]
             elements += sum(step.size for step in latent)
             skipped += sum(int((step == SKIP).sum()) for step in latent)
             bpp = 8 * coded_bytes / (clock.frames * pixels)
@@ -258,6 +274,9 @@ def encode(args: argparse.Namespace) -> None:
 def decode(args: argparse.Namespace) -> None:
     begin = time.monotonic()
     _check_distinct(args.input, args.output, args.json)
+    part = args.start != 0 or args.end is not None
+    if part and args.conceal:
+        raise NvcError("--conceal fills gaps of whole files; give it without --start and --end")
     with bitstream.open_stream(args.input) as stream:
         header = stream.header
         _check_limit(args, "pixels", header.width * header.height)  # before memory is taken
@@ -280,10 +299,20 @@ def decode(args: argparse.Namespace) -> None:
         info = video.VideoInfo(
             header.width, header.height, header.fps, video.Colour(*header.colour)
         )
+        total = stream.frame_count
+        if part:
+            start = stream.access_point(args.start)
+            wanted = range(args.start, min(args.end or total, total))
+            if not wanted:
+                raise NvcError(f"there is nothing between frames {args.start} and {args.end}")
+            total = len(wanted)
+            decoded = codec.decode(unit_codec, stream, start, wanted)
+        else:
+            decoded = codec.decode_concealing(unit_codec, stream)
         clock, units, losses, written = _Clock(begin), [], [], 0
         with video.write_video(args.output, info) as out, _progress() as bar:
-            task = bar.add_task("decoding", total=stream.frame_count, note="")
-            for unit, pictures in codec.decode_concealing(unit_codec, stream):
+            task = bar.add_task("decoding", total=total, note="")
+            for unit, pictures in decoded:
                 if isinstance(unit, codec.Lost):
                     losses.append(unit)
                     if not args.conceal:
@@ -293,7 +322,7 @@ def decode(args: argparse.Namespace) -> None:
                     _check_limit(args, "frames", written)
                     out.write(picture)
                 if isinstance(unit, bitstream.Packet):
-                    clock.tick(len(unit.frames))
+                    clock.tick(len(pictures))
                     units.append({"frames": list(unit.frames), "checksum_ok": True})
                     bar.update(task, completed=written, note=f"{clock.fps():.1f} fps")
             if losses and not units:

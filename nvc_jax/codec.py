@@ -93,8 +93,8 @@ class UnitCodec(NamedTuple):
     steps: dict[bool, tuple[Step, ...]]
     program: Any
 
-    def steps_of(self, refs: tuple) -> tuple[Step, ...]:
-        """The coding steps of a unit with these references."""
+    def steps_of(self, refs: Any) -> tuple[Step, ...]:
+        """The coding steps of a unit with references, or without if `refs` is empty or False."""
         return self.steps[bool(refs) if len(self.steps) > 1 else next(iter(self.steps))]
 
 
@@ -473,12 +473,32 @@ class EncodedUnit(NamedTuple):
     ideal_bits: float
 
 
-def schedule_for(model: Released, intra_period: int = 0) -> schedules.Schedule:
-    """The coding order of a model. Raises NvcError for an impossible intra period."""
+def schedule_for(
+    model: Released,
+    intra_period: int | None = None,
+    gop: int | None = None,
+    closed: bool = False,
+) -> schedules.Schedule:
+    """The coding order of a model.
+
+    Args:
+      intra_period: distance of frames at which decoding can start; 0 for the first frame only. By
+        default that, and for B-frames the group's size.
+      gop, closed: of groups of B-frames, see `schedule.hierarchical`; by default 32 frames, or the
+        intra period if that is shorter.
+
+    Raises:
+      NvcError: there is no such order, or the model does not code in groups.
+    """
     name = model.module.schedule
+    if name == "hierarchical":
+        return schedules.hierarchical(gop or min(intra_period or 32, 32), intra_period, closed)
+    if gop is not None or closed:
+        raise NvcError(f"'{model.name}' has no B-frames, so its groups cannot be chosen")
     if name == "all_intra":
         return schedules.all_intra()
-    return {"two_frame": schedules.two_frame, "low_delay": schedules.low_delay}[name](intra_period)
+    make = {"two_frame": schedules.two_frame, "low_delay": schedules.low_delay}[name]
+    return make(intra_period or 0)
 
 
 def make_header(codec: UnitCodec, info: VideoInfo, schedule: schedules.Schedule) -> Header:
@@ -513,7 +533,9 @@ def encode(
         raise NvcError(f"qp {qp} is out of range; give 0 (smallest file) to {MAX_QP} (best)")
     pictures = iter(pictures)
     slots, frame, number = {}, 0, 0
-    while group := list(islice(pictures, schedule.gop)):
+    while group := list(islice(pictures, schedules.group_size(schedule, frame))):
+        whole = len(group) == schedules.group_size(schedule, frame)
+        short = None if whole or not schedules.in_layers(schedule) else len(group)
         for unit in schedules.units(schedule, frame, len(group), number):
             originals = [group[f - frame] for f in unit.frames]
             qps = tuple(qp + offset for offset in unit.qp_offset)
@@ -523,7 +545,9 @@ def encode(
             for slot in unit.release:
                 del slots[slot]
             steps = list(zip(coded.symbols, coded.indices, strict=True))
-            packet = Packet(unit.frames, qps, payload, symbols_crc(coded.symbols), not unit.refs)
+            crc = symbols_crc(coded.symbols)
+            packet = Packet(unit.frames, qps, payload, crc, not unit.refs, short)
+            short = None  # said by the first packet of the group
             bits = coder.code_length_bits(steps, codec.tables)
             yield EncodedUnit(packet, originals, coded.pictures, coded, bits)
             number += 1
@@ -548,7 +572,7 @@ def check_model(header: Header, model: Released) -> None:
             f"{header.fingerprint.hex()}; the model at hand is '{model.name}', weights "
             f"{model.fingerprint.hex()}. Give the file of the right weights with --model."
         )
-    if header.schedule.name != model.module.schedule:
+    if header.schedule.name.removesuffix("_closed") != model.module.schedule:
         raise StreamError(
             f"the stream's schedule '{header.schedule.name}' is not that of its model "
             f"'{header.model}'; the header is damaged"
@@ -556,75 +580,120 @@ def check_model(header: Header, model: Released) -> None:
 
 
 def decode(
-    codec: UnitCodec, stream: Stream, start: AccessPoint | None = None
+    codec: UnitCodec,
+    stream: Stream,
+    start: AccessPoint | None = None,
+    wanted: range | None = None,
 ) -> Iterator[tuple[Packet, list[Planes]]]:
     """Decodes a stream unit by unit; frames come in display order.
 
-    Begins at the first unit, or at `start`, which `stream.access_point(frame)` finds.
+    Args:
+      start: where to begin, which `stream.access_point(frame)` finds; by default the first unit.
+      wanted: frames to hand out, by default all from there. Others are decoded only if these refer
+        to them.
 
     Raises:
       StreamError: the file is damaged or cut off (after the last intact unit), or a unit's symbols
         do not have the checksum that the encoder stored.
     """
-    first_unit, first_frame, _ = start or (0, 0, 0)
-    return _decode_run(codec, stream.header, stream.packets(start), first_unit, first_frame)
+    first_frame = start.frame if start else 0
+    return _decode_run(codec, stream.header, stream.packets(start), first_frame, wanted)
 
 
 def _decode_run(
     codec: UnitCodec,
     header: Header,
     numbered: Iterable[tuple[int, Packet]],
-    first_unit: int,
     first_frame: int,
+    wanted: range | None = None,
 ) -> Iterator[tuple[Packet, list[Planes]]]:
-    """Decodes units in a row, the first of which reads no reference."""
-    packets, slots = [], {}
+    """Decodes units in a row, the first of which reads no reference, up to the last that is wanted.
 
-    def planned():
-        next_frame = first_frame
-        for number, packet in numbered:
-            if packet.frames[0] != next_frame:
-                raise StreamError(
-                    f"unit {number} begins with frame {packet.frames[0]}, but frame {next_frame} "
-                    "is next; encode the video again"
-                )
-            (unit,) = schedules.units(header.schedule, next_frame, len(packet.frames), number)
-            if unit.frames != packet.frames or packet.random_access != (not unit.refs):
-                raise StreamError(
-                    f"unit {number} does not follow the schedule in the header; encode the video "
-                    "again"
-                )
-            next_frame += len(packet.frames)
-            packets.append(packet)
-            yield unit
+    Where it stands inside a group, the group's frames before it refer to what came earlier, and are
+    left out.
+    """
+    wanted = range(first_frame, 2**63) if wanted is None else wanted
+    slots: dict[int, tuple] = {}
+    waiting: dict[int, tuple[Packet, list[Planes]]] = {}
+    shown = wanted.start  # every frame that is wanted below was handed out
+    for unit, number, packet in _planned(header.schedule, numbered, first_frame, wanted):
+        if shown >= wanted.stop:
+            return
+        if max(packet.qps) >= codec.model.module.qp_rows:
+            raise StreamError(
+                f"unit {number} has a qp of {max(packet.qps)}, beyond the model; encode the video "
+                "again"
+            )
+        refs = references(unit, slots)
+        try:
+            decoded = decode_unit(codec, packet.payload, refs, packet.qps, unit)
+        except OtherTables:
+            reason = "its coded data does not end with its last symbol"
+            raise _mismatch(codec.mode, number, packet, reason) from None
+        except StreamError as e:
+            raise StreamError(f"{_place(number, packet)} cannot be decoded: {e}") from None
+        if symbols_crc(decoded.symbols) != packet.symbols_crc:
+            raise _mismatch(codec.mode, number, packet, "the checksum of its symbols is wrong")
+        slots[number] = decoded.refs
+        for slot in unit.release:
+            slots.pop(slot, None)  # not there if decoding began behind it
+        pictures = zip(unit.frames, decoded.pictures, strict=True)
+        chosen = {frame: picture for frame, picture in pictures if frame in wanted}
+        if chosen:
+            waiting[min(chosen)] = packet, list(chosen.values())
+        while shown in waiting:
+            done = waiting.pop(shown)
+            yield done
+            shown += len(done[1])
+    if waiting and shown < wanted.stop:
+        raise StreamError(f"frame {shown} is missing; encode the video again")
 
-    try:
-        units = schedules.validate(planned(), first_unit, first_frame)
-        for number, unit in enumerate(units, first_unit):
-            packet = packets.pop()
-            if max(packet.qps) >= codec.model.module.qp_rows:
-                raise StreamError(
-                    f"unit {number} has a qp of {max(packet.qps)}, beyond the model; encode the "
-                    "video again"
-                )
-            refs = references(unit, slots)
+
+def _planned(
+    schedule: schedules.Schedule,
+    numbered: Iterable[tuple[int, Packet]],
+    first_frame: int,
+    wanted: range,
+) -> Iterator[tuple[schedules.Unit, int, Packet]]:
+    """Those units of a run, with numbers and packets, that lead to frames that are wanted.
+
+    Raises:
+      StreamError: a packet is not what the schedule has in its place.
+    """
+    group_first = schedules.group_start(schedule, first_frame)
+    planned: list[schedules.Unit] = []
+    for number, packet in numbered:
+        if not planned:
+            size = packet.group or len(packet.frames)
+            if schedules.in_layers(schedule):
+                size = packet.group or schedules.group_size(schedule, group_first)
             try:
-                decoded = decode_unit(codec, packet.payload, refs, packet.qps, unit)
-            except OtherTables:
-                reason = "its coded data does not end with its last symbol"
-                raise _mismatch(codec.mode, number, packet, reason) from None
-            except StreamError as e:
-                raise StreamError(f"{_place(number, packet)} cannot be decoded: {e}") from None
-            if symbols_crc(decoded.symbols) != packet.symbols_crc:
-                raise _mismatch(codec.mode, number, packet, "the checksum of its symbols is wrong")
-            slots[number] = decoded.refs
-            for slot in unit.release:
-                del slots[slot]
-            yield packet, decoded.pictures
-    except StreamError:
-        raise
-    except NvcError as e:  # of the schedule
-        raise StreamError(f"the stream cannot be decoded in its order: {e}") from None
+                planned = schedules.units(schedule, group_first, size, number)
+            except NvcError as e:
+                raise StreamError(f"the stream cannot be decoded in its order: {e}") from None
+            following = group_first + size
+            needed = _needed(planned, number, wanted)
+            if wanted.stop > following:
+                needed |= {number}  # later groups refer to the frame that begins this one
+            group_first, first_unit = following, number
+        unit = planned[number - first_unit]
+        if unit.frames != packet.frames or packet.random_access != (not unit.refs):
+            raise StreamError(
+                f"unit {number} does not follow the schedule in the header; encode the video again"
+            )
+        if number in needed:
+            yield unit, number, packet
+        if number - first_unit + 1 == len(planned):
+            planned = []
+
+
+def _needed(planned: list[schedules.Unit], first_unit: int, wanted: range) -> set[int]:
+    """Numbers of the units of a group that hold frames that are wanted, or that those refer to."""
+    needed: set[int] = set()
+    for number, unit in reversed(list(enumerate(planned, first_unit))):
+        if number in needed or any(frame in wanted for frame in unit.frames):
+            needed |= {number, *unit.refs}
+    return needed
 
 
 # What a wrong symbol in a file that is intact means, and what helps.
@@ -697,14 +766,15 @@ def decode_concealing(
             for number, packet in numbered:
                 if reason:
                     first, last_frame = packet.frames[0], max(packet.frames)
-                    possible = frame <= first <= last_frame < (stream.frame_count or read_frames)
+                    known = stream.frame_count or read_frames + header.schedule.gop
+                    possible = frame <= first <= last_frame < known
                     if not (packet.random_access and possible):
                         continue
                     yield _lost(unit, number, frame, first, reason, last)
                     unit, frame, reason = number, first, None
                 run = chain([(number, packet)], numbered)
                 try:
-                    for decoded, pictures in _decode_run(codec, header, run, unit, frame):
+                    for decoded, pictures in _decode_run(codec, header, run, frame):
                         unit, frame, last = unit + 1, frame + len(pictures), pictures[-1]
                         yield decoded, pictures
                 except BrokenStream:

@@ -6,9 +6,13 @@ by the unit that filled it. A unit says which slots it reads and which are dropp
 (itself among them, when nobody will read it); encoder, decoder, training clips and random access
 all follow the same list.
 
-An encoder does not know how long its clip is. It therefore plans one *group* of `schedule.gop`
-frames at a time with `units`; only the last group of a clip may be shorter. Decoding can start at
-any unit without references: no unit from there on reads or drops an older slot.
+An encoder does not know how long its clip is. It therefore plans one *group* of frames at a time
+with `units`; only the last group of a clip may be shorter than `group_size` says. Decoding can
+start at any unit without references: no unit of a later group reads or drops an older slot.
+
+Hierarchical orders code the end of a group first and then, depth first, the frame in the middle of
+every gap from the frames at both its ends, as BRHVC (arXiv 2511.08938) and classical codecs do. The
+rules for sizes that are no power of two, for tails and for closed groups are ours.
 
 The quality offsets of the low-delay orders follow DCVC-RT (arXiv 2502.20762, released code): eight
 frames with offsets 0, 8, 0, 4, 0, 4, 0, 4 added to the qp of the clip.
@@ -16,7 +20,7 @@ frames with offsets 0, 8, 0, 4, 0, 4, 0, 4 added to the qp of the clip.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,7 +52,7 @@ class Schedule:
 
     Attributes:
         name: one of `SCHEDULES`.
-        gop: frames planned together, see `units`.
+        gop: frames planned together, see `group_size`.
         intra_period: every so many frames a unit reads no reference, so that decoding can start
             there; 0 for the first frame only. A multiple of `gop`.
 
@@ -63,14 +67,20 @@ class Schedule:
     def __post_init__(self):
         if self.name not in SCHEDULES:
             raise NvcError(f"unknown schedule {self.name!r}; known: {', '.join(SCHEDULES)}")
-        gop = SCHEDULES[self.name][0]
-        if self.gop != gop:
-            raise NvcError(f"schedule {self.name} codes groups of {gop} frames, not {self.gop}")
+        gop, sizes = self.gop, SCHEDULES[self.name][0]
+        if gop not in sizes:
+            allowed = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
+            raise NvcError(f"schedule {self.name} codes groups of {allowed} frames, not {gop}")
         if self.intra_period < 0 or self.intra_period % gop:
             raise NvcError(
                 f"intra period {self.intra_period}: schedule {self.name} codes {gop} frames at a "
                 f"time, so decoding can only start at every {gop}th frame; give a multiple of "
                 f"{gop}, or 0 to start at the first frame only"
+            )
+        if self.name == "hierarchical_closed" and self.intra_period != gop:
+            raise NvcError(
+                f"intra period {self.intra_period}: closed groups all begin with an intra frame; "
+                f"give {gop}"
             )
 
 
@@ -93,33 +103,70 @@ def low_delay(intra_period: int = 0) -> Schedule:
     return Schedule("low_delay", 1, intra_period)
 
 
+def hierarchical(gop: int = 32, intra_period: int | None = None, closed: bool = False) -> Schedule:
+    """B-frames between anchors that are `gop` frames apart.
+
+    Args:
+        intra_period: distance of the anchors that are intra frames, by default all of them; 0 for
+            the first only. The others are predicted from the anchor before.
+        closed: groups do not reach into each other: each begins with an intra frame and ends before
+            the next one's, for a price.
+
+    Raises:
+        NvcError: gop is not 2 to 64, or the intra period no multiple of it.
+    """
+    period = gop if intra_period is None else intra_period
+    return Schedule("hierarchical_closed" if closed else "hierarchical", gop, period)
+
+
+def in_layers(schedule: Schedule) -> bool:
+    """Whether a group has many units, in another order than they are shown."""
+    return schedule.name.startswith("hierarchical")
+
+
+def group_size(schedule: Schedule, first_frame: int) -> int:
+    """Frames of the group that begins with `first_frame`, unless the clip ends before.
+
+    Between open groups the anchors belong to the group that they end; so frame 0 is one of its own.
+    """
+    return 1 if schedule.name == "hierarchical" and first_frame == 0 else schedule.gop
+
+
+def group_start(schedule: Schedule, frame: int) -> int:
+    """First frame of the group that `frame` belongs to."""
+    if schedule.name == "hierarchical":
+        return (frame - 1) // schedule.gop * schedule.gop + 1 if frame else 0
+    return frame // schedule.gop * schedule.gop
+
+
 def units(schedule: Schedule, first_frame: int, count: int, first_unit: int) -> list[Unit]:
     """Plans one group: `count` frames from `first_frame` on, as units `first_unit`, +1, ...
 
     Args:
         schedule: the coding order.
-        first_frame: display index of the group's first frame, a multiple of `schedule.gop`.
-        count: `schedule.gop`, or less when the clip ends inside the group.
+        first_frame: display index of the group's first frame, see `group_start`.
+        count: `group_size`, or less when the clip ends inside the group.
         first_unit: number of the group's first unit.
 
     Raises:
-        NvcError: if the group does not start at a multiple of `schedule.gop` or has a wrong count.
+        NvcError: if no group starts there, or it has a wrong count.
     """
-    gop = schedule.gop
-    if first_frame % gop or not 1 <= count <= gop:
+    size = group_size(schedule, first_frame)
+    if group_start(schedule, first_frame) != first_frame or not 1 <= count <= size:
         raise NvcError(
-            f"schedule {schedule.name} cannot code {count} frames from frame {first_frame} on: "
-            f"a group has {gop} frames (fewer only at the end) and starts at a multiple of {gop}"
+            f"schedule {schedule.name} cannot code {count} frames from frame {first_frame} on: its "
+            f"groups of {schedule.gop} frames (fewer only at the end) start elsewhere"
         )
     return SCHEDULES[schedule.name][1](schedule, first_frame, count, first_unit)
 
 
 def plan(schedule: Schedule, frame_count: int) -> Iterator[Unit]:
     """The units of a whole clip of `frame_count` frames."""
-    unit = 0
-    for frame in range(0, frame_count, schedule.gop):
-        group = units(schedule, frame, min(schedule.gop, frame_count - frame), unit)
-        unit += len(group)
+    unit = frame = 0
+    while frame < frame_count:
+        count = min(group_size(schedule, frame), frame_count - frame)
+        group = units(schedule, frame, count, unit)
+        unit, frame = unit + len(group), frame + count
         yield from group
 
 
@@ -179,9 +226,99 @@ def _in_a_row(schedule: Schedule, first_frame: int, count: int, first_unit: int)
     return [Unit(frames, refs, 0, offsets, refs + last)]
 
 
+def _hierarchical(schedule: Schedule, first_frame: int, count: int, first_unit: int) -> list[Unit]:
+    if first_frame == 0:
+        return [_intra(0, schedule.gop)]
+    before = first_frame - 1  # the anchor that the group follows, whose unit opened its own group
+    slots = {before: first_unit - (schedule.gop if before else 1)}
+    last = before + count
+    whole = count == schedule.gop
+    if whole:
+        starts = schedule.intra_period and last % schedule.intra_period == 0
+    else:
+        # A short tail is predicted, for a long one an intra frame at its end is cheaper.
+        starts = schedule.intra_period and 2 * count >= schedule.gop
+    planned = []
+    if whole or starts:
+        anchor = _intra(last, schedule.gop) if starts else _predicted(before, before, last)
+        planned += [anchor, *_between(before, last)]
+    else:
+        planned += _tail(before, last)
+    return _numbered(planned, slots, first_unit, kept=last if whole else None)
+
+
+def _hierarchical_closed(
+    schedule: Schedule, first_frame: int, count: int, first_unit: int
+) -> list[Unit]:
+    planned = [_intra(first_frame, schedule.gop), *_tail(first_frame, first_frame + count - 1)]
+    return _numbered(planned, {}, first_unit, kept=None)
+
+
+def _layer(span: int) -> int:
+    """Layer of a frame in the middle of a gap: 0 for 2 frames, 1 for 3 or 4, 2 for 5 to 8, ..."""
+    return (span - 1).bit_length() - 1
+
+
+# Units whose `refs` are still display frames.
+
+
+def _intra(frame: int, gop: int) -> Unit:
+    return Unit((frame,), (), _layer(2 * gop), (0,), ())
+
+
+def _predicted(first: int, second: int, frame: int) -> Unit:
+    """A frame behind both of its references, in the layer of a gap with as distant ends."""
+    ratio = 0.5 if first == second else (frame - first) / (second - first)
+    return Unit((frame,), (first, second), _layer(2 * (frame - first)), (0,), (), ratio)
+
+
+def _between(a: int, b: int) -> list[Unit]:
+    """All frames of a gap, depth first."""
+    if b - a < 2:
+        return []
+    middle = (a + b) // 2
+    unit = Unit((middle,), (a, b), _layer(b - a), (0,), (), (middle - a) / (b - a))
+    return [unit, *_between(a, middle), *_between(middle, b)]
+
+
+def _tail(a: int, last: int) -> list[Unit]:
+    """Frames behind the last anchor: ever shorter steps, the gaps filled in between."""
+    planned, before = [], a
+    while last > a:
+        step = min(1 << ((last - a + 1) // 2).bit_length() - 1, 16)
+        planned += [_predicted(a, before, a + step), *_between(a, a + step)]
+        before, a = a, a + step
+    return planned
+
+
+def _numbered(
+    planned: list[Unit], slots: dict[int, int], first_unit: int, kept: int | None
+) -> list[Unit]:
+    """Puts slots in the place of frames, and drops each after the last unit that reads it.
+
+    Args:
+        slots: of frames of earlier groups.
+        kept: the frame that the next group reads.
+    """
+    slots = slots | {unit.frames[0]: first_unit + i for i, unit in enumerate(planned)}
+    last_use = dict.fromkeys(slots, first_unit)
+    for number, unit in enumerate(planned, first_unit):
+        last_use |= dict.fromkeys((*unit.frames, *unit.refs), number)
+    last_use.pop(kept, None)
+    return [
+        unit._replace(
+            refs=tuple(slots[frame] for frame in unit.refs),
+            release=tuple(slots[frame] for frame, use in last_use.items() if use == number),
+        )
+        for number, unit in enumerate(planned, first_unit)
+    ]
+
+
 # Name -> (frames in a group, planner of one group).
-SCHEDULES: dict[str, tuple[int, Callable[[Schedule, int, int, int], list[Unit]]]] = {
-    "all_intra": (1, _all_intra),
-    "two_frame": (2, _in_a_row),
-    "low_delay": (1, _in_a_row),
+SCHEDULES: dict[str, tuple[Sequence[int], Callable[[Schedule, int, int, int], list[Unit]]]] = {
+    "all_intra": ((1,), _all_intra),
+    "two_frame": ((2,), _in_a_row),
+    "low_delay": ((1,), _in_a_row),
+    "hierarchical": (range(2, 65), _hierarchical),
+    "hierarchical_closed": (range(2, 65), _hierarchical_closed),
 }

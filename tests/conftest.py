@@ -40,6 +40,16 @@ SIZES = {
         offset=0.5, form="uf", latent_gain=True, scale_head=16,
     ),
 }  # fmt: skip
+SIZES["brhvc"] = dict(
+    intra=dict(
+        width=16, y=16, z=8, prior=16, spatial_width=16, encoder=1, decoder=1, fusion=1, spatial=1,
+        offset=0.5, form="uf", latent_gain=True, scale_head=0,
+    ),
+    inter=dict(
+        widths=(8, 8, 8), y=16, motion=8, guess=8, tail=8, groups=2, offsets=2, unet=(8, 8, 8),
+        unet_blocks=1, flow=(8, 8), flow_kernel=3,
+    ),
+)  # fmt: skip
 
 
 def random_parameters(module, seed: int = 0) -> dict:
@@ -59,6 +69,10 @@ def random_parameters(module, seed: int = 0) -> dict:
             value = rng.uniform(0.8, 1.2, leaf.shape)
             if "latent" in name:
                 value *= np.asarray(quality_ramp(np.arange(leaf.shape[0])))[:, None]
+        elif path[-1] == "anchors":
+            value = np.geomspace(1, 8, 4)
+        elif path[-1] == "basic":
+            value = rng.uniform(0.8, 1.2, leaf.shape)
         elif path[-1] == "chain":
             value = rng.normal(0.5, 0.3, leaf.shape)
         else:
@@ -86,7 +100,7 @@ def assert_same_pictures(some, others) -> None:
 
 @pytest.fixture(scope="session")
 def model_files(tmp_path_factory) -> dict[str, Path]:
-    """Name -> file of a small released model with random weights: each codec, and "single".
+    """Name -> file of a small released model with random weights: codecs of `SIZES`, and "single".
 
     That is UI2C with one frame per unit.
     """
@@ -131,7 +145,7 @@ def prepare_once(prepared, monkeypatch):
     prepare = codec.prepare
 
     def cached(model, *args):
-        if model.name not in ("tiny-ui2c", "tiny-intra"):
+        if model.name not in [f"tiny-{name}" for name in SIZES]:
             return prepare(model, *args)
         return prepared(model.codec, *args)
 

@@ -200,7 +200,8 @@ def container(data: bytes) -> None:
                 assert unit.frames[0] == shown
             shown += len(list(pictures))
         assert [lost.reason for lost in losses[:1]] == [complaint] * bool(complaint)
-        assert shown <= bitstream.MAX_UNIT_FRAMES * len(data) / 12
+        gop = stream.header.schedule.gop
+        assert shown <= bitstream.MAX_UNIT_FRAMES * len(data) / 12 + gop
         assert index is None or shown >= index.frames
 
 

@@ -24,16 +24,40 @@ def test_gaussian_bits_against_scipy():
     assert bits.max() <= -np.log2(PROBABILITY_MIN) + 1e-3
 
 
-def test_bits_have_finite_gradients_everywhere():
+def test_laplace_bits_against_scipy():
+    value = np.linspace(-60, 60, 481)[:, None]
+    scale = np.array([-3.0, 0.0, 0.005, 0.01, 0.1, 0.5, 1, 3, 10, 50])
+    used = np.maximum(scale, likelihood.LAPLACE_SCALE_MIN)
+    probability = stats.laplace(scale=used).cdf(-abs(value) + 0.5)
+    probability -= stats.laplace(scale=used).cdf(-abs(value) - 0.5)
+    expected = -np.log2(np.maximum(probability, PROBABILITY_MIN))
+    bits = likelihood.laplace_bits(np.float32(value), np.float32(scale))
+    np.testing.assert_allclose(bits, expected, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", likelihood.BITS)
+def test_published_estimates_count_no_symbol_more_than_17_bits(family):
+    """They add 1e-5 to every probability and let scales fall to 1e-5."""
+    bits = likelihood.BITS[family]
+    value, scale = np.float32([0, 1, 3, 40]), np.float32([1e-6, 0.01, 1, 2])
+    p = 2.0 ** -np.asarray(bits(value, np.maximum(scale, 0.11)), np.float64)
+    published = bits(value, scale, as_published=True)
+    assert published.min() >= 0 and published.max() <= -np.log2(1e-5)
+    np.testing.assert_allclose(published[2:], -np.log2(p[2:] + 1e-5), rtol=1e-4)
+    assert published[0] == 0 and published[1] == pytest.approx(-np.log2(1e-5), rel=1e-4)
+
+
+@pytest.mark.parametrize("bits_of", likelihood.BITS.values())
+def test_bits_have_finite_gradients_everywhere(bits_of):
     value, scale = jnp.meshgrid(
         jnp.array([-1e6, -40.0, -0.5, 0.0, 0.5, 3.0, 1e6]), jnp.array([-1e3, 0.0, 0.11, 1.0, 1e4])
     )
-    total = lambda v, s: likelihood.gaussian_bits(v, s).sum()  # noqa: E731
+    total = lambda v, s: bits_of(v, s).sum()  # noqa: E731
     for gradient in jax.grad(total, (0, 1))(value, scale):
         assert jnp.isfinite(gradient).all()
     # A scale that is too small for its value is pushed up, even from below the bound.
-    assert jax.grad(likelihood.gaussian_bits, 1)(0.9, 0.05) < 0
-    assert jax.grad(likelihood.gaussian_bits, 1)(0.0, 0.05) == 0
+    assert jax.grad(bits_of, 1)(0.9, 0.005) < 0
+    assert jax.grad(bits_of, 1)(0.0, 0.005) == 0
 
 
 def frozen_bits(tables, number: int):

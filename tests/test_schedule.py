@@ -12,8 +12,17 @@ from nvc_jax.schedule import Schedule, Unit
 
 pairs = st.integers(0, 12).map(lambda pairs: schedule.two_frame(2 * pairs))
 singles = st.integers(0, 24).map(schedule.low_delay)
-schedules = st.one_of(st.just(schedule.all_intra()), pairs, singles)
-lengths = st.integers(0, 70)
+flats = st.one_of(st.just(schedule.all_intra()), pairs, singles)
+layered = st.builds(
+    lambda gop, periods, closed: schedule.hierarchical(
+        gop, None if closed else periods * gop, closed
+    ),
+    st.integers(2, 64),
+    st.integers(0, 3),
+    st.booleans(),
+)
+schedules = st.one_of(flats, layered)
+lengths = st.integers(0, 140)
 
 
 def flat(planned):
@@ -29,18 +38,79 @@ def test_every_frame_is_coded_once_and_references_exist(order, length):
 
 @given(schedules, lengths)
 def test_memory_stays_bounded(order, length):
+    """By one unit, or by the depth of the hierarchy and the anchors of a tail."""
+    limit = 2 + (order.gop - 1).bit_length() if schedule.in_layers(order) else 1
     held = set()
     for number, unit in enumerate(schedule.plan(order, length)):
+        assert len(held | {number}) <= limit + 1  # itself
         held = (held | {number}) - set(unit.release)
-        assert len(held) <= 1
+        assert len(held) <= limit
 
 
-@given(schedules, st.integers(1, 70))
+@given(flats, st.integers(1, 70))
 def test_decoding_can_start_at_any_unit_without_references(order, length):
     planned = list(schedule.plan(order, length))
     for number, unit in enumerate(planned):
         if not unit.refs:
             list(schedule.validate(planned[number:], number, unit.frames[0]))
+
+
+@given(layered, st.integers(1, 140))
+def test_later_groups_do_not_refer_to_what_came_before_an_intra_frame(order, length):
+    """From an intra frame on, all frames that are shown after it can be decoded."""
+    planned = list(schedule.plan(order, length))
+    for start, intra in enumerate(planned):
+        if intra.refs:
+            continue
+        there = set()
+        for number, unit in enumerate(planned[start:], start):
+            if set(unit.refs) <= there:
+                there.add(number)
+            else:
+                assert unit.frames[0] < intra.frames[0]
+
+
+def test_the_published_order_of_32_frames():
+    """Coding order, references and layers as in BRHVC (arXiv 2511.08938, released code)."""
+    planned = list(schedule.plan(schedule.hierarchical(32), 33))
+    frames = [unit.frames[0] for unit in planned]
+    half = [16, 8, 4, 2, 1, 3, 6, 5, 7, 12, 10, 9, 11, 14, 13, 15]
+    quarters = [24, 20, 18, 17, 19, 22, 21, 23, 28, 26, 25, 27, 30, 29, 31]
+    assert frames == [0, 32, *half, *quarters]
+    for number, unit in enumerate(planned[2:], 2):
+        frame = frames[number]
+        layer = (frame & -frame).bit_length() - 1  # trailing zeros
+        assert unit.level == layer and unit.ratio == 0.5
+        assert [frames[slot] for slot in unit.refs] == [frame - 2**layer, frame + 2**layer]
+
+
+@given(layered, st.integers(1, 140))
+def test_places_between_references(order, length):
+    planned = list(schedule.plan(order, length))
+    frames = [unit.frames[0] for unit in planned]
+    for unit in planned:
+        if unit.refs and unit.refs[0] != unit.refs[1]:
+            first, second = (frames[slot] for slot in unit.refs)
+            assert first + unit.ratio * (second - first) == pytest.approx(unit.frames[0])
+
+
+def test_tails():
+    """Ever shorter steps from two earlier frames; an intra frame where the tail is long."""
+    tail = schedule.units(schedule.hierarchical(32), 65, 15, 65)
+    anchors = [unit.frames[0] for unit in tail if unit.ratio < 0 or unit.refs[0] == unit.refs[1]]
+    assert anchors == [72, 76, 78, 79]
+    assert tail[0].refs == (33, 33)
+    long = schedule.units(schedule.hierarchical(32), 65, 16, 65)
+    assert (long[0].frames, long[0].refs) == ((80,), ())
+
+
+@given(layered, st.integers(1, 140))
+def test_groups_can_be_found_from_any_frame(order, length):
+    first = 0
+    while first < length:
+        size = schedule.group_size(order, first)
+        assert {schedule.group_start(order, f) for f in range(first, first + size)} == {first}
+        first += size
 
 
 @given(st.integers(1, 20), st.integers(1, 70))
@@ -85,6 +155,10 @@ def test_schedule_survives_a_dictionary(order):
     [
         (("sideways", 2), "unknown schedule 'sideways'; known: all_intra, two_frame, low_delay"),
         (("two_frame", 4), "groups of 2 frames, not 4"),
+        (("hierarchical", 1), "groups of 2 to 64 frames, not 1"),
+        (("hierarchical", 65), "groups of 2 to 64 frames, not 65"),
+        (("hierarchical", 8, 12), "multiple of 8"),
+        (("hierarchical_closed", 8, 16), "give 8"),
         (("two_frame", 2, 7), "multiple of 2"),
         (("two_frame", 2, -2), "intra period -2"),
     ],

@@ -73,7 +73,7 @@ def gaussian_bits(value: jax.Array, scale: jax.Array, as_published: bool = False
 
 
 def laplace_bits(value: jax.Array, scale: jax.Array, as_published: bool = False) -> jax.Array:
-    """As `gaussian_bits`, under the density exp(-|x| / scale) / (2 scale), scales of 0.01 or more."""
+    """As `gaussian_bits`, under exp(-|x| / scale) / (2 scale), for scales of 0.01 or more."""
     scale = lower_bound(scale, PUBLISHED_MIN if as_published else LAPLACE_SCALE_MIN)
     magnitude = jnp.abs(value)
     far, near = (magnitude + 0.5) / scale, (magnitude - 0.5) / scale

@@ -120,6 +120,8 @@ class ReferenceTypes(nn.Module):
         if bare[0] is None:
             return network(*(s is not None for s in states))(self)
         networks = [network(f, b) for f in (False, True) for b in (False, True)]
+        if self.is_initializing():  # all of them get parameters
+            return [net(self) for net in networks][-1]
         number = 2 * ~bare[0] + ~bare[1]
         return nn.switch(number.astype(jnp.int32), networks, self)
 
@@ -238,6 +240,7 @@ class OffsetDiversity(nn.Module):
 
     groups: int
     offsets: int
+    hidden: int
     reach = 40.0  # pixels that an offset may differ from the flow
 
     @nn.compact
@@ -246,8 +249,8 @@ class OffsetDiversity(nn.Module):
         b, h, w, c = x.shape
         n = self.groups * self.offsets
         o = jnp.concatenate([warp(x, flow), *hints], -1)
-        o = leaky(Conv3x3(64, 2, name="offset0")(o), 0.1)
-        o = leaky(Conv3x3(64, name="offset1")(o), 0.1)
+        o = leaky(Conv3x3(self.hidden, 2, name="offset0")(o), 0.1)
+        o = leaky(Conv3x3(self.hidden, name="offset1")(o), 0.1)
         o = double(Conv3x3(3 * n, name="offset2")(o))
         mask = jax.nn.sigmoid(o[..., 2 * n :])[..., None]
         flows = self.reach * jnp.tanh(o[..., : 2 * n]).reshape(b, h, w, n, 2) + flow[..., None, :]
@@ -281,7 +284,7 @@ class ScaleFusion(nn.Module):
 
 
 def _weighted(maps, context_f, context_b):
-    """The rule of Bi-directional Contextual Fusion: contexts under predicted weights, and offset."""
+    """Bi-directional Contextual Fusion: two contexts under predicted weights, and an offset."""
     scale_b, scale_f, offset = jnp.split(maps, 3, -1)
     return (1 + scale_b) * context_b + (1 + scale_f) * context_f + offset
 
@@ -427,7 +430,7 @@ class BFrame(nn.Module):
         self.feature_of_feature = Pointwise(w1)
         self.layer_adaptor = LayerAdaptor(w1)
         self.pyramid = Pyramid(c.widths)
-        self.align = OffsetDiversity(c.groups, c.offsets)
+        self.align = OffsetDiversity(c.groups, c.offsets, w2)
         self.scale_fusion = ScaleFusion(c.widths)
         self.prior_context = DepthBlock(w3)
 
@@ -454,6 +457,8 @@ class BFrame(nn.Module):
 
         if ref.bare is None:
             x = of_frame(self) if ref.feature is None else of_feature(self)
+        elif self.is_initializing():
+            x = of_frame(self) + of_feature(self)
         else:
             x = nn.cond(ref.bare, of_frame, of_feature, self)
         f1, f2, f3 = self.pyramid(self.layer_adaptor(x, level))

@@ -1,0 +1,207 @@
+"""B-frames from end to end: any group, any length, any place to begin, in the order of display."""
+
+import numpy as np
+import pytest
+from conftest import assert_same_pictures
+
+from nvc_jax import bitstream, cli, codec, schedule, video
+from nvc_jax.data.synthetic import moving_texture
+from nvc_jax.entropy.calibration import CALIBRATED
+from nvc_jax.errors import NvcError
+from nvc_jax.video import Colour, VideoInfo
+
+WIDTH, HEIGHT = 40, 24
+CLIP = list(moving_texture(WIDTH, HEIGHT, 19))
+INFO = VideoInfo(WIDTH, HEIGHT, 25, Colour())
+
+
+@pytest.fixture(scope="module")
+def unit_codec(prepared):
+    return prepared("brhvc", WIDTH, HEIGHT, CALIBRATED, (11, 12))
+
+
+def coded(unit_codec, path, order, length, qp=40):
+    """The encoder's pictures, in the order of display, and its units."""
+    header = codec.make_header(unit_codec, INFO, order)
+    units = list(codec.encode(unit_codec, CLIP[:length], qp, order, render=True))
+    with bitstream.write_stream(path, header) as stream:
+        for unit in units:
+            stream.write(unit.packet)
+    pictures = {f: p for u in units for f, p in zip(u.packet.frames, u.recons, strict=True)}
+    return [pictures[frame] for frame in range(length)], units
+
+
+def decoded(unit_codec, path, first=None, wanted=None):
+    with bitstream.open_stream(path) as stream:
+        start = None if first is None else stream.access_point(first)
+        runs = list(codec.decode(unit_codec, stream, start, wanted))
+    frames = [frame for packet, _ in runs for frame in packet.frames]
+    assert frames == sorted(frames)
+    return frames, [picture for _, pictures in runs for picture in pictures]
+
+
+ORDERS = [
+    (schedule.hierarchical(4), 9),
+    (schedule.hierarchical(8), 17),
+    (schedule.hierarchical(8), 15),  # a tail that ends with an intra frame
+    (schedule.hierarchical(8), 12),  # one that does not
+    (schedule.hierarchical(8), 1),
+    (schedule.hierarchical(8), 2),
+    (schedule.hierarchical(5), 14),
+    (schedule.hierarchical(2), 6),
+    (schedule.hierarchical(4, 8), 14),
+    (schedule.hierarchical(4, 0), 10),
+    (schedule.hierarchical(6, closed=True), 16),
+    (schedule.hierarchical(32), 19),
+]
+
+
+@pytest.mark.parametrize("order, length", ORDERS)
+def test_round_trip(unit_codec, tmp_path, order, length):
+    path = tmp_path / "a.nvc"
+    pictures, units = coded(unit_codec, path, order, length)
+    frames, shown = decoded(unit_codec, path)
+    assert frames == list(range(length))
+    assert_same_pictures(shown, pictures)
+    assert bitstream.read_header(path).schedule == order
+    assert all(
+        u.packet.random_access == (u.packet.frames[0] in starts(order, length)) for u in units
+    )
+
+
+def starts(order, length):
+    return {unit.frames[0] for unit in schedule.plan(order, length) if not unit.refs}
+
+
+@pytest.mark.parametrize("order, length", [ORDERS[0], ORDERS[2], ORDERS[6], ORDERS[8], ORDERS[10]])
+def test_decoding_begins_at_every_intra_frame(unit_codec, tmp_path, order, length):
+    path = tmp_path / "a.nvc"
+    pictures, _ = coded(unit_codec, path, order, length)
+    for start in sorted(starts(order, length)):
+        frames, shown = decoded(unit_codec, path, start)
+        assert frames == list(range(start, length))
+        assert_same_pictures(shown, pictures[start:])
+
+
+@pytest.mark.parametrize(
+    "first, last", [(0, 0), (3, 3), (5, 9), (6, 6), (8, 15), (12, 16), (16, 16)]
+)
+def test_only_what_is_wanted_is_decoded(unit_codec, tmp_path, monkeypatch, first, last):
+    path = tmp_path / "a.nvc"
+    pictures, _ = coded(unit_codec, path, schedule.hierarchical(8), 17)
+    decode_unit, count = codec.decode_unit, []
+
+    def counting(*arguments):
+        count.append(1)
+        return decode_unit(*arguments)
+
+    monkeypatch.setattr(codec, "decode_unit", counting)
+    frames, shown = decoded(unit_codec, path, first, range(first, last + 1))
+    assert frames == list(range(first, last + 1))
+    assert_same_pictures(shown, pictures[first : last + 1])
+    # Both ends of a group and, in each of its three layers, one frame more than are wanted.
+    assert len(count) <= 2 * (2 + 3) + last - first
+
+
+def test_the_host_can_drive(unit_codec):
+    order, slots, held = schedule.hierarchical(4), {}, {}
+    for number, unit in enumerate(schedule.plan(order, 5)):
+        refs, others = codec.references(unit, slots), codec.references(unit, held)
+        payload, encoded = codec.encode_unit(
+            unit_codec, [CLIP[unit.frames[0]]], refs, (40,), True, unit
+        )
+        driven = codec.decode_unit_from_host(unit_codec, payload, others, (40,), unit)
+        assert_same_pictures(driven.pictures, encoded.pictures)
+        slots[number], held[number] = encoded.refs, driven.refs
+
+
+def test_layers_and_places_between_references_matter(unit_codec):
+    """A unit decoded as one of another layer, or from another place, is not the same."""
+    order = schedule.hierarchical(4)
+    first, second, unit, *_ = schedule.plan(order, 5)
+    slots = {}
+    for number, intra in enumerate((first, second)):
+        picture = [CLIP[intra.frames[0]]]
+        slots[number] = codec.encode_unit(unit_codec, picture, (), (40,), True, intra)[1].refs
+    refs = codec.references(unit, slots)
+    _, encoded = codec.encode_unit(unit_codec, [CLIP[2]], refs, (40,), True, unit)
+    symbols = np.concatenate(encoded.symbols)
+    same = codec.replay_unit(unit_codec, symbols, refs, (40,), unit)
+    assert_same_pictures(same.pictures, encoded.pictures)
+    for other in (unit._replace(level=4), unit._replace(ratio=0.25)):
+        changed = codec.replay_unit(unit_codec, symbols, refs, (40,), other)
+        assert (changed.pictures[0].y != encoded.pictures[0].y).any()
+
+
+def test_a_damaged_unit_costs_frames_up_to_the_next_intra_frame(unit_codec, tmp_path):
+    path = tmp_path / "a.nvc"
+    pictures, units = coded(unit_codec, path, schedule.hierarchical(4), 13)
+    sizes = [unit["bytes"] for unit in bitstream.stream_info(path)["units"]]
+    data = bytearray(path.read_bytes())
+    first = data.index(units[0].packet.payload) - (sizes[0] - len(units[0].packet.payload) - 4)
+    broken = 6  # frame 6, the first B-frame of the second group
+    assert units[broken].packet.frames == (6,)
+    data[first + sum(sizes[:broken]) + 30] ^= 255
+    path.write_bytes(data)
+    with bitstream.open_stream(path) as stream:
+        runs = list(codec.decode_concealing(unit_codec, stream))
+    frames = []
+    for unit, shown in runs:
+        shown = list(shown)
+        if isinstance(unit, codec.Lost):
+            assert unit.frame == len(frames)
+            frames += [None] * len(shown)
+        else:
+            frames += shown
+    assert len(frames) == 13
+    intact = [number for number, picture in enumerate(frames) if picture is not None]
+    assert set(range(5)) | {12} <= set(intact)
+    assert not {5, 6, 7} & set(intact)
+    assert_same_pictures([frames[i] for i in intact], [pictures[i] for i in intact])
+
+
+def test_commands(model_files, tmp_path, prepare_once, capsys):
+    """Pictures are written in the order of display, whole files and parts of them."""
+    source, stream = tmp_path / "clip.y4m", tmp_path / "clip.nvc"
+    with video.write_video(source, INFO) as out:
+        for picture in CLIP[:11]:
+            out.write(picture)
+    model = ["--model", str(model_files["brhvc"])]
+    recon, whole, part = (tmp_path / f"{name}.y4m" for name in ("recon", "whole", "part"))
+    run(["encode", source, stream, *model, "--gop", 4, "--qp", 40, "--recon", recon])
+    run(["decode", stream, whole, *model])
+    run(["decode", stream, part, *model, "--start", 6, "--end", 10])
+    recon, whole, part = (list(video.open_video(path)[1]) for path in (recon, whole, part))
+    assert len(recon) == 11 and len(part) == 4
+    assert_same_pictures(whole, recon)
+    assert_same_pictures(part, recon[6:10])
+    capsys.readouterr()
+    for arguments, words in (
+        (["--start", 11], "nothing to start from for frame 11"),
+        (["--start", 5, "--end", 5], "nothing between"),
+        (["--start", 5, "--conceal"], "without --start"),
+    ):
+        run(["decode", stream, tmp_path / "b.y4m", *model, *arguments], status=2)
+        assert words in capsys.readouterr().err
+
+
+def run(arguments, status=0):
+    assert cli.main([str(a) for a in arguments]) == status
+
+
+def test_orders_that_cannot_be_are_explained(model_files):
+    from nvc_jax.models import released
+
+    pairs, b_frames = (released.load(model_files[name]) for name in ("ui2c", "brhvc"))
+    assert codec.schedule_for(b_frames) == schedule.hierarchical(32)
+    assert codec.schedule_for(b_frames, 8) == schedule.hierarchical(8)
+    assert codec.schedule_for(b_frames, 64) == schedule.hierarchical(32, 64)
+    for arguments, words in (
+        ((12, 8), "multiple"),
+        ((None, 1), "2 to 64"),
+        ((None, 65), "2 to 64"),
+    ):
+        with pytest.raises(NvcError, match=words):
+            codec.schedule_for(b_frames, *arguments)
+    with pytest.raises(NvcError, match="no B-frames"):
+        codec.schedule_for(pairs, 0, 8)
