@@ -159,6 +159,56 @@ def test_sub_networks_match_the_published_table(codec, size, table, total):
     assert sum(row.parameters for row in counted.values()) == total
 
 
+# Counted from the released code of BRHVC, by sub-network: parameters and kMAC per pixel.
+BRHVC = {
+    "flow": (960_200, 1473.63),
+    "guess_feature": (29_488, 2.16),
+    "motion_encoder": (793_920, 19.79),
+    "motion_decoder": (732_422, 244.12),
+    "motion_hyper_encoder": (184_640, 0.37),
+    "motion_hyper_decoder": (144_064, 0.21),
+    "motion_types": (705_280, 0.85),
+    "motion_guess": (103_344, 2.88),
+    "motion_fusion": (743_808, 2.89),
+    "motion_prior": (148_032 + 963_904, 0.57 + 11.24),
+    "feature_of_feature": (2_352, 4.61),
+    "layer_adaptor": (11_760, 4.61),
+    "pyramid": (385_392, 202.75),
+    "align": (127_280, 63.94),
+    "scale_fusion": (1_038_096, 528.77),
+    "encoder_fusion": (1_584_260, 404.95),
+    "decoder_fusion": (4_118_522, 373.77),
+    "prior_context": (150_240, 9.32),
+    "encoder": (896_544, 74.88),
+    "hyper_encoder": (442_752, 0.76),
+    "hyper_decoder": (574_848, 0.84),
+    "temporal_prior": (193_760, 1.73),
+    "types": (4_677_888, 5.65),
+    "fusion": (2_174_720, 8.47),
+    "prior": (590_976 + 3_049_088, 2.31 + 35.64),
+    "decoder": (1_844_832 + 2_053_251, 129.02 + 284.49),
+}
+
+
+def test_b_frames_match_the_published_table():
+    counted = {}
+    for name, row in rows("brhvc", "full").items():
+        part, _, name = name.partition("/")
+        if part == "inter":
+            parameters, kmac = counted.get(name.rstrip("_01"), (0, 0))
+            total = parameters + row.parameters, kmac + row.kmac_per_pixel
+            counted[name.rstrip("_01")] = total
+    for name, (parameters, kmac) in BRHVC.items():
+        assert counted[name][0] == parameters, name
+        assert counted[name][1] == pytest.approx(kmac, abs=0.012), name
+    assert counted["feature_of_frame"][1] == pytest.approx(2 * 9 * 3 * 48 / 1000)
+    assert sum(parameters for parameters, _ in counted.values()) == 29_429_455
+    # The encoder too runs what turns features into pictures.
+    total = cost("brhvc", "full")
+    assert total["encode_kmac_per_pixel"] == pytest.approx(3895.23, abs=0.01)
+    assert total["decode_kmac_per_pixel"] == pytest.approx(2558.1, abs=0.01)
+
+
 @pytest.mark.parametrize(
     "codec, size, parameters, encode, decode",
     [
@@ -167,8 +217,18 @@ def test_sub_networks_match_the_published_table(codec, size, table, total):
         ("ui2c", "base", 46_704_384, 158.2, 230.9),
         ("ui2c", "plain", 40_773_504, 139.5, 212.3),
         ("ui2c", "dev", 9_191_520, 29.8, 33.4),
+        # With its intra codec; the costs are those of a predicted frame.
+        ("dcvc_rt", "full", 20_691_456 + 45_651_314, 142.4, 166.8),
+        # Counted with the reconstruction, our encoder goes without it.
+        (
+            "dcvc_dc",
+            "full",
+            30_998_187,
+            (549.1 - 155.58 - 82.99) * PADDED_1080P,
+            393.4 * PADDED_1080P,
+        ),
     ],
-    ids=["intra-full", "ui2c-base", "ui2c-plain", "ui2c-dev"],
+    ids=["intra-full", "ui2c-base", "ui2c-plain", "ui2c-dev", "dcvc-rt", "dcvc-dc"],
 )
 def test_totals_per_frame_at_1080p(codec, size, parameters, encode, decode):
     model = registry.build(codec, size)

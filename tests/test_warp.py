@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvc_jax.nn.flow import SpyNet
@@ -24,6 +24,7 @@ def sampled(plane: np.ndarray, x: float, y: float) -> np.ndarray:
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 1000))
+@settings(max_examples=20)  # every size is compiled
 def test_warp_against_a_loop(height, width, seed):
     """Also far outside, exactly on pixels and borders, and for planes of one line."""
     rng = np.random.default_rng(seed)

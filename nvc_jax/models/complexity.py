@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from nvc_jax.errors import NvcError
+from nvc_jax.models.brhvc import Between
 from nvc_jax.models.registry import has_scale_head, init
+from nvc_jax.models.with_intra import WithIntra
 from nvc_jax.nn.blocks import depthwise3x3
 
 # Any multiple of 64 gives the same counts per pixel: the hyper-latent is 64 times smaller.
@@ -106,11 +108,13 @@ class _Everything:
     def decoder_only(self, module, fn, *shapes):
         return fn(module)
 
-    def factorized(self, z, chain, qp):
+    def factorized(self, z, prior, row):
         return z
 
     def gaussian(self, residual, scale):
         return residual
+
+    laplace = gaussian
 
     def leveled(self, residual, level, scale):
         return self.gaussian(residual, level)
@@ -131,12 +135,17 @@ class _Decode(_Everything):
 
 
 class _Units(NamedTuple):
-    """Abstract arguments of a codec's first unit and of one that refers to it."""
+    """Abstract arguments of a codec's units.
+
+    Attributes:
+      kinds: references of units of all kinds, from those without to those that only refer to
+        predicted frames.
+    """
 
     params: dict
     frames: jax.ShapeDtypeStruct
     qp: jax.ShapeDtypeStruct
-    refs: tuple
+    kinds: list
 
 
 @functools.cache
@@ -146,8 +155,15 @@ def _units(model: nn.Module) -> _Units:
     frames = jax.ShapeDtypeStruct((1, n, SIDE, SIDE, 3), jnp.float32)
     qp = jax.ShapeDtypeStruct((1, n), jnp.int32)
     bottleneck = _Everything(has_scale_head(model))
-    _, refs = jax.eval_shape(_forward(model, bottleneck), params, frames, (), qp)
-    return _Units(params, frames, qp, refs)
+
+    def left_by(refs):
+        left = jax.eval_shape(_forward(model, bottleneck), params, frames, refs, qp)[1]
+        return Between(*left, *left, 0, 0.5) if model.references == 2 else left
+
+    kinds = [(), left_by(())]
+    if isinstance(model, WithIntra):  # the second refers to intra frames, the third no more
+        kinds.append(left_by(kinds[-1]))
+    return _Units(params, frames, qp, kinds)
 
 
 def _forward(model, bottleneck):
@@ -191,22 +207,34 @@ def _macs_by_subnetwork(model: nn.Module, units: _Units, refs: tuple) -> dict[st
 
     def record(next_fun, args, kwargs, context):
         public = context.method_name == "__call__" or not context.method_name.startswith("_")
-        if public and context.method_name != "setup" and len(context.module.path) == 1:
+        path = context.module.path
+        if public and context.method_name != "setup" and len(path) == _depth(model):
             network = context.module.clone(parent=None, name="network")
-            calls.append((context.module.name, network, context.method_name, *_split(args)))
+            calls.append(("/".join(path), network, context.method_name, *_split(args)))
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(record):
         bottleneck = _Everything(has_scale_head(model))
         jax.eval_shape(_forward(model, bottleneck), units.params, units.frames, refs, units.qp)
 
-    totals = {}
+    totals, params = {}, _by_subnetwork(model, units.params)
     for name, network, method, shapes, merge in calls:
         alone = _Alone(network, method)
-        variables = {"params": {"network": units.params[name]}}
+        variables = {"params": {"network": params[name]}}
         count = macs(lambda v, a, m=alone, f=merge: m.apply(v, *f(a)), variables, shapes)
         totals[name] = totals.get(name, 0) + count
     return totals
+
+
+def _depth(model: nn.Module) -> int:
+    """How deep in the parameter tree the sub-networks lie."""
+    return 2 if isinstance(model, WithIntra) else 1
+
+
+def _by_subnetwork(model: nn.Module, params: dict) -> dict:
+    if _depth(model) == 1:
+        return params
+    return {f"{part}/{name}": p for part, tree in params.items() for name, p in tree.items()}
 
 
 def subnetworks(model: nn.Module) -> list[SubNetwork]:
@@ -215,14 +243,16 @@ def subnetworks(model: nn.Module) -> list[SubNetwork]:
     A sub-network that only some units use (the adaptor of a first frame) has the count of those.
     """
     units = _units(model)
-    count = _macs_by_subnetwork(model, units, ()) | _macs_by_subnetwork(model, units, units.refs)
+    count = {}
+    for refs in units.kinds:
+        count |= _macs_by_subnetwork(model, units, refs)
     return [
         SubNetwork(
             name,
             sum(math.prod(p.shape) for p in jax.tree.leaves(tree)),
             count.get(name, 0) / (1000 * SIDE * SIDE),
         )
-        for name, tree in units.params.items()
+        for name, tree in _by_subnetwork(model, units.params).items()
     ]
 
 
@@ -233,7 +263,7 @@ def training_flop(model: nn.Module, exact: bool, pixels: int) -> int:
     needs, whatever is computed a second time to save memory, and as if every network learned.
     """
     units = _units(model)
-    args = units.params, units.frames, units.refs, units.qp
+    args = units.params, units.frames, units.kinds[-1], units.qp
     count = macs(_forward(model, _Everything(exact)), *args)
     return round(6 * count / (model.frames_per_unit * SIDE * SIDE) * pixels)
 
@@ -247,7 +277,7 @@ def coding_cost(model: nn.Module) -> dict[str, float]:
     units, exact = _units(model), has_scale_head(model)
 
     def cost(bottleneck):
-        args = units.params, units.frames, units.refs, units.qp
+        args = units.params, units.frames, units.kinds[-1], units.qp
         pixels = model.frames_per_unit * SIDE * SIDE
         return macs(_forward(model, bottleneck), *args) / (1000 * pixels)
 
