@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nvc_jax.nn.blocks import Conv3x3, Pointwise
+from nvc_jax.nn.blocks import Conv3x3, Pointwise, depth_to_space, space_to_depth
 from nvc_jax.nn.flow import SpyNet
 from nvc_jax.nn.hyperprior import FactorizedPrior, pad_to_multiple
 from nvc_jax.nn.residual import (
@@ -41,7 +41,9 @@ class Config:
 
     `widths` are those of the contexts at full, half and quarter size, `motion` of everything that
     concerns motion, `tail` of the decoder's last layer, `guess` of the first layers that read the
-    guessed flows. `groups` and `offsets`: see `OffsetDiversity`.
+    guessed flows. `groups` and `offsets`: see `OffsetDiversity`. `patch` 2 is our addition for
+    light models: all networks work on patches of 2x2 pixels, motion included, at a quarter of the
+    cost; "full size" below is then half of the picture's. `family`: of the latents' distributions.
     """
 
     widths: tuple[int, int, int] = (48, 64, 96)
@@ -55,6 +57,13 @@ class Config:
     unet_blocks: int = 4
     flow: tuple[int, ...] = (32, 64, 32, 16)
     flow_kernel: int = 7
+    patch: int = 1
+    family: str = "laplace"
+
+    @property
+    def halvings(self) -> int:
+        """Between the third scale of the contexts and the latent at 1/16."""
+        return {1: 2, 2: 1}[self.patch]
 
 
 SIZES = {"full": Config()}
@@ -65,8 +74,8 @@ class Ref(NamedTuple):
 
     Attributes:
       frame: float32 [b, h, w, 3] in [0, 1].
-      feature: [b, h, w, widths[0]].
-      motion_feature: [b, h/4, w/4, 2 motion].
+      feature: [b, h/patch, w/patch, widths[0]].
+      motion_feature: [b, h/4/patch, w/4/patch, 2 motion].
       y, motion_y: decoded latents, [b, h/16, w/16, y or motion].
       bare: bool [], disregard all but the frame. Lets one compiled program serve all combinations
         of intra and B-frames. None: what is there is used.
@@ -161,11 +170,11 @@ class MotionEncoder(nn.Module):
         m = self.cfg.motion
         converge = FlowConverge(m, name="converge")
         x = jnp.concatenate([converge(flows_f), converge(flows_b), guess], -1)
-        x = ResDown(m, name="down0")(x)
-        x = ResDown(m, name="down1")(x) * q
-        state0, state1 = DepthBlock(m, 2, name="state0"), DepthBlock(m, 2, name="state1")
-        states = [s if s is None else state1(state0(s)) for s in states]
-        x = ReferenceTypes(m, name="types")(x, states, bare)
+        shrink = [DepthBlock(m, 2, name=f"state{i}") for i in range(self.cfg.halvings)]
+        for i in range(self.cfg.halvings):
+            x = ResDown(m, name=f"down{i}")(x)
+            states = [s if s is None else shrink[i](s) for s in states]
+        x = ReferenceTypes(m, name="types")(x * q, states, bare)
         return DepthBlock(m, name="out")(x)
 
 
@@ -177,7 +186,9 @@ class MotionDecoder(nn.Module):
     @nn.compact
     def __call__(self, y_hat, guess, q):
         m = self.cfg.motion
-        x = ResUp(2 * m, name="up1")(ResUp(m, name="up0")(y_hat))
+        x = y_hat
+        for i in range(self.cfg.halvings):
+            x = ResUp(2 * m if i + 1 == self.cfg.halvings else m, name=f"up{i}")(x)
         feature = DepthBlock(2 * m, name="fuse")(jnp.concatenate([x, guess], -1))
         ups = [(ResUp(m, name=f"double{i}"), DepthBlock(m, name=f"block{i}")) for i in range(2)]
         heads = [Conv3x3(2, name=f"flow{i}") for i in range(3)]  # full, half, quarter size
@@ -315,6 +326,7 @@ class DecoderFusion(nn.Module):
     """The same seen from the decoded latent; coarse to fine."""
 
     widths: tuple[int, int, int]
+    halvings: int
     dtype: Any
 
     @nn.compact
@@ -324,7 +336,9 @@ class DecoderFusion(nn.Module):
         up = partial(Subpixel, dtype=self.dtype)
         pixels0, pixels1 = mix(w3, 2, name="pixels0"), mix(w3, 2, name="pixels1")
         seen_f, seen_b = (pixels1(leaky(pixels0(p))) for p in (warped_f, warped_b))
-        z = up(w3, name="latent1")(leaky(up(w3, name="latent0")(y_hat)))
+        z = y_hat
+        for i in range(self.halvings):
+            z = up(w3, name=f"latent{i}")(leaky(z) if i else z)
         guide = block(w3, name="guide")(jnp.concatenate([z, seen_b, seen_f], -1))
         maps = block(3 * w3, name="maps3")(mix(w3, name="guide3")(guide))
         out3 = block(w3, name="fuse3")(_weighted(maps, contexts_f[2], contexts_b[2]))
@@ -351,7 +365,9 @@ class Encoder(nn.Module):
         x = res(name="res0")(jnp.concatenate([x, c2], -1)) * q
         x = conv(w3, 2, name="conv1")(x)
         x = res(name="res1")(jnp.concatenate([x, c3], -1))
-        return conv(self.cfg.y, 2, name="latent")(conv(w3, 2, name="conv2")(x))
+        if self.cfg.halvings == 2:
+            x = conv(w3, 2, name="conv2")(x)
+        return conv(self.cfg.y, 2, name="latent")(x)
 
 
 class Decoder(nn.Module):
@@ -366,7 +382,9 @@ class Decoder(nn.Module):
         up = partial(Subpixel, dtype=self.dtype)
         res = partial(ResBlock, slope=0.1, bottleneck=True, end=True, dtype=self.dtype)
         c1, c2, c3 = contexts
-        x = up(w3, name="up1")(up(w3, name="up0")(y_hat))
+        x = y_hat
+        for i in range(self.cfg.halvings):
+            x = up(w3, name=f"up{i}")(x)
         x = res(name="res0")(jnp.concatenate([x, c3], -1))
         x = up(w2, name="up2")(x) * q
         x = res(name="res1")(jnp.concatenate([x, c2], -1))
@@ -374,7 +392,8 @@ class Decoder(nn.Module):
         x = Conv3x3(w1, dtype=self.dtype, name="join")(jnp.concatenate([x, c1], -1))
         for i in range(2):
             x = UNet(self.cfg.unet, self.cfg.unet_blocks, dtype=self.dtype, name=f"unet{i}")(x)
-        return Conv3x3(3, dtype=self.dtype, name="pixels")(x), x
+        pixels = Conv3x3(3 * self.cfg.patch**2, dtype=self.dtype, name="pixels")(x)
+        return depth_to_space(pixels, self.cfg.patch), x
 
 
 class LayerAdaptor(nn.Module):
@@ -389,14 +408,6 @@ class LayerAdaptor(nn.Module):
         kernel = self.param("kernel", nn.initializers.xavier_normal(batch_axis=0), shape)
         bias = self.param("bias", nn.initializers.zeros, (LAYERS, self.features))
         return jnp.dot(x, kernel[level], precision=jax.lax.Precision.HIGHEST) + bias[level]
-
-
-def _resized(fn, a, b, times):
-    """fn on pictures of a half or a quarter of the size, padded to multiples of 16."""
-    for _ in range(times):
-        a, b = halve(a), halve(b)
-    h, w = a.shape[1:3]
-    return fn(pad_to_multiple(a, 16), pad_to_multiple(b, 16))[:, :h, :w]
 
 
 class BFrame(nn.Module):
@@ -418,10 +429,10 @@ class BFrame(nn.Module):
         self.motion_hyper_encoder = HyperEncoder(c.motion, (1, 1, 2, 1, 2))
         self.motion_hyper_decoder = HyperDecoder(c.motion)
         self.motion_z_prior = FactorizedPrior(1, c.motion)
-        self.motion_guess = GuessNet((c.guess, c.motion, c.motion, c.motion))
+        self.motion_guess = GuessNet((c.guess, c.motion, *[c.motion] * c.halvings))
         self.motion_types = ReferenceTypes(2 * c.motion)
         self.motion_fusion = [DepthBlock(3 * c.motion) for _ in range(2)]
-        self.motion_prior = LatentPrior(c.motion, (3 * c.motion, 3 * c.motion), "laplace")
+        self.motion_prior = LatentPrior(c.motion, (3 * c.motion, 3 * c.motion), c.family)
         self.motion_decoder = MotionDecoder(c)
         self.q_motion_encoder = RateScale(c.motion)
         self.q_motion_decoder = RateScale(c.motion)
@@ -440,17 +451,26 @@ class BFrame(nn.Module):
         self.hyper_encoder = HyperEncoder(c.y, (1, 2, 2))
         self.hyper_decoder = HyperDecoder(c.y)
         self.z_prior = FactorizedPrior(1, c.y)
-        self.temporal_prior = GuessNet((w3, c.y))
+        self.temporal_prior = GuessNet((*[w3] * (c.halvings - 1), c.y))
         self.types = ReferenceTypes(3 * c.y)
         self.fusion = [DepthBlock(3 * c.y) for _ in range(2)]
-        self.prior = LatentPrior(c.y, (3 * c.y, 3 * c.y), "laplace")
-        self.decoder_fusion = DecoderFusion(c.widths, self.dtype)
+        self.prior = LatentPrior(c.y, (3 * c.y, 3 * c.y), c.family)
+        self.decoder_fusion = DecoderFusion(c.widths, c.halvings, self.dtype)
         self.decoder = Decoder(c, self.dtype)
         self.q_decoder = RateScale(w2)
 
+    def _motion_between(self, a, b, times=0):
+        """Flow from picture a to b [b, h, w, 3], both made smaller by 2^times."""
+        for _ in range(times + self.cfg.patch - 1):
+            a, b = halve(a), halve(b)
+        h, w = a.shape[1:3]
+        return self.flow(pad_to_multiple(a, 16), pad_to_multiple(b, 16))[:, :h, :w]
+
     def _contexts(self, ref, flows, guesses, level):
+        frame = space_to_depth(ref.frame, self.cfg.patch)
+
         def of_frame(m):
-            return m.feature_of_frame(ref.frame)
+            return m.feature_of_frame(frame)
 
         def of_feature(m):
             return m.feature_of_feature(ref.feature)
@@ -462,8 +482,8 @@ class BFrame(nn.Module):
         else:
             x = nn.cond(ref.bare, of_frame, of_feature, self)
         f1, f2, f3 = self.pyramid(self.layer_adaptor(x, level))
-        warped = warp(ref.frame, flows[0])
-        c1 = self.align(f1, flows[0], [warped, flows[0], ref.frame, *guesses])
+        warped = warp(frame, flows[0])
+        c1 = self.align(f1, flows[0], [warped, flows[0], frame, *guesses])
         c2, c3 = warp(f2, flows[1]), warp(f3, flows[2])
         return self.scale_fusion(c1, c2, c3), warped
 
@@ -476,8 +496,8 @@ class BFrame(nn.Module):
         """See `nvc_jax.models.ui2c.UI2C.complete`."""
         c = self.cfg
         shapes = dict(
-            feature=(height, width, c.widths[0]),
-            motion_feature=(height // 4, width // 4, 2 * c.motion),
+            feature=(height // c.patch, width // c.patch, c.widths[0]),
+            motion_feature=(height // 4 // c.patch, width // 4 // c.patch, 2 * c.motion),
             y=(height // 16, width // 16, c.y),
             motion_y=(height // 16, width // 16, c.motion),
         )
@@ -514,14 +534,15 @@ class BFrame(nn.Module):
         h, w = height // 16, width // 16
         z_shape = (batch, -(-h // 4), -(-w // 4))
 
-        guess_f = ratio * self.flow(b.frame, f.frame)
-        guess_b = (1 - ratio) * self.flow(f.frame, b.frame)
+        frame = space_to_depth(frames[:, 0], c.patch)
+        guess_f = ratio * self._motion_between(b.frame, f.frame)
+        guess_b = (1 - ratio) * self._motion_between(f.frame, b.frame)
         guess = self.guess_feature(jnp.concatenate([guess_f, guess_b], -1))
 
         def motion_analysis(m):
-            x = frames[:, 0]
             flows_f, flows_b = (
-                [_resized(m.flow, x, ref.frame, times) for times in range(3)] for ref in (f, b)
+                [m._motion_between(frames[:, 0], ref.frame, times) for times in range(3)]
+                for ref in (f, b)
             )
             states = [ref.motion_feature for ref in (f, b)]
             y = m.motion_encoder(flows_f, flows_b, guess, states, bare, m.q_motion_encoder(qp))
@@ -550,8 +571,8 @@ class BFrame(nn.Module):
         contexts_b, warped_b = self._contexts(b, flows_b, guesses, level)
 
         def analysis(m):
-            fused = m.encoder_fusion(frames[:, 0], warped_f, warped_b, contexts_f, contexts_b)
-            y = m.encoder(frames[:, 0], fused, m.q_encoder(qp)).astype(jnp.float32)
+            fused = m.encoder_fusion(frame, warped_f, warped_b, contexts_f, contexts_b)
+            y = m.encoder(frame, fused, m.q_encoder(qp)).astype(jnp.float32)
             return y, m.hyper_encoder(pad_to_multiple(y, 4))
 
         y, z = bottleneck.encoder_only(
