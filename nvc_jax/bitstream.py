@@ -469,6 +469,7 @@ def stream_info(path: str | os.PathLike) -> dict:
                         "bytes": size,
                         "payload_bytes": len(packet.payload),
                         "random_access": packet.random_access,
+                        "group": packet.group,
                         "symbols_crc": packet.symbols_crc,
                     }
                 )

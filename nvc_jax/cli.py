@@ -23,6 +23,7 @@ from nvc_jax.entropy.calibration import (
     MODES,
 )
 from nvc_jax.errors import NvcError, StreamError
+from nvc_jax.schedule import in_layers
 
 DEFAULT_MODEL = "ui2c-nano"
 MAX_PIXELS = 8192 * 4320
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default=DEFAULT_MODEL, help="name or file (default: %(default)s)")
     quality = p.add_mutually_exclusive_group()
     quality.add_argument("--qp", type=int, help="0 (smallest) to 63 (best); default 32")
-    first = f"on the first {PROBE_FRAMES} frames"
+    first = f"on the first {PROBE_FRAMES} frames (with B-frames: on the first group)"
     quality.add_argument("--target-bpp", type=float, help=f"bits per pixel not to exceed {first}")
     quality.add_argument("--target-psnr", type=float, help=f"6:1:1 PSNR in dB to reach {first}")
     p.add_argument("--frames", type=positive, help="encode only the first frames")
@@ -205,7 +206,9 @@ def encode(args: argparse.Namespace) -> None:
         pictures = islice(pictures, args.frames)
     qp = 32 if args.qp is None else args.qp
     if args.target_bpp is not None or args.target_psnr is not None:
-        probe = list(islice(pictures, PROBE_FRAMES))
+        # Of a hierarchy a whole group, or it would be coded otherwise than in the file.
+        whole = schedule.gop + 1 if in_layers(schedule) else PROBE_FRAMES
+        probe = list(islice(pictures, whole))
         qp = _search(unit_codec, probe, schedule, args.target_bpp, args.target_psnr)
         pictures = chain(probe, pictures)
 
@@ -301,12 +304,12 @@ def decode(args: argparse.Namespace) -> None:
         )
         total = stream.frame_count
         if part:
-            start = stream.access_point(args.start)
-            wanted = range(args.start, min(args.end or total, total))
-            if not wanted:
+            start = stream.access_point(args.start) if args.start else None
+            end = min(args.end or math.inf, total or math.inf)
+            if args.start >= end:
                 raise NvcError(f"there is nothing between frames {args.start} and {args.end}")
-            total = len(wanted)
-            decoded = codec.decode(unit_codec, stream, start, wanted)
+            total = end - args.start
+            decoded = codec.decode_part(unit_codec, stream, start, range(args.start, end))
         else:
             decoded = codec.decode_concealing(unit_codec, stream)
         clock, units, losses, written = _Clock(begin), [], [], 0
@@ -352,7 +355,8 @@ def decode(args: argparse.Namespace) -> None:
 def _complaint(losses: list, left: str, frame_count: int | None, args) -> str:
     """What was lost, what is left, and whether there is more to get."""
     first, hint = losses[0], ""
-    if not args.conceal and frame_count and first.frame + first.frames < frame_count:
+    whole = not args.start and args.end is None
+    if whole and not args.conceal and frame_count and first.frame + first.frames < frame_count:
         hint = f"; with --conceal, decoding is tried again at frame {first.frame + first.frames}"
     return f"{first.reason} {left}{hint}."
 
@@ -443,6 +447,10 @@ def models(args: argparse.Namespace) -> None:
 
 
 def import_checkpoint(args: argparse.Namespace) -> None:
+    _check_distinct(args.checkpoint, args.intra, args.output)
+    if args.output.suffix != ".safetensors":
+        raise NvcError(f"{args.output}: a model's file has to end in .safetensors")
+
     from nvc_jax.importing import checkpoints
 
     checkpoints.to_released(args.kind, args.checkpoint, args.output, args.intra)
@@ -473,12 +481,13 @@ def _search(unit_codec, probe, schedule, target_bpp, target_psnr) -> int:
 
     def enough(qp: int) -> bool:
         """Is qp at the target or beyond?"""
-        coded = list(codec.encode(unit_codec, probe, qp, schedule, target_psnr is not None))
+        coded_bytes, scores = CLIP_BYTES, []
+        for unit in codec.encode(unit_codec, probe, qp, schedule, target_psnr is not None):
+            coded_bytes += len(unit.packet.payload) + UNIT_BYTES
+            scores += map(psnr_611, unit.pictures, unit.recons or ())
         if target_bpp is not None:
-            coded_bytes = CLIP_BYTES + sum(len(u.packet.payload) + UNIT_BYTES for u in coded)
             return 8 * coded_bytes / pixels > target_bpp
-        pairs = [p for u in coded for p in zip(u.pictures, u.recons, strict=True)]
-        return sum(psnr_611(*pair) for pair in pairs) / len(pairs) >= target_psnr
+        return sum(scores) / len(scores) >= target_psnr
 
     low, high = 0, codec.MAX_QP + 1  # the first qp that is enough lies in [low, high]
     while low < high:
@@ -495,7 +504,7 @@ def _search(unit_codec, probe, schedule, target_bpp, target_psnr) -> int:
     return low
 
 
-def _check_distinct(*names: str | None) -> None:
+def _check_distinct(*names: str | Path | None) -> None:
     """Raises NvcError if two of the command's files are one: outputs replace what is there."""
     seen = set()
     for name in filter(None, names):

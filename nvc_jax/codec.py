@@ -492,7 +492,9 @@ def schedule_for(
     """
     name = model.module.schedule
     if name == "hierarchical":
-        return schedules.hierarchical(gop or min(intra_period or 32, 32), intra_period, closed)
+        if gop is None:
+            gop = min(intra_period, 32) if intra_period and intra_period > 1 else 32
+        return schedules.hierarchical(gop, intra_period, closed)
     if gop is not None or closed:
         raise NvcError(f"'{model.name}' has no B-frames, so its groups cannot be chosen")
     if name == "all_intra":
@@ -612,41 +614,54 @@ def _decode_run(
     Where it stands inside a group, the group's frames before it refer to what came earlier, and are
     left out.
     """
-    wanted = range(first_frame, 2**63) if wanted is None else wanted
+    complete = wanted is not None
+    wanted = wanted if complete else range(first_frame, 2**63)
     slots: dict[int, tuple] = {}
     waiting: dict[int, tuple[Packet, list[Planes]]] = {}
     shown = wanted.start  # every frame that is wanted below was handed out
-    for unit, number, packet in _planned(header.schedule, numbered, first_frame, wanted):
-        if shown >= wanted.stop:
-            return
-        if max(packet.qps) >= codec.model.module.qp_rows:
-            raise StreamError(
-                f"unit {number} has a qp of {max(packet.qps)}, beyond the model; encode the video "
-                "again"
-            )
-        refs = references(unit, slots)
-        try:
-            decoded = decode_unit(codec, packet.payload, refs, packet.qps, unit)
-        except OtherTables:
-            reason = "its coded data does not end with its last symbol"
-            raise _mismatch(codec.mode, number, packet, reason) from None
-        except StreamError as e:
-            raise StreamError(f"{_place(number, packet)} cannot be decoded: {e}") from None
-        if symbols_crc(decoded.symbols) != packet.symbols_crc:
-            raise _mismatch(codec.mode, number, packet, "the checksum of its symbols is wrong")
-        slots[number] = decoded.refs
+    for unit, number, packet, needed in _planned(header.schedule, numbered, first_frame, wanted):
+        if needed:
+            if any(slot not in slots for slot in unit.refs):
+                raise StreamError(
+                    f"{_place(number, packet)} refers to a unit before the point where decoding "
+                    "began; decode the whole file"
+                )
+            decoded = _decode_packet(codec, number, packet, unit, references(unit, slots))
+            slots[number] = decoded.refs
+            pictures = zip(unit.frames, decoded.pictures, strict=True)
+            chosen = {frame: picture for frame, picture in pictures if frame in wanted}
+            if chosen:
+                waiting[min(chosen)] = packet, list(chosen.values())
         for slot in unit.release:
-            slots.pop(slot, None)  # not there if decoding began behind it
-        pictures = zip(unit.frames, decoded.pictures, strict=True)
-        chosen = {frame: picture for frame, picture in pictures if frame in wanted}
-        if chosen:
-            waiting[min(chosen)] = packet, list(chosen.values())
+            slots.pop(slot, None)  # not there if it was not needed
         while shown in waiting:
             done = waiting.pop(shown)
             yield done
             shown += len(done[1])
-    if waiting and shown < wanted.stop:
+        if shown >= wanted.stop:
+            return
+    if waiting or complete:
         raise StreamError(f"frame {shown} is missing; encode the video again")
+
+
+def _decode_packet(
+    codec: UnitCodec, number: int, packet: Packet, unit: schedules.Unit, refs: tuple
+) -> CodedUnit:
+    """Decodes a unit and checks its symbols. Raises StreamError."""
+    if max(packet.qps) >= codec.model.module.qp_rows:
+        raise StreamError(
+            f"unit {number} has a qp of {max(packet.qps)}, beyond the model; encode the video again"
+        )
+    try:
+        decoded = decode_unit(codec, packet.payload, refs, packet.qps, unit)
+    except OtherTables:
+        reason = "its coded data does not end with its last symbol"
+        raise _mismatch(codec.mode, number, packet, reason) from None
+    except StreamError as e:
+        raise StreamError(f"{_place(number, packet)} cannot be decoded: {e}") from None
+    if symbols_crc(decoded.symbols) != packet.symbols_crc:
+        raise _mismatch(codec.mode, number, packet, "the checksum of its symbols is wrong")
+    return decoded
 
 
 def _planned(
@@ -654,8 +669,8 @@ def _planned(
     numbered: Iterable[tuple[int, Packet]],
     first_frame: int,
     wanted: range,
-) -> Iterator[tuple[schedules.Unit, int, Packet]]:
-    """Those units of a run, with numbers and packets, that lead to frames that are wanted.
+) -> Iterator[tuple[schedules.Unit, int, Packet, bool]]:
+    """Units of a run with their numbers, packets, and whether they lead to frames that are wanted.
 
     Raises:
       StreamError: a packet is not what the schedule has in its place.
@@ -671,18 +686,16 @@ def _planned(
                 planned = schedules.units(schedule, group_first, size, number)
             except NvcError as e:
                 raise StreamError(f"the stream cannot be decoded in its order: {e}") from None
-            following = group_first + size
             needed = _needed(planned, number, wanted)
-            if wanted.stop > following:
+            if wanted.stop > group_first + size:
                 needed |= {number}  # later groups refer to the frame that begins this one
-            group_first, first_unit = following, number
+            group_first, first_unit = group_first + size, number
         unit = planned[number - first_unit]
         if unit.frames != packet.frames or packet.random_access != (not unit.refs):
             raise StreamError(
                 f"unit {number} does not follow the schedule in the header; encode the video again"
             )
-        if number in needed:
-            yield unit, number, packet
+        yield unit, number, packet, number in needed
         if number - first_unit + 1 == len(planned):
             planned = []
 
@@ -738,6 +751,19 @@ class Lost(NamedTuple):
     reason: str
 
 
+def decode_part(
+    codec: UnitCodec, stream: Stream, start: AccessPoint | None, wanted: range
+) -> Iterator[tuple[Packet | Lost, Iterable[Planes]]]:
+    """As `decode`; what cannot be decoded comes as one `Lost` at the end, without pictures."""
+    frame = wanted.start
+    try:
+        for packet, pictures in decode(codec, stream, start, wanted):
+            yield packet, pictures
+            frame += len(pictures)
+    except StreamError as e:
+        yield Lost(start.unit if start else 0, None, frame, wanted.stop - frame, str(e)), ()
+
+
 def decode_concealing(
     codec: UnitCodec, stream: Stream
 ) -> Iterator[tuple[Packet | Lost, Iterable[Planes]]]:
@@ -748,8 +774,8 @@ def decode_concealing(
     for each of their frames; mid-grey if there was none yet. No exception for bad data.
     """
     header, last = stream.header, _grey(codec)
-    unit = frame = 0  # the first that was not handed out
-    reason = None  # why it could not be decoded
+    unit = frame = 0  # the first unit that was not decoded, the first frame not handed out
+    reason = None  # why
     start, broken = None, None
 
     def packets():
@@ -775,12 +801,14 @@ def decode_concealing(
                 run = chain([(number, packet)], numbered)
                 try:
                     for decoded, pictures in _decode_run(codec, header, run, frame):
-                        unit, frame, last = unit + 1, frame + len(pictures), pictures[-1]
+                        frame, last = frame + len(pictures), pictures[-1]
                         yield decoded, pictures
+                    unit = read_units
                 except BrokenStream:
+                    unit = read_units
                     raise
                 except StreamError as e:
-                    reason = str(e)
+                    reason, unit = str(e), read_units - 1
             break
         except BrokenStream as e:
             broken = str(e)
@@ -794,8 +822,9 @@ def decode_concealing(
         reason = None  # nothing was read of what follows
     if reason:
         yield _lost(unit, read_units, frame, read_frames, reason, last)
+        frame = max(frame, read_frames)
     if broken and not stream.index:
-        yield Lost(read_units, None, read_frames, None, broken), ()
+        yield Lost(read_units, None, frame, None, broken), ()
 
 
 def _lost(unit, next_unit, frame, next_frame, reason, picture) -> tuple[Lost, Iterable[Planes]]:

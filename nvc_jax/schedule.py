@@ -20,7 +20,7 @@ frames with offsets 0, 8, 0, 4, 0, 4, 0, 4 added to the qp of the clip.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -168,45 +168,6 @@ def plan(schedule: Schedule, frame_count: int) -> Iterator[Unit]:
         group = units(schedule, frame, count, unit)
         unit, frame = unit + len(group), frame + count
         yield from group
-
-
-def validate(planned: Iterable[Unit], first_unit: int = 0, first_frame: int = 0) -> Iterator[Unit]:
-    """Passes units through and makes sure that they can be decoded in this order.
-
-    Lazy, so that a decoder can wrap the units of a stream that it reads as it goes. `first_unit`
-    and `first_frame` say where decoding starts: earlier slots and frames do not exist.
-
-    Raises:
-        NvcError: at the first unit that reads or drops a slot which does not exist (any more), or
-            holds no frame, a frame coded before or one without its own qp offset; and at the end
-            if a frame was left out.
-    """
-    slots: set[int] = set()
-    early: set[int] = set()  # frames coded before one that is displayed earlier
-    shown = first_frame  # every frame below is coded
-    for number, unit in enumerate(planned, first_unit):
-        for slot in unit.refs:
-            if slot not in slots:
-                raise NvcError(f"unit {number} reads slot {slot}, which holds nothing")
-        if not unit.frames or len(unit.frames) != len(unit.qp_offset):
-            raise NvcError(
-                f"unit {number} has {len(unit.frames)} frames and {len(unit.qp_offset)} qp offsets"
-            )
-        for frame in unit.frames:
-            if frame < shown or frame in early:
-                raise NvcError(f"unit {number} codes frame {frame}, which is already coded")
-            early.add(frame)
-        while shown in early:
-            early.remove(shown)
-            shown += 1
-        slots.add(number)
-        for slot in unit.release:
-            if slot not in slots:
-                raise NvcError(f"unit {number} drops slot {slot}, which holds nothing")
-            slots.remove(slot)
-        yield unit
-    if early:
-        raise NvcError(f"frame {shown} is missing, but frame {min(early)} is coded")
 
 
 def _all_intra(schedule: Schedule, first_frame: int, count: int, first_unit: int) -> list[Unit]:

@@ -47,7 +47,7 @@ B_FRAMES = dict(  # of "brhvc", which is not for training yet
     ),
     inter=dict(
         widths=(8, 8, 8), y=16, motion=8, guess=8, tail=8, groups=2, offsets=2, unet=(8, 8, 8),
-        unet_blocks=1, flow=(8, 8), flow_kernel=3, patch=2,
+        unet_blocks=1, flow=(8, 8), flow_kernel=3, patch=2, family="laplace",
     ),
 )  # fmt: skip
 

@@ -88,9 +88,9 @@ def seal(data: bytes) -> bytes:
         at += size
         put(zlib.crc32(data[:at]))
         unit = next_frame = 0
-        while data[at] >> 5 == 0b110:
+        while data[at] >> 6 == 0b11:
             start, tag = at, data[at]
-            at += 1
+            at += 2 if tag & 32 else 1
             frames = [next_frame + k for k in range((tag & 7) + 1)]
             if tag & 16:
                 frames = [varint() for _ in frames]
@@ -117,10 +117,12 @@ def seal(data: bytes) -> bytes:
 def streams() -> list[bytes]:
     """Valid streams to start from."""
     found = []
-    for order, units, access in (
-        (schedule.two_frame(4), 7, lambda unit: unit % 2 == 0),
-        (schedule.two_frame(), 3, lambda unit: unit == 0),
-        (schedule.all_intra(), 4, lambda unit: True),
+    for order, length in (
+        (schedule.two_frame(4), 14),
+        (schedule.two_frame(), 6),
+        (schedule.all_intra(), 4),
+        (schedule.hierarchical(4), 11),
+        (schedule.hierarchical(3, closed=True), 8),
     ):
         # Calibrated, with margins for three levels: the longest header.
         header = bitstream.Header(
@@ -135,11 +137,12 @@ def streams() -> list[bytes]:
             (9, 10, 11),
         )  # fmt: skip
         with bitstream.write_stream(PATH, header) as out:
-            for unit in range(units):
-                frames = tuple(range(order.gop * unit, order.gop * (unit + 1)))
-                payload = bytes([unit]) * (3 * unit)
+            tail = length - schedule.group_start(order, length - 1)
+            for number, unit in enumerate(schedule.plan(order, length)):
+                frames, payload = unit.frames, bytes([number]) * (3 * number)
                 crc = codec.symbols_crc(_symbols(payload))
-                packet = (frames, (30,) * len(frames), payload, crc, access(unit))
+                short = tail if schedule.in_layers(order) and length - tail in frames else None
+                packet = (frames, (30,) * len(frames), payload, crc, not unit.refs, short)
                 out.write(bitstream.Packet(*packet))
         found.append(PATH.read_bytes())
     return found
@@ -184,6 +187,12 @@ def container(data: bytes) -> None:
                 assert stream.access_point(point.frame).frame == point.frame
             except StreamError as error:
                 readable(error)
+            for wanted in (range(point.frame, point.frame + 2), range(point.frame + 1, 2**40)):
+                frame = wanted.start
+                for unit, pictures in codec.decode_part(_UNIT_CODEC, stream, point, wanted):
+                    assert isinstance(unit, codec.Lost) or frame in unit.frames
+                    frame += len(list(pictures))
+                assert frame <= wanted.stop
         complaint = None
         try:
             for _ in codec.decode(_UNIT_CODEC, stream):

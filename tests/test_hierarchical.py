@@ -1,5 +1,9 @@
 """B-frames from end to end: any group, any length, any place to begin, in the order of display."""
 
+import weakref
+from fractions import Fraction
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from conftest import assert_same_pictures
@@ -7,7 +11,7 @@ from conftest import assert_same_pictures
 from nvc_jax import bitstream, cli, codec, schedule, video
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy.calibration import CALIBRATED
-from nvc_jax.errors import NvcError
+from nvc_jax.errors import NvcError, StreamError
 from nvc_jax.video import Colour, VideoInfo
 
 WIDTH, HEIGHT = 40, 24
@@ -101,6 +105,58 @@ def test_only_what_is_wanted_is_decoded(unit_codec, tmp_path, monkeypatch, first
     assert_same_pictures(shown, pictures[first : last + 1])
     # Both ends of a group and, in each of its three layers, one frame more than are wanted.
     assert len(count) <= 2 * (2 + 3) + last - first
+
+
+def test_what_lies_behind_a_part_does_not_matter(unit_codec, tmp_path):
+    path = tmp_path / "a.nvc"
+    pictures, units = coded(unit_codec, path, schedule.hierarchical(4), 13)
+    data = bytearray(path.read_bytes())
+    data[data.index(units[8].packet.payload)] ^= 255  # in the second group
+    path.write_bytes(data)
+    frames, shown = decoded(unit_codec, path, 0, range(1, 4))
+    assert frames == [1, 2, 3]
+    assert_same_pictures(shown, pictures[1:4])
+
+
+class Token:
+    """In place of what a unit leaves."""
+
+
+def stand_in(monkeypatch, tmp_path, order, length):
+    """A stream of empty units, which decode to nothing but a `Token`, and those that are alive."""
+    alive, most = weakref.WeakSet(), [0]
+
+    def decode_unit(*_):
+        token = Token()
+        alive.add(token)
+        most[0] = max(most[0], len(alive))
+        return codec.CodedUnit([None], (token,), [], [], [], [], None)
+
+    monkeypatch.setattr(codec, "decode_unit", decode_unit)
+    path = tmp_path / "empty.nvc"
+    header = bitstream.Header("m", bytes(16), 16, 16, Fraction(25), order, (2, 2, 2, False))
+    with bitstream.write_stream(path, header) as out:
+        for unit in schedule.plan(order, length):
+            out.write(bitstream.Packet(unit.frames, (30,), b"", 0, not unit.refs))
+    nothing = SimpleNamespace(module=SimpleNamespace(qp_rows=64))
+    return SimpleNamespace(model=nothing, width=16, height=16, mode=CALIBRATED), path, most
+
+
+def test_a_part_takes_no_more_memory_than_the_whole(monkeypatch, tmp_path):
+    order = schedule.hierarchical(2, 0)
+    unit_codec, path, most = stand_in(monkeypatch, tmp_path, order, 201)
+    assert decoded(unit_codec, path, 0, range(200, 201))[0] == [200]
+    assert 2 <= most[0] <= 4
+
+
+def test_an_index_that_lies_is_noticed(monkeypatch, tmp_path):
+    """It names frame 3, which refers to others, as one where decoding can start."""
+    unit_codec, path, _ = stand_in(monkeypatch, tmp_path, schedule.low_delay(), 9)
+    with bitstream.open_stream(path) as stream:
+        packets = list(stream._packets())
+        offset = stream._first + sum(size for _, _, size in packets[:3])
+        with pytest.raises(StreamError, match="before the point where decoding began"):
+            list(codec.decode(unit_codec, stream, bitstream.AccessPoint(3, 3, offset)))
 
 
 def test_the_host_can_drive(unit_codec):

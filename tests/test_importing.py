@@ -94,3 +94,6 @@ def test_the_command_explains_what_is_wrong(tmp_path, capsys):
     assert cli.main(["import", "brhvc-intra", str(path), str(output)]) == 2
     assert f"{path}: not a checkpoint of brhvc-intra" in capsys.readouterr().err
     assert not output.exists()
+    for other, words in ((path, "named twice"), (tmp_path / "out.bin", "end in .safetensors")):
+        assert cli.main(["import", "brhvc-intra", str(path), str(other)]) == 2
+        assert words in capsys.readouterr().err

@@ -111,7 +111,13 @@ def test_missing_files_and_folders(tmp_path):
 
 @pytest.mark.parametrize(
     "offset, shape, strides",
-    [(0, (25,), (1,)), (20, (5,), (1,)), (0, (2,), (24,)), (-1, (2,), (1,))],
+    [
+        (0, (25,), (1,)),
+        (20, (5,), (1,)),
+        (0, (2,), (24,)),
+        (-1, (2,), (1,)),
+        (0, (10**5, 10**5), (0, 0)),  # small in the file, large in memory
+    ],
 )
 def test_tensors_outside_of_their_storage_are_refused(offset, shape, strides, tmp_path):
     storage = torch_writer._Storage("0", np.dtype("f4"), 24)
@@ -161,8 +167,12 @@ def test_damaged_files_never_end_in_a_traceback(data):
     "instructions, complaint",
     [
         (b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b".", "BYTEARRAY8|damaged"),
-        (b"\x80\x02}r\xff\xff\xff\xff.", "too high"),
         (b"\x80\x02X\xff\xff\xff\x7fabc.", "damaged"),
+        # A type of numbers in the place of a function, called on lists.
+        (b"\x80\x02ctorch\nDoubleStorage\n(]K\x00atR.", "no function"),
+        # Tuples inside of tuples as a key, and shared ones whose hash would take for ever.
+        (b"\x80\x02})" + 10**6 * b"\x85" + b"K\x00s.", "neither text nor numbers"),
+        (b"\x80\x02})" + 60 * b"q\x00h\x00\x86" + b"K\x00s.", "neither text nor numbers"),
     ],
 )
 def test_pickles_cannot_ask_for_more_memory_than_they_have(instructions, complaint, tmp_path):

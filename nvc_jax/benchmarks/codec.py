@@ -38,12 +38,12 @@ def benchmark(model: str, width: int, height: int, frames: int, qp: int) -> dict
         pass
     compile_seconds = time.perf_counter() - begin
     begin = time.perf_counter()
-    units = list(coding.encode(codec, pictures, qp, schedule))
+    packets = [unit.packet for unit in coding.encode(codec, pictures, qp, schedule)]
     encode_seconds = time.perf_counter() - begin
 
     seconds, slots = {"decode": 0.0, "coder_encode": 0.0, "coder_decode": 0.0}, {}
     for number, unit in enumerate(schedules.plan(schedule, frames)):
-        packet, refs = units[number].packet, coding.references(unit, slots)
+        packet, refs = packets[number], coding.references(unit, slots)
         begin = time.perf_counter()
         decoded = coding.decode_unit(codec, packet.payload, refs, packet.qps, unit)
         slots[number] = jax.block_until_ready(decoded.refs)
@@ -60,7 +60,7 @@ def benchmark(model: str, width: int, height: int, frames: int, qp: int) -> dict
         seconds["decode"] += middle - begin
         seconds["coder_encode"] += encoded - middle
         seconds["coder_decode"] += time.perf_counter() - encoded
-    coded_bytes = sum(len(unit.packet.payload) for unit in units)
+    coded_bytes = sum(len(packet.payload) for packet in packets)
     results = {
         "model": loaded.name,
         "device": jax.devices()[0].device_kind,

@@ -73,29 +73,26 @@ def parameters(kind: str, tensors: dict[str, np.ndarray]) -> dict:
     expected = {k: shape for source in sources.values() for k, shape in source.shapes.items()}
     there = {name: tensors[name] for name in expected if name in tensors}
     wrong = {name: t.shape for name, t in there.items() if t.shape != tuple(expected[name])}
-    for found, what in (
-        ([name for name in expected if name not in there], "are missing"),
-        ([name for name in tensors if name not in expected], "do not belong to it"),
-        (
-            [f"{n} ({_size(shape)}, not {_size(expected[n])})" for n, shape in wrong.items()],
-            "have another shape",
-        ),
-        (
-            [name for name, t in there.items() if not np.isfinite(t).all()],
-            "have values that are infinite or not numbers",
-        ),
-    ):
-        if found:
-            more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-            raise NvcError(
-                f"not a checkpoint of {kind} ({PUBLISHED[kind].file}), which has {len(expected)} "
-                f"tensors: {len(found)} {what}: {', '.join(found[:8])}{more}"
-            )
+    _refuse(kind, expected, "are missing", [name for name in expected if name not in there])
+    _refuse(kind, expected, "do not belong to it", [n for n in tensors if n not in expected])
+    sizes = [f"{n} ({_size(shape)}, not {_size(expected[n])})" for n, shape in wrong.items()]
+    _refuse(kind, expected, "have another shape", sizes)
+    broken = [name for name, t in there.items() if not np.isfinite(t).all()]
+    _refuse(kind, expected, "have values that are infinite or not numbers", broken)
     flat = {
         path: np.asarray(source.build(*(tensors[name] for name in source.shapes)), np.float32)
         for path, source in sources.items()
     }
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _refuse(kind: str, expected: dict, what: str, found: list[str]) -> None:
+    if found:
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        raise NvcError(
+            f"not a checkpoint of {kind} ({PUBLISHED[kind].file}), which has {len(expected)} "
+            f"tensors: {len(found)} {what}: {', '.join(found[:8])}{more}"
+        )
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -1,16 +1,17 @@
 """Reads the tensors of a PyTorch checkpoint, without PyTorch and without running what it contains.
 
 A checkpoint is a pickle, and a pickle is a program: loading one from a stranger can do anything.
-Here its instructions are looked through before any of them runs, and the unpickler knows the names
-that tensors are made of and refuses all others. Both layouts are read: the ZIP archive of PyTorch
-1.6 and later, and the plain sequence of pickles before.
+Here its instructions are interpreted by a machine that knows only those that dictionaries of
+tensors, numbers and text are made of, and only the handful of names that tensors need. No
+instruction takes more memory or time than the file has bytes. Both layouts are read: the ZIP
+archive of PyTorch 1.6 and later, and the plain sequence of pickles before.
 """
 
 import io
-import pickle
+import math
 import pickletools
 import zipfile
-from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,13 @@ import numpy as np
 from nvc_jax.errors import NvcError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-# What dictionaries of tensors, numbers and text are made of. None of these allocates more memory
-# than the pickle itself has.
-OPCODES = {
-    "PROTO", "FRAME", "MARK", "STOP", "POP", "POP_MARK", "NONE", "NEWTRUE", "NEWFALSE", "INT",
-    "LONG", "LONG1", "BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT", "UNICODE", "BINUNICODE",
-    "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "EMPTY_TUPLE",
-    "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_DICT",
-    "DICT", "SETITEM", "SETITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "BINPERSID", "PUT",
-    "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET",
-}  # fmt: skip
+MAX_DIMENSIONS = 8
 BFLOAT16 = np.dtype("V2")  # NumPy has no such type; widened to float32
 DTYPES = {
-    "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
-    "BFloat16Storage": BFLOAT16, "LongStorage": np.int64, "IntStorage": np.int32,
-    "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
+    "DoubleStorage": np.dtype("<f8"), "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"), "BFloat16Storage": BFLOAT16, "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"), "ShortStorage": np.dtype("<i2"), "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"), "BoolStorage": np.dtype("?"),
 }  # fmt: skip
 
 
@@ -46,75 +38,146 @@ class _Storage:
     """Numbers that tensors are views of. `values` may come later than the tensors."""
 
     def __init__(self, dtype: np.dtype, count: int):
-        self.dtype, self.count, self.values = np.dtype(dtype), count, None
+        self.dtype, self.count, self.values = dtype, count, None
 
     def fill(self, data: bytes) -> None:
         if len(data) != self.count * self.dtype.itemsize:
             raise ValueError(f"a storage has {len(data)} bytes instead of {self.count} numbers")
-        values = np.frombuffer(data, self.dtype.newbyteorder("<"))
+        values = np.frombuffer(data, self.dtype)
         if self.dtype == BFLOAT16:
             values = (values.view("<u2").astype(np.uint32) << 16).view(np.float32)
         self.values = values
 
 
 class _Tensor:
-    def __init__(self, storage: _Storage, offset: int, shape: tuple, strides: tuple):
-        self.storage, self.offset, self.shape, self.strides = storage, offset, shape, strides
+    def __init__(self, storage: _Storage, offset: int, shape: tuple, strides: tuple, *_):
+        if not isinstance(storage, _Storage) or max(len(shape), len(strides)) > MAX_DIMENSIONS:
+            raise ValueError("a tensor has no storage, or too many dimensions")
+        self.storage, self.offset = storage, int(offset)
+        self.shape, self.strides = tuple(map(int, shape)), tuple(map(int, strides))
 
     def array(self) -> np.ndarray:
         values, shape, strides = self.storage.values, self.shape, self.strides
+        count = math.prod(shape)
         last = self.offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-        empty = 0 in shape
-        if min((self.offset, *shape, *strides)) < 0 or (last >= len(values) and not empty):
+        if min((self.offset, *shape, *strides)) < 0 or count > len(values) or (
+            count and last >= len(values)
+        ):  # fmt: skip
             raise ValueError("a tensor lies outside of its storage")
         size = values.itemsize
-        view = np.lib.stride_tricks.as_strided(
-            values[self.offset :], shape, [s * size for s in strides]
+        return np.lib.stride_tricks.as_strided(
+            values[self.offset :], shape, [s * size for s in strides], writeable=False
         )
-        return np.array(view, values.dtype.newbyteorder("="))
 
 
-def _rebuild_tensor(storage, offset, shape, strides, *_) -> _Tensor:
-    if not isinstance(storage, _Storage):
-        raise ValueError("a tensor has no storage")
-    return _Tensor(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
-
-
-ALLOWED = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+FUNCTIONS: dict[tuple[str, str], Callable] = {
+    ("collections", "OrderedDict"): lambda: {},
+    ("torch._utils", "_rebuild_tensor"): _Tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _Tensor,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-    ("torch", "Size"): tuple,
-} | {("torch", name): dtype for name, dtype in DTYPES.items()}
+    ("torch", "Size"): lambda items: items,
+}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+# Instructions that push what stands in them.
+LITERALS = {
+    "INT", "LONG", "LONG1", "BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT", "UNICODE",
+    "BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES",
+}  # fmt: skip
 
 
-class _Unpickler(pickle.Unpickler):
-    """Of the pickle at a stream's position; leaves the stream behind it."""
+class _Machine:
+    """Interprets the pickle at a stream's position; leaves the stream behind it.
+
+    Attributes:
+      result: what the pickle holds.
+      storages: by key, those that its tensors are views of, still empty.
+    """
 
     def __init__(self, stream: io.BytesIO):
-        start = stream.tell()
-        for opcode, argument, _ in pickletools.genops(stream):
-            if opcode.name not in OPCODES:
-                raise _Refused(f"the instruction {opcode.name}")
-            if opcode.name.endswith("PUT") and int(argument) > stream.tell():
-                raise ValueError("it numbers its objects too high")
-        super().__init__(io.BytesIO(stream.getbuffer()[start : stream.tell()]), encoding="utf-8")
         self.storages: dict[str, _Storage] = {}
+        self._stack: list = []
+        self._marks: list[int] = []
+        self._memo: dict[int, Any] = {}
+        for opcode, argument, _ in pickletools.genops(stream):
+            self._run(opcode.name, argument)
+        self.result = self._stack.pop()
 
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return ALLOWED[module, name]
-        except KeyError:
-            raise _Refused(f"{module}.{name}") from None
+    def _run(self, name: str, argument: Any) -> None:
+        stack, memo = self._stack, self._memo
+        if name in ("PROTO", "FRAME", "STOP"):
+            pass
+        elif name in CONSTANTS:
+            stack.append(CONSTANTS[name])
+        elif name in LITERALS:
+            stack.append(argument)
+        elif name in ("EMPTY_LIST", "EMPTY_DICT"):
+            stack.append([] if name == "EMPTY_LIST" else {})
+        elif name == "MARK":
+            self._marks.append(len(stack))
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple(self._popped(len(stack) - int(name[-1]))))
+        elif name in ("TUPLE", "LIST"):
+            items = self._popped(self._marks.pop())
+            stack.append(tuple(items) if name == "TUPLE" else items)
+        elif name == "DICT":
+            items = self._popped(self._marks.pop())
+            stack.append({})
+            self._set(items)
+        elif name in ("APPEND", "APPENDS"):
+            items = self._popped(len(stack) - 1 if name == "APPEND" else self._marks.pop())
+            if not isinstance(stack[-1], list):
+                raise ValueError("it appends to what is no list")
+            stack[-1].extend(items)
+        elif name in ("SETITEM", "SETITEMS"):
+            self._set(self._popped(len(stack) - 2 if name == "SETITEM" else self._marks.pop()))
+        elif name in ("POP", "POP_MARK"):
+            self._popped(len(stack) - 1 if name == "POP" else self._marks.pop())
+        elif name == "GLOBAL":
+            stack.append(_known(*argument.split(" ", 1)))
+        elif name == "STACK_GLOBAL":
+            stack.append(_known(*self._popped(len(stack) - 2)))
+        elif name == "REDUCE":
+            function, arguments = self._popped(len(stack) - 2)
+            if not callable(function):
+                raise _Refused("what is no function")
+            stack.append(function(*arguments))
+        elif name == "BUILD":  # attributes of an object, which we have no use for
+            stack.pop()
+        elif name == "BINPERSID":
+            stack.append(self._storage(*stack.pop()))
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else int(argument)] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[int(argument)])
+        else:
+            raise _Refused(f"the instruction {name}")
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _, count, *view = pid
-        if kind != "storage" or any(view):
-            raise ValueError(f"a reference to a {kind} that is not a plain storage")
+    def _popped(self, start: int) -> list:
+        items = self._stack[start:]
+        del self._stack[start:]
+        return items
+
+    def _set(self, items: list) -> None:
+        target = self._stack[-1]
+        # Hashing any other key could take for ever.
+        if not isinstance(target, dict) or not all(isinstance(k, str | int) for k in items[::2]):
+            raise ValueError("it has keys that are neither text nor numbers")
+        target.update(zip(items[::2], items[1::2], strict=True))
+
+    def _storage(self, kind: str, dtype: np.dtype, key: str, _: str, count: int, *view) -> _Storage:
+        if kind != "storage" or not isinstance(key, str) or any(view):
+            raise ValueError("a reference to what is no plain storage")
         if key not in self.storages:
             self.storages[key] = _Storage(dtype, int(count))
         return self.storages[key]
+
+
+def _known(module: str, name: str) -> Any:
+    if module == "torch" and name in DTYPES:
+        return DTYPES[name]
+    if (module, name) not in FUNCTIONS:
+        raise _Refused(f"{module}.{name}")
+    return FUNCTIONS[module, name]
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
@@ -140,7 +203,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     except OSError as e:
         raise NvcError(f"{path}: cannot be read ({e.strerror or e})") from None
     except Exception as e:
-        # Whatever a damaged pickle makes of the unpickler.
+        # Whatever a damaged pickle makes of the machine.
         raise NvcError(f"{path}: not a PyTorch checkpoint, or a damaged one ({e})") from None
     if not tensors:
         raise NvcError(f"{path}: there are no tensors in it")
@@ -164,28 +227,26 @@ def _read_zip(data: io.BytesIO) -> Any:
 
         if folder + "byteorder" in entries and member("byteorder") != b"little":
             raise ValueError("its numbers are stored with the highest byte first")
-        unpickler = _Unpickler(io.BytesIO(member("data.pkl")))
-        found = unpickler.load()
-        for key, storage in unpickler.storages.items():
+        machine = _Machine(io.BytesIO(member("data.pkl")))
+        for key, storage in machine.storages.items():
             storage.fill(member(f"data/{key}"))
-    return found
+    return machine.result
 
 
 def _read_legacy(data: io.BytesIO) -> Any:
     data.seek(0)
-    if _Unpickler(data).load() != LEGACY_MAGIC:
+    if _Machine(data).result != LEGACY_MAGIC:
         raise ValueError("it does not begin like one")
     for _ in range(2):  # protocol, system
-        _Unpickler(data).load()
-    unpickler = _Unpickler(data)
-    found = unpickler.load()
-    for key in _Unpickler(data).load():
-        storage = unpickler.storages[key]
+        _Machine(data)
+    machine = _Machine(data)
+    for key in _Machine(data).result:
+        storage = machine.storages[key]
         count = int.from_bytes(data.read(8), "little")
         if count != storage.count:
             raise ValueError(f"a storage has {count} numbers instead of {storage.count}")
         storage.fill(data.read(count * storage.dtype.itemsize))
-    return found
+    return machine.result
 
 
 def _tensors(found: Any) -> dict[str, np.ndarray]:

@@ -92,11 +92,10 @@ def _config(kind: type, size: dict) -> Any:
             return tuple(v)
         if not isinstance(v, dict):
             return v
-        names = {inner: {f.name for f in dataclasses.fields(inner)} for inner in with_intra.MODULES}
-        fitting = [inner for inner in names if set(v) <= names[inner]]
-        if not fitting:
-            raise TypeError(f"no codec has a config of the fields {', '.join(sorted(v))}")
-        return _config(min(fitting, key=lambda inner: len(names[inner])), v)
+        for inner in with_intra.MODULES:
+            if {f.name for f in dataclasses.fields(inner)} == set(v):
+                return _config(inner, v)
+        raise TypeError(f"no codec has a config of the fields {', '.join(sorted(v))}")
 
     return kind(**{k: value(v) for k, v in size.items()})
 
@@ -136,12 +135,12 @@ def steps(
 
     For codecs in which they are the same program, only the second is there.
     """
-    frames = jnp.zeros((1, model.frames_per_unit, height, width, 3))
-    qp = jnp.zeros((1, model.frames_per_unit), jnp.int32)
     found = {}
 
     def probe(variables, refs):
         bottleneck = Estimate(exact=exact)
+        frames = jnp.zeros((1, model.frames_per_unit, height, width, 3))
+        qp = jnp.zeros((1, model.frames_per_unit), jnp.int32)
         _, left = model.apply(variables, frames, refs, qp, bottleneck)
         found[bool(refs)] = tuple(bottleneck.steps)
         return left

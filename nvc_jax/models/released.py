@@ -45,7 +45,8 @@ class Released(NamedTuple):
       codec: name in the registry.
       module: the Linen module.
       variables: {"params": float32 pytree, "integers": the scale head, if the model has one}.
-      tables: integer CDFs of the scale levels, then of the hyper-latent's (qp row, channel).
+      tables: integer CDFs of the scale levels of each family of distributions, then of each
+        hyper-latent's (row, channel), see `CodingSpec`.
       spec: how scales become table indices.
       fingerprint: 16 bytes.
       known_answer: of the scale head, see `check_integers`; empty without one.

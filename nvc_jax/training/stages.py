@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from nvc_jax.errors import NvcError
 from nvc_jax.models import registry
+from nvc_jax.models.with_intra import WithIntra
 
 RUN = {
     "seed", "model", "data", "init_from", "transform_start", "stages", "warmup_steps", "clip_norm",
@@ -171,6 +172,11 @@ def read(config: ConfigDict) -> tuple[Stage, ...]:
         raise NvcError("config.stages is empty: there is nothing to train")
     try:
         model = registry.build(config.model.name, config.model.size, config.model.dtype)
+        if isinstance(model, WithIntra):
+            raise NvcError(
+                f"the codec '{config.model.name}' cannot be trained yet; import its published "
+                "weights with `nvc import`"
+            )
     except TypeError as e:
         raise NvcError(f"config.model.dtype is {config.model.dtype!r}: {e}") from None
     networks = sorted(jax.eval_shape(lambda: registry.init(model, jax.random.key(0))))
