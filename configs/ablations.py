@@ -24,6 +24,14 @@ CHANGES = {
     "wide": (dict(width=160, encoder=1, decoder=1, recon=104), {}),
     "deep": (dict(width=132, encoder=3, decoder=3), {}),
     "entropy": (dict(width=128, prior=208, spatial=2, fusion=3), {}),
+    # More of a picture fits through, fewer layers think about it.
+    "channels": (
+        dict(
+            width=176, y=288, extractor=(1, 1), encoder=1, decoder=1, recon=112, recon_blocks=2,
+            prior=112, temporal=64,
+        ),
+        {},
+    ),
 }  # fmt: skip
 
 

@@ -447,6 +447,10 @@ def test_learning_rate_warms_up_and_falls_through_the_stages():
         ({"model": ConfigDict(dict(name="av2", size="small", dtype="float32"))}, "unknown codec"),
         ({"model": ConfigDict(dict(name="toy", size="huge", dtype="float32"))}, "no size 'huge'"),
         (
+            {"model": ConfigDict(dict(name="dcvc_rt", size="full", dtype="float32"))},
+            "'dcvc_rt' cannot be trained yet",
+        ),
+        (
             {"model": ConfigDict(dict(name="toy", size=dict(depth=3), dtype="float32"))},
             "bad size for 'toy'",
         ),
