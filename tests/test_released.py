@@ -56,6 +56,18 @@ def test_what_is_saved_comes_back(frozen, saved):
     assert released.load(str(saved)).fingerprint == model.fingerprint
 
 
+def test_views_in_another_order_are_saved_in_order(frozen, tmp_path):
+    """As an import makes them of transposed kernels."""
+    path = tmp_path / "model.safetensors"
+    tensors, metadata = frozen[3:]
+    turned = {k: np.asfortranarray(v) for k, v in tensors.items()}
+    released.save(path, turned, metadata)
+    released.save(tmp_path / "same.safetensors", tensors, metadata)
+    assert (
+        released.load(path).fingerprint == released.load(tmp_path / "same.safetensors").fingerprint
+    )
+
+
 def test_only_scales_that_code_something_are_coded(saved):
     spec = released.load(saved).spec
     assert spec.scale_boundaries.dtype == np.float32

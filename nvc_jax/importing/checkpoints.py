@@ -27,6 +27,7 @@ class Published(NamedTuple):
       intra: kind of the intra codec that it needs; None for an intra codec.
       codec: of ours, in size "full": the codec alone, or with its intra codec.
       levels, scale_range: of its tables.
+      skip_scale: symbols of smaller scales are not coded, as its authors do.
     """
 
     file: str
@@ -34,16 +35,19 @@ class Published(NamedTuple):
     codec: str
     levels: int
     scale_range: tuple[float, float]
+    skip_scale: float
 
 
 PUBLISHED = {
-    "dcvc-rt-intra": Published("cvpr2025_image.pth.tar", None, "intra", 128, (0.11, 16.0)),
+    "dcvc-rt-intra": Published("cvpr2025_image.pth.tar", None, "intra", 128, (0.11, 16.0), 0.12),
     "dcvc-rt-inter": Published(
-        "cvpr2025_video.pth.tar", "dcvc-rt-intra", "dcvc_rt", 128, (0.11, 16.0)
+        "cvpr2025_video.pth.tar", "dcvc-rt-intra", "dcvc_rt", 128, (0.11, 16.0), 0.12
     ),
-    "brhvc-intra": Published("cvpr2023_image_psnr.pth.tar", None, "dcvc_dc", 256, (0.11, 64.0)),
+    "brhvc-intra": Published(
+        "cvpr2023_image_psnr.pth.tar", None, "dcvc_dc", 256, (0.11, 64.0), 0.0
+    ),
     # Their Laplace distributions begin at 0.01.
-    "brhvc": Published("brhvc_model_weights.pth", "brhvc-intra", "brhvc", 256, (0.01, 64.0)),
+    "brhvc": Published("brhvc_model_weights.pth", "brhvc-intra", "brhvc", 256, (0.01, 64.0), 0.0),
 }
 
 
@@ -144,7 +148,13 @@ def to_released(kind: str, checkpoint: Path, output: Path, intra: Path | None = 
     module, params = load(kind, checkpoint, intra)
     published = PUBLISHED[kind]
     tensors, metadata = released.freeze(
-        output.stem, published.codec, module, params,
-        levels=published.levels, scale_range=published.scale_range, weights_dtype=np.float32,
-    )  # fmt: skip
+        output.stem,
+        published.codec,
+        module,
+        params,
+        levels=published.levels,
+        scale_range=published.scale_range,
+        skip_scale=published.skip_scale,
+        weights_dtype=np.float32,
+    )
     released.save(output, tensors, metadata)

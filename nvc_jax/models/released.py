@@ -172,6 +172,8 @@ def save(path: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, s
     Raises:
       NvcError: the file cannot be written.
     """
+    # safetensors writes the bytes of transposed views as if they were in order.
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     metadata = {**metadata, "fingerprint": _fingerprint(tensors, metadata)}
     data = safetensors.numpy.save(tensors, metadata)
     with replacing(path) as hidden, writing(path):
