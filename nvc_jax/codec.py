@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nvc_jax import colour
 from nvc_jax import schedule as schedules
 from nvc_jax.bitstream import (
     AccessPoint,
@@ -169,7 +170,7 @@ def _unit_program(model, tables, width, height, mode, variables, planes, refs, q
         return jax.pure_callback(_pull_on_host(tables), result, payload, state, index)
 
     bottleneck = Coded(model.spec, mode, source, render, pull, coder_state, given, margin, flags)
-    rgb = uses_rgb(model.module)
+    rgb = model.module.rgb
     frames = planes_to_frames(planes, height, width, rgb)
     recon, new_refs = model.module.apply(variables, frames, refs, qp, bottleneck)
     pictures = jax.lax.cond(
@@ -193,30 +194,6 @@ def _padded(side: int) -> int:
     return -(-side // 16) * 16
 
 
-def uses_rgb(module: Any) -> bool:
-    """Whether a codec works on R, G, B instead of Y, U, V, as the published BRHVC does."""
-    return any(getattr(c, "rgb", False) for c in (module.cfg, getattr(module.cfg, "intra", None)))
-
-
-# Y, U, V of BT.709 in limited range, as shares of 255, are OFFSET + FROM_RGB @ (R, G, B in [0, 1]).
-OFFSET = np.array([16, 128, 128]) / 255
-FROM_RGB = (
-    np.array(
-        [
-            [0.2126, 0.7152, 0.0722],
-            [-0.2126 / 1.8556, -0.7152 / 1.8556, 0.5],
-            [0.5, -0.7152 / 1.5748, -0.0722 / 1.5748],
-        ]
-    )
-    * np.array([[219], [224], [224]])
-    / 255
-)
-
-
-def _times(matrix: np.ndarray, pixels: jax.Array) -> jax.Array:
-    return jnp.dot(pixels, jnp.asarray(matrix.T, jnp.float32), precision=jax.lax.Precision.HIGHEST)
-
-
 def planes_to_frames(planes, height: int, width: int, rgb: bool = False) -> jax.Array:
     """uint8 4:2:0 planes -> float32 [1, frames, height', width', 3] in [0, 1], sides padded to 16.
 
@@ -231,7 +208,7 @@ def planes_to_frames(planes, height: int, width: int, rgb: bool = False) -> jax.
 
     frames = jnp.stack([y, full_size(u), full_size(v)], axis=-1).astype(jnp.float32) / 255
     if rgb:
-        frames = _times(np.linalg.inv(FROM_RGB), frames - jnp.asarray(OFFSET, jnp.float32))
+        frames = colour.to_rgb(frames)
     pad = ((0, 0), (0, -height % 16), (0, -width % 16), (0, 0))
     return jnp.pad(frames, pad, mode="edge")[None]
 
@@ -243,7 +220,7 @@ def frames_to_planes(frames: jax.Array, height: int, width: int, rgb: bool = Fal
     """
     frames = jnp.clip(frames[0], 0, 1)
     if rgb:
-        frames = _times(FROM_RGB, frames) + jnp.asarray(OFFSET, jnp.float32)
+        frames = colour.from_rgb(frames)
     frames *= 255
     n, h, w, _ = frames.shape
     chroma = frames[..., 1:].reshape(n, h // 2, 2, w // 2, 2, 2).mean((2, 4))

@@ -201,8 +201,8 @@ def _hierarchical(schedule: Schedule, first_frame: int, count: int, first_unit: 
         starts = schedule.intra_period and 2 * count >= schedule.gop
     planned = []
     if whole or starts:
-        anchor = _intra(last, schedule.gop) if starts else _predicted(before, before, last)
-        planned += [anchor, *_between(before, last)]
+        anchor = _intra(last, schedule.gop) if starts else predicted(before, before, last)
+        planned += [anchor, *_all_between(before, last)]
     else:
         planned += _tail(before, last)
     return _numbered(planned, slots, first_unit, kept=last if whole else None)
@@ -220,26 +220,32 @@ def _layer(span: int) -> int:
     return (span - 1).bit_length() - 1
 
 
-# Units whose `refs` are still display frames.
+# Units whose `refs` are still display frames: what groups, and paths of training, are made of.
 
 
 def _intra(frame: int, gop: int) -> Unit:
     return Unit((frame,), (), _layer(2 * gop), (0,), ())
 
 
-def _predicted(first: int, second: int, frame: int) -> Unit:
+def predicted(first: int, second: int, frame: int) -> Unit:
     """A frame behind both of its references, in the layer of a gap with as distant ends."""
     ratio = 0.5 if first == second else (frame - first) / (second - first)
     return Unit((frame,), (first, second), _layer(2 * (frame - first)), (0,), (), ratio)
 
 
-def _between(a: int, b: int) -> list[Unit]:
+def between(a: int, b: int) -> Unit:
+    """The frame in the middle of a gap of more than one frame."""
+    middle = (a + b) // 2
+    return Unit((middle,), (a, b), _layer(b - a), (0,), (), (middle - a) / (b - a))
+
+
+def _all_between(a: int, b: int) -> list[Unit]:
     """All frames of a gap, depth first."""
     if b - a < 2:
         return []
-    middle = (a + b) // 2
-    unit = Unit((middle,), (a, b), _layer(b - a), (0,), (), (middle - a) / (b - a))
-    return [unit, *_between(a, middle), *_between(middle, b)]
+    unit = between(a, b)
+    middle = unit.frames[0]
+    return [unit, *_all_between(a, middle), *_all_between(middle, b)]
 
 
 def _tail(a: int, last: int) -> list[Unit]:
@@ -247,7 +253,7 @@ def _tail(a: int, last: int) -> list[Unit]:
     planned, before = [], a
     while last > a:
         step = min(1 << ((last - a + 1) // 2).bit_length() - 1, 16)
-        planned += [_predicted(a, before, a + step), *_between(a, a + step)]
+        planned += [predicted(a, before, a + step), *_all_between(a, a + step)]
         before, a = a, a + step
     return planned
 

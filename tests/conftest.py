@@ -40,14 +40,15 @@ SIZES = {
         offset=0.5, form="uf", latent_gain=True, scale_head=16,
     ),
 }  # fmt: skip
-B_FRAMES = dict(  # of "brhvc", which is not for training yet
+B_FRAMES = dict(  # of "brhvc"
     intra=dict(
         width=16, y=16, z=8, prior=16, spatial_width=16, encoder=1, decoder=1, fusion=1, spatial=1,
         offset=0.5, form="uf", latent_gain=True, scale_head=0,
     ),
     inter=dict(
         widths=(8, 8, 8), y=16, motion=8, guess=8, tail=8, groups=2, offsets=2, unet=(8, 8, 8),
-        unet_blocks=1, flow=(8, 8), flow_kernel=3, patch=2, family="laplace",
+        unet_blocks=1, flow=(8, 8), flow_kernel=3, patch=2, flow_halvings=1, family="laplace",
+        direct=False,
     ),
 )  # fmt: skip
 

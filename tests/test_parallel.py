@@ -247,7 +247,7 @@ def test_training_steps_lower_for_accelerators(name):
         coded = only.units * model.frames_per_unit
         pictures = (only.batch, coded, only.crop, only.crop, 3)
         clip = train_step.Clip(
-            jax.ShapeDtypeStruct((pictures[0], *pictures[2:]), np.uint8),
+            jax.ShapeDtypeStruct((pictures[0], 1, *pictures[2:]), np.uint8),
             jax.ShapeDtypeStruct(pictures, np.uint8),
             *[jax.ShapeDtypeStruct((only.batch,), np.int32)] * 2,
         )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nvc_jax.nn.blocks import Conv3x3, Pointwise, depth_to_space, space_to_depth
-from nvc_jax.nn.flow import SpyNet
+from nvc_jax.nn.flow import SpyNet, flow_error
 from nvc_jax.nn.hyperprior import FactorizedPrior, pad_to_multiple
 from nvc_jax.nn.residual import (
     DepthBlock,
@@ -33,6 +33,9 @@ from nvc_jax.nn.residual import (
 from nvc_jax.nn.warp import double, halve, warp, warp_groups
 
 LAYERS = 5  # of the hierarchy, each with its own feature adaptor
+# Weights on the distortion of a layer in training, which are not published: about one quality step
+# of classical codecs a layer, 2^(0.35 (layer - 2)), with a mean of 1 over a group of 32.
+LAYER_WEIGHTS = (0.79, 1.00, 1.28, 1.63, 2.07)
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,11 @@ class Config:
     concerns motion, `tail` of the decoder's last layer, `guess` of the first layers that read the
     guessed flows. `groups` and `offsets`: see `OffsetDiversity`. `patch` 2 is our addition for
     light models: all networks work on patches of 2x2 pixels, motion included, at a quarter of the
-    cost; "full size" below is then half of the picture's. `family`: of the latents' distributions.
+    cost; "full size" below is then half of the picture's. `flow_halvings`: how often pictures are
+    made half as large before motion is looked for in them; the cost of that falls to a quarter each
+    time. `family`: of the latents' distributions. `direct` (our addition, for short trainings)
+    makes decoded motion a correction of the guessed one, and the picture a correction of a weighted
+    mean of both references after motion, as in the direct mode of classical codecs.
     """
 
     widths: tuple[int, int, int] = (48, 64, 96)
@@ -58,7 +65,9 @@ class Config:
     flow: tuple[int, ...] = (32, 64, 32, 16)
     flow_kernel: int = 7
     patch: int = 1
+    flow_halvings: int = 0
     family: str = "laplace"
+    direct: bool = False
 
     @property
     def halvings(self) -> int:
@@ -66,7 +75,14 @@ class Config:
         return {1: 2, 2: 1}[self.patch]
 
 
-SIZES = {"full": Config()}
+SIZES = {
+    "full": Config(),
+    "nano": Config(
+        widths=(8, 16, 32), y=64, motion=16, guess=8, tail=8, groups=2, unet=(8, 16, 32),
+        unet_blocks=1, flow=(12, 12), flow_kernel=5, patch=2, flow_halvings=1, family="gaussian",
+        direct=True,
+    ),
+}  # fmt: skip
 
 
 class Ref(NamedTuple):
@@ -179,7 +195,10 @@ class MotionEncoder(nn.Module):
 
 
 class MotionDecoder(nn.Module):
-    """Motion latent -> (flows of both directions at three scales, feature for later frames)."""
+    """Motion latent -> (flows of both directions at three scales, feature for later frames).
+
+    With `Config.direct` those at full size have a third channel: the weight of the reference.
+    """
 
     cfg: Config
 
@@ -191,7 +210,8 @@ class MotionDecoder(nn.Module):
             x = ResUp(2 * m if i + 1 == self.cfg.halvings else m, name=f"up{i}")(x)
         feature = DepthBlock(2 * m, name="fuse")(jnp.concatenate([x, guess], -1))
         ups = [(ResUp(m, name=f"double{i}"), DepthBlock(m, name=f"block{i}")) for i in range(2)]
-        heads = [Conv3x3(2, name=f"flow{i}") for i in range(3)]  # full, half, quarter size
+        outputs = (2 + self.cfg.direct, 2, 2)  # at full, half, quarter size
+        heads = [Conv3x3(n, name=f"flow{i}") for i, n in enumerate(outputs)]
 
         def flows(half):
             quarter = half * q
@@ -434,8 +454,9 @@ class BFrame(nn.Module):
         self.motion_fusion = [DepthBlock(3 * c.motion) for _ in range(2)]
         self.motion_prior = LatentPrior(c.motion, (3 * c.motion, 3 * c.motion), c.family)
         self.motion_decoder = MotionDecoder(c)
-        self.q_motion_encoder = RateScale(c.motion)
-        self.q_motion_decoder = RateScale(c.motion)
+        # Motion, like pictures, is needed the more precisely the higher the quality, but less so.
+        self.q_motion_encoder = RateScale(c.motion, start=0.5)
+        self.q_motion_decoder = RateScale(c.motion, start=-0.5)
 
         self.feature_of_frame = Conv3x3(w1)
         self.feature_of_feature = Pointwise(w1)
@@ -447,7 +468,7 @@ class BFrame(nn.Module):
 
         self.encoder_fusion = EncoderFusion(c.widths, self.dtype)
         self.encoder = Encoder(c, self.dtype)
-        self.q_encoder = RateScale(2 * w2)
+        self.q_encoder = RateScale(2 * w2, start=1.0)
         self.hyper_encoder = HyperEncoder(c.y, (1, 2, 2))
         self.hyper_decoder = HyperDecoder(c.y)
         self.z_prior = FactorizedPrior(1, c.y)
@@ -457,14 +478,17 @@ class BFrame(nn.Module):
         self.prior = LatentPrior(c.y, (3 * c.y, 3 * c.y), c.family)
         self.decoder_fusion = DecoderFusion(c.widths, c.halvings, self.dtype)
         self.decoder = Decoder(c, self.dtype)
-        self.q_decoder = RateScale(w2)
+        self.q_decoder = RateScale(w2, start=-1.0)
 
     def _motion_between(self, a, b, times=0):
         """Flow from picture a to b [b, h, w, 3], both made smaller by 2^times."""
-        for _ in range(times + self.cfg.patch - 1):
+        for _ in range(times + self.cfg.patch - 1 + self.cfg.flow_halvings):
             a, b = halve(a), halve(b)
         h, w = a.shape[1:3]
-        return self.flow(pad_to_multiple(a, 16), pad_to_multiple(b, 16))[:, :h, :w]
+        flow = self.flow(pad_to_multiple(a, 16), pad_to_multiple(b, 16))[:, :h, :w]
+        for _ in range(self.cfg.flow_halvings):
+            flow = 2 * double(flow)
+        return flow
 
     def _contexts(self, ref, flows, guesses, level):
         frame = space_to_depth(ref.frame, self.cfg.patch)
@@ -486,6 +510,17 @@ class BFrame(nn.Module):
         c1 = self.align(f1, flows[0], [warped, flows[0], frame, *guesses])
         c2, c3 = warp(f2, flows[1]), warp(f3, flows[2])
         return self.scale_fusion(c1, c2, c3), warped
+
+    def _corrected(self, flows, guess):
+        """(guessed flow plus its decoded corrections at three scales, weight of the reference)."""
+        full, half, quarter = flows
+        full, weight = full[..., :2], full[..., 2:]
+        guesses = [guess, halve(guess) / 2, halve(halve(guess)) / 4]
+        return [g + c for g, c in zip(guesses, (full, half, quarter), strict=True)], weight
+
+    def _full_size(self, x):
+        """What networks on patches give, for pixels."""
+        return x if self.cfg.patch == 1 else double(x)
 
     @staticmethod
     def start(frame):
@@ -567,12 +602,32 @@ class BFrame(nn.Module):
         )
 
         guesses = [guess_f, guess_b]
+        direct = 0.0
+        if c.direct:
+            (flows_f, logit_f), (flows_b, logit_b) = (
+                self._corrected(flows, guess)
+                for flows, guess in zip((flows_f, flows_b), guesses, strict=True)
+            )
+            share = jax.nn.sigmoid(self._full_size(logit_f - logit_b))
+            moved_f, moved_b = (
+                warp(ref.frame, self._full_size(c.patch * flows[0]))
+                for ref, flows in ((f, flows_f), (b, flows_b))
+            )
+            direct = share * moved_f + (1 - share) * moved_b
         contexts_f, warped_f = self._contexts(f, flows_f, guesses, level)
         contexts_b, warped_b = self._contexts(b, flows_b, guesses, level)
 
+        if c.direct:
+            seen_f, seen_b = moved_f, moved_b
+        else:
+            seen_f, seen_b = (depth_to_space(x, c.patch) for x in (warped_f, warped_b))
+        for moved in (seen_f, seen_b):
+            flow_error(self, frames[:, 0], moved)
+
         def analysis(m):
             fused = m.encoder_fusion(frame, warped_f, warped_b, contexts_f, contexts_b)
-            y = m.encoder(frame, fused, m.q_encoder(qp)).astype(jnp.float32)
+            rest = space_to_depth(frames[:, 0] - direct, c.patch)
+            y = m.encoder(rest, fused, m.q_encoder(qp)).astype(jnp.float32)
             return y, m.hyper_encoder(pad_to_multiple(y, 4))
 
         y, z = bottleneck.encoder_only(
@@ -592,7 +647,7 @@ class BFrame(nn.Module):
 
         fused = self.decoder_fusion(y_hat, warped_f, warped_b, contexts_f, contexts_b)
         recon, feature = self.decoder(y_hat, fused, self.q_decoder(qp))
-        recon = recon.astype(jnp.float32)
+        recon = recon.astype(jnp.float32) + direct
         ref = Ref(
             jnp.clip(recon, 0, 1), feature.astype(jnp.float32), motion_feature, y_hat, motion_y
         )

@@ -106,6 +106,10 @@ class Intra(nn.Module):
     references = 0
     qp_rows = 64
 
+    @property
+    def rgb(self) -> bool:
+        return self.cfg.rgb
+
     def setup(self):
         c = self.cfg
         self.encoder = Encoder(c, self.dtype)

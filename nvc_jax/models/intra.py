@@ -121,6 +121,7 @@ class Intra(nn.Module):
     schedule = "all_intra"
     references = 0
     qp_rows = QP_ROWS
+    rgb = False
 
     def setup(self):
         c = self.cfg

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from nvc_jax.entropy.bottleneck import Estimate, Step
 from nvc_jax.errors import NvcError
-from nvc_jax.models import dcvc_dc, intra, ui2c, with_intra
+from nvc_jax.models import brhvc, dcvc_dc, intra, ui2c, with_intra
 from nvc_jax.models.ui2c import Ref
 from nvc_jax.schedule import QP_OFFSETS, Unit
 
@@ -28,6 +29,7 @@ class Entry(NamedTuple):
       content: "image" or "video", which lambda range it is trained with.
       qp_offsets, frame_weights: by frame number modulo their length, what is added to the qp, and
         the weight of the frame's distortion in training.
+      layer_weights: the latter by layer, for codecs of B-frames.
     """
 
     module: type[nn.Module]
@@ -36,6 +38,7 @@ class Entry(NamedTuple):
     content: str
     qp_offsets: tuple[int, ...] = (0,)
     frame_weights: tuple[float, ...] = (1.0,)
+    layer_weights: tuple[float, ...] = (1.0,)
 
 
 CODECS = {
@@ -50,7 +53,13 @@ CODECS = {
         QP_OFFSETS,
         ui2c.FRAME_WEIGHTS,
     ),
-    "brhvc": Entry(with_intra.WithIntra, with_intra.Config, with_intra.BRHVC_SIZES, "video"),
+    "brhvc": Entry(
+        with_intra.WithIntra,
+        with_intra.Config,
+        with_intra.BRHVC_SIZES,
+        "video",
+        layer_weights=brhvc.LAYER_WEIGHTS,
+    ),
 }
 
 
@@ -65,8 +74,8 @@ def entry(name: str) -> Entry:
     return CODECS[name]
 
 
-def build(name: str, size: str | dict, dtype: Any = jnp.float32) -> nn.Module:
-    """A codec's module. `size` is a named size or a dict of all of its config's fields.
+def build(name: str, size: str | dict | ConfigDict, dtype: Any = jnp.float32) -> nn.Module:
+    """A codec's module. `size` is a named size, or a dict or ConfigDict of its config's fields.
 
     Raises:
       NvcError: unknown name, size or field.
@@ -78,7 +87,7 @@ def build(name: str, size: str | dict, dtype: Any = jnp.float32) -> nn.Module:
         cfg = codec.sizes[size]
     else:
         try:
-            cfg = _config(codec.config, size)
+            cfg = _config(codec.config, size if isinstance(size, dict) else size.to_dict())
         except TypeError as e:
             raise NvcError(f"bad size for '{name}': {e}") from None
     return codec.module(cfg, jnp.dtype(dtype))
@@ -93,7 +102,7 @@ def _config(kind: type, size: dict) -> Any:
         if not isinstance(v, dict):
             return v
         for inner in with_intra.MODULES:
-            if {f.name for f in dataclasses.fields(inner)} == set(v):
+            if set(v) <= {f.name for f in dataclasses.fields(inner)}:
                 return _config(inner, v)
         raise TypeError(f"no codec has a config of the fields {', '.join(sorted(v))}")
 
@@ -108,6 +117,21 @@ def size_as_dict(model: nn.Module) -> dict:
 def has_scale_head(model: nn.Module) -> bool:
     """Whether the codec can find its scales by integer arithmetic, see `nvc_jax.nn.integer`."""
     return getattr(model.cfg, "scale_head", 0) > 0
+
+
+def networks(model: nn.Module, params: dict) -> dict[str, Any]:
+    """The parameters by sub-network. An intra codec beside another one counts as one, "intra"."""
+    if isinstance(model, with_intra.WithIntra):
+        return {"intra": params["intra"], **params["inter"]}
+    return params
+
+
+def together(model: nn.Module, networks: dict[str, Any]) -> dict:
+    """Inverse of `networks`."""
+    if isinstance(model, with_intra.WithIntra):
+        inter = {k: v for k, v in networks.items() if k != "intra"}
+        return {"intra": networks["intra"], "inter": inter}
+    return networks
 
 
 def init(model: nn.Module, key: jax.Array) -> dict:

@@ -193,6 +193,7 @@ class UI2C(nn.Module):
 
     references = 1
     qp_rows = QP_ROWS
+    rgb = False  # whether pictures are R, G, B and not Y, U, V
 
     @property
     def frames_per_unit(self) -> int:

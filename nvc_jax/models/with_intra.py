@@ -3,7 +3,7 @@
 UI2C does without an intra codec; DCVC-RT (arXiv 2502.20762) and BRHVC (arXiv 2511.08938) do not.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -28,7 +28,10 @@ class Config:
 
 
 DCVC_RT_SIZES = {"full": Config(intra.SIZES["full"], ui2c.SIZES["dcvc_rt"])}
-BRHVC_SIZES = {"full": Config(dcvc_dc.SIZES["full"], brhvc.SIZES["full"])}
+BRHVC_SIZES = {
+    "full": Config(dcvc_dc.SIZES["full"], brhvc.SIZES["full"]),
+    "nano": Config(replace(intra.SIZES["nano"], scale_head=0), brhvc.SIZES["nano"]),
+}
 
 
 class WithIntra(nn.Module):
@@ -55,6 +58,10 @@ class WithIntra(nn.Module):
     @property
     def qp_rows(self) -> int:
         return self._inter.qp_rows
+
+    @property
+    def rgb(self) -> bool:
+        return MODULES[type(self.cfg.intra)](self.cfg.intra, parent=None).rgb
 
     def setup(self):
         c = self.cfg

@@ -1,12 +1,23 @@
 """Optical flow: SpyNet (Ranjan and Black 2017, arXiv 1611.00850) as the DCVC family uses it."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from nvc_jax.nn.blocks import KERNEL_INIT, precision_of
 from nvc_jax.nn.warp import double, halve, warp
 
 LEVELS = 4
+
+
+def flow_error(module: nn.Module, target: jax.Array, moved: jax.Array) -> None:
+    """Notes, for training, how far a picture after motion [b, h, w, 3] is from its target.
+
+    The squared error [b] goes into the variable collection "losses"; nothing is computed where that
+    is not asked for.
+    """
+    if module.is_mutable_collection("losses"):
+        module.sow("losses", "flow_error", ((target - moved) ** 2).mean((1, 2, 3)))
 
 
 class FlowLevel(nn.Module):
@@ -53,4 +64,6 @@ class SpyNet(nn.Module):
                 moved = warp(b, flow)
             net = FlowLevel(self.widths, self.kernel, name=f"level{level}")
             flow = flow + net(jnp.concatenate([a, moved, flow], -1))
+            if self.is_mutable_collection("losses"):
+                flow_error(self, a, warp(b, flow))
         return flow

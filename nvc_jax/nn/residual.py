@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from nvc_jax.entropy.likelihood import lower_bound
-from nvc_jax.nn.blocks import Conv3x3, Depthwise, Pointwise, depth_to_space, space_to_depth
+from nvc_jax.nn.blocks import (
+    Conv3x3,
+    Depthwise,
+    Pointwise,
+    depth_to_space,
+    quality_ramp,
+    space_to_depth,
+)
 from nvc_jax.nn.hyperprior import code_in_steps
 
 Dtype = Any
@@ -163,15 +170,19 @@ class RateScale(nn.Module):
     """Channel-wise factors of a quality: a basic vector times a number per rate point.
 
     Four numbers are trained; the 64 quality points lie between the first and the last of them,
-    evenly in the logarithm. `__call__(qp)`: int [b] -> [b, 1, 1, channels].
+    evenly in the logarithm. Untrained, they are `quality_ramp` to the power of `start`.
+    `__call__(qp)`: int [b] -> [b, 1, 1, channels].
     """
 
     channels: int
+    start: float = 0.0
 
     @nn.compact
     def __call__(self, qp):
         basic = self.param("basic", nn.initializers.ones, (self.channels,))
-        anchors = self.param("anchors", nn.initializers.ones, (4,))
+        anchors = self.param(
+            "anchors", lambda key, shape: quality_ramp(jnp.arange(0, 64, 21.0)) ** self.start, (4,)
+        )
         low, high = jnp.log(jnp.maximum(anchors[0], 1e-4)), jnp.log(jnp.maximum(anchors[3], 1e-4))
         factor = jnp.exp(low + (high - low) * qp / 63.0)
         return basic * factor[:, None, None, None]

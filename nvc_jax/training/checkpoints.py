@@ -140,8 +140,12 @@ def fresh(
 
 
 def _weights_of(name: str, params: dict) -> dict:
-    """A released model's weights in the place of `params`. Raises NvcError if they do not fit."""
-    result = params | released.trainable_params(released.load(name))
+    """A released model's weights in the place of `params`; those of an intra codec alone in the
+    place of the one that the codec has. Raises NvcError if they do not fit."""
+    weights = released.trainable_params(released.load(name))
+    if "inter" in params and "inter" not in weights:
+        weights = {"intra": {k: v for k, v in weights.items() if k != "scale_head"}}
+    result = params | weights
     if jax.tree.map(jnp.shape, result) != jax.tree.map(jnp.shape, params):
         raise NvcError(f"{name}: its weights do not fit this config's model")
     return result

@@ -27,6 +27,7 @@ from nvc_jax.errors import NvcError
 from nvc_jax.models import complexity, registry
 from nvc_jax.training import checkpoints, losses, stages
 from nvc_jax.training import step as training
+from nvc_jax.training.hierarchy import ANCHORS, draw_path
 from nvc_jax.training.writers import MetricWriter, SilentWriter
 
 FIRST_UNITS = 64  # clips begin at one of these; a multiple of every pattern of qualities
@@ -257,11 +258,13 @@ def host_clips(
     Args:
       step: of the stage, to begin with.
     """
+    in_layers = model.references == 2
     coded, reserved = stage.units * model.frames_per_unit, int(model.references > 0)
     process, processes = jax.process_index(), jax.process_count()
+    length = 1 + max(stage.spans) if in_layers else reserved + coded * stage.walk
     batches = pipeline.batches(
-        sources, seed=seed, batch=stage.batch, frames=reserved + coded * stage.walk,
-        crop=stage.crop, cut_share=stage.cut_share, process=process, processes=processes,
+        sources, seed=seed, batch=stage.batch, frames=length, crop=stage.crop,
+        cut_share=stage.cut_share, process=process, processes=processes,
     )  # fmt: skip
     first, piece = divmod(step, stage.walk)
     for number, frames in enumerate(pipeline.iterate(batches, first, workers), first):
@@ -270,11 +273,19 @@ def host_clips(
         qp = rng.integers(losses.QP_COUNT, size=stage.batch, dtype=np.int32)
         unit = rng.integers(FIRST_UNITS, size=stage.batch, dtype=np.int32)
         mine = slice(process * len(frames), (process + 1) * len(frames))
+        if in_layers:
+            places, path = draw_path(rng, stage.units, stage.spans, stage.tail_share)
+            chosen = frames[:, places]
+            yield (
+                training.Clip(chosen[:, :ANCHORS], chosen[:, ANCHORS:], qp[mine], unit[mine], path),
+                False,
+            )
+            continue
         while piece < stage.walk:
             begin = reserved + piece * coded
             yield (
                 training.Clip(
-                    reference=frames[:, begin - reserved],
+                    reference=frames[:, begin - reserved, None],
                     frames=frames[:, begin : begin + coded],
                     qp=qp[mine],
                     phase=unit[mine] * np.int32(model.frames_per_unit) + np.int32(piece * coded),
@@ -286,17 +297,16 @@ def host_clips(
 
 
 def _to_devices(mesh: Mesh, clip: training.Clip) -> training.Clip:
-    rows = training.Clip(reference=1, frames=2, qp=None, phase=None)
+    def put(array, rows=None):
+        sharding = parallel.batch_sharding(mesh, array, rows)
+        shape = len(array) * jax.process_count(), *array.shape[1:]
+        return jax.make_array_from_process_local_data(sharding, array, shape)
+
+    everywhere = partial(jax.make_array_from_process_local_data, parallel.replicated(mesh))
     return training.Clip(
-        *(
-            jax.make_array_from_process_local_data(
-                parallel.batch_sharding(mesh, array, row),
-                array,
-                (len(array) * jax.process_count(), *array.shape[1:]),
-            )
-            for array, row in zip(clip, rows, strict=True)
-        )
-    )
+        put(clip.reference, rows=2), put(clip.frames, rows=2), put(clip.qp), put(clip.phase),
+        jax.tree.map(everywhere, clip.path),
+    )  # fmt: skip
 
 
 def _merging(train_step: Callable) -> Callable:
@@ -440,7 +450,7 @@ def make_sampler(codec, model: nn.Module, mesh: Mesh) -> Callable[[Any, training
     @partial(jax.jit, out_shardings=parallel.replicated(mesh))
     def reconstruct(state, clip):
         clip = training.as_floats(clip._replace(frames=clip.frames[:, :SAMPLE_FRAMES]))
-        refs = (registry.Ref(frame=clip.reference),) * model.references
+        refs = training.as_refs(model, clip.reference)
         recon = training.unroll(codec, model, state.average, clip, refs, None).recon
         both = jnp.concatenate([clip.frames, recon], axis=2)[:4]  # one above the other
         return jnp.round(255 * jnp.clip(losses.yuv_to_rgb(both), 0, 1)).astype(jnp.uint8)

@@ -28,6 +28,7 @@ RUN_DEFAULTS = {
 INHERITED = ("data", "weight_decay", "clip_norm", "rate_balance", "average_decay")
 SCHEDULES = ("cosine", "linear", "constant")
 REFERENCES = ("blank", "true", "degraded", "coded")
+MAX_SPAN = 64
 PENALTY_FIELDS = {"variant", "eta", "delta", "beta"}
 NOTHING = FrozenConfigDict()
 
@@ -40,7 +41,8 @@ class Stage:
       steps: of the optimiser.
       batch: samples per step, of all devices together.
       crop: side of the training pictures, a multiple of 16.
-      units: coded per step (pairs of frames for UI2C), with gradients through all of them.
+      units: coded per step (pairs of frames for UI2C), with gradients through all of them. For
+        B-frames, of one path through a hierarchy, see `nvc_jax.training.hierarchy`.
       lr, end_lr: learning rate when the stage starts and when it ends.
       data: sets to draw from, see `nvc_jax.data.pipeline.open_sets`.
       weight_decay, clip_norm: of AdamW, and of the gradient's norm.
@@ -55,7 +57,11 @@ class Stage:
       trainable: names of the sub-networks that learn; () for all.
       lr_scale: ((name of a sub-network, factor on its learning rate), ...).
       references: shares of what a clip's first unit refers to: "blank", the "true" picture before
-        it, that picture "degraded", or as the codec itself would have "coded" it.
+        it, that picture "degraded", or as the codec itself would have "coded" it; for B-frames, of
+        both anchors. {} for a third of each but the last, or "coded" beside an intra codec.
+      spans, tail_share: for B-frames, distances of anchors to draw from, and the share of paths
+        that begin behind their anchors.
+      flow_loss: weight, beside that of the distortion, of what motion alone leaves of a picture.
       cut_share: of clips whose first reference comes from elsewhere.
       exact: whether scales come from the integer scale head.
       noise: whether noise stands for rounding in the rate. Without, rates are those of the symbols,
@@ -88,9 +94,10 @@ class Stage:
     remat: bool = False
     trainable: tuple[str, ...] = ()
     lr_scale: tuple[tuple[str, float], ...] = ()
-    references: dict[str, float] = field(
-        default_factory=lambda: {"blank": 1 / 3, "true": 1 / 3, "degraded": 1 / 3}
-    )
+    references: dict[str, float] = field(default_factory=dict)
+    spans: tuple[int, ...] = (32,)
+    tail_share: float = 0.1
+    flow_loss: float = 0.0
     cut_share: float = 0.05
     exact: bool = False
     noise: bool = True
@@ -100,7 +107,9 @@ class Stage:
     teacher: FrozenConfigDict = NOTHING
 
     def learns(self, name: str) -> bool:
-        """Whether the sub-network of this name does."""
+        """Whether the sub-network of this name does. An intra codec beside another one never."""
+        if name == "intra":
+            return False
         if name == "scale_head" and not self.exact:
             return False  # no gradient reaches it, and weight decay alone would wear it down
         return not self.trainable or name in self.trainable
@@ -172,14 +181,10 @@ def read(config: ConfigDict) -> tuple[Stage, ...]:
         raise NvcError("config.stages is empty: there is nothing to train")
     try:
         model = registry.build(config.model.name, config.model.size, config.model.dtype)
-        if isinstance(model, WithIntra):
-            raise NvcError(
-                f"the codec '{config.model.name}' cannot be trained yet; import its published "
-                "weights with `nvc import`"
-            )
     except TypeError as e:
         raise NvcError(f"config.model.dtype is {config.model.dtype!r}: {e}") from None
-    networks = sorted(jax.eval_shape(lambda: registry.init(model, jax.random.key(0))))
+    params = jax.eval_shape(lambda: registry.init(model, jax.random.key(0)))
+    networks = sorted(set(registry.networks(model, params)) - {"intra"})
     inherited = {name: config[name] for name in INHERITED}
     result = []
     for number, values in enumerate(config.stages):
@@ -192,8 +197,8 @@ def read(config: ConfigDict) -> tuple[Stage, ...]:
         try:
             for name in ("penalty", "teacher"):
                 values[name] = FrozenConfigDict(dict(values.get(name) or {}))
-            if "references" in values:
-                values["references"] = dict(values["references"])
+            values["references"] = dict(values.get("references") or _references(model))
+            values["spans"] = tuple(values.get("spans", (32,)))
             values["lr_scale"] = tuple(dict(values.get("lr_scale", ())).items())
             stage = Stage(**values)
             _check(stage, where, networks, model)
@@ -201,6 +206,12 @@ def read(config: ConfigDict) -> tuple[Stage, ...]:
             raise NvcError(f"{where} holds a value of a wrong kind ({e})") from None
         result.append(stage)
     return tuple(result)
+
+
+def _references(model: nn.Module) -> dict[str, float]:
+    if isinstance(model, WithIntra):
+        return {"coded": 1.0}
+    return dict.fromkeys(("blank", "true", "degraded"), 1 / 3)
 
 
 def _is_required(f: Field) -> bool:
@@ -235,8 +246,12 @@ def _check(stage: Stage, where: str, networks: list[str], model: nn.Module) -> N
         raise NvcError(f"{where}.references: {unknown[0]!r} is none of {_listed(REFERENCES)}")
     if min(shares.values(), default=0) < 0 or not sum(shares.values()) > 0:
         raise NvcError(f"{where}.references: no share may be below 0, and one must be above")
+    if shares.get("blank") and isinstance(model, WithIntra):
+        raise NvcError(f"{where}.references: no first frame of this codec is without a reference")
     if stage.walk > 1 and not model.references:
         raise NvcError(f"{where}.walk is {stage.walk}; a codec without references cannot walk")
+    if model.references == 2:
+        _check_hierarchy(stage, where)
     if stage.exact and not registry.has_scale_head(model):
         raise NvcError(f"{where}.exact needs a model with a scale head")
     if stage.detached and not (stage.exact and stage.noise):
@@ -253,6 +268,20 @@ def _check(stage: Stage, where: str, networks: list[str], model: nn.Module) -> N
             raise NvcError(f"{where}.teacher.{unknown[0]} is nothing that a teacher can have")
         if "weights" not in stage.teacher or len(stage.teacher) < 2:
             raise NvcError(f"{where}.teacher needs `weights`, and `recon` or `refs`")
+
+
+def _check_hierarchy(stage: Stage, where: str) -> None:
+    if stage.walk > 1:
+        raise NvcError(f"{where}.walk is {stage.walk}; paths through B-frames do not go on")
+    if not all(isinstance(s, int) and 2**stage.units <= s <= MAX_SPAN for s in stage.spans):
+        raise NvcError(
+            f"{where}.spans is {stage.spans}; a path of {stage.units} units needs spans of "
+            f"{2**stage.units} to {MAX_SPAN} frames"
+        )
+    if not stage.spans or not 0 <= stage.tail_share <= 1:
+        raise NvcError(f"{where}: spans must not be empty, and tail_share be from 0 to 1")
+    if "refs" in stage.teacher:
+        raise NvcError(f"{where}.teacher.refs: there are none behind a path of B-frames")
 
 
 def _listed(names: tuple[str, ...]) -> str:

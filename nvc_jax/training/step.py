@@ -4,6 +4,7 @@ Everything here is a pure function of its arguments, and random numbers follow f
 a resumed run continues exactly.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,10 +17,14 @@ import optax
 from clu import metrics
 from jax import lax
 
+from nvc_jax import colour
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.models import registry
+from nvc_jax.models.brhvc import Ref as BRef
 from nvc_jax.models.registry import Entry, Ref
+from nvc_jax.models.with_intra import WithIntra
 from nvc_jax.training import losses
+from nvc_jax.training.hierarchy import Path, code_path
 from nvc_jax.training.references import BLANK, degraded
 from nvc_jax.training.stages import Stage
 
@@ -50,17 +55,20 @@ class Clip(NamedTuple):
     """A batch of training clips.
 
     Attributes:
-      reference: [batch, height, width, 3], the picture before `frames`; Y, U, V at 4:4:4, float32
-        in [0, 1] or uint8 in 0..255.
-      frames: [batch, frames, height, width, 3], the pictures to code, likewise.
+      reference: [batch, n, height, width, 3], what the first unit refers to: the picture before
+        `frames`, or the two anchors of B-frames; Y, U, V at 4:4:4, float32 in [0, 1] or uint8 in
+        0..255.
+      frames: [batch, frames, height, width, 3], the pictures to code in coding order, likewise.
       qp: int32 [batch], base quality index.
       phase: int32 [batch], number of the first coded frame.
+      path: of B-frames, see `nvc_jax.training.hierarchy`; else None.
     """
 
     reference: jax.Array
     frames: jax.Array
     qp: jax.Array
     phase: jax.Array
+    path: Path | None = None
 
 
 @flax.struct.dataclass
@@ -84,6 +92,9 @@ class StepMetrics(metrics.Collection):
     skipped: metrics.LastValue.from_output("skipped")
     skipped_in_row: metrics.LastValue.from_output("skipped_in_row")
 
+
+# How far the quality of intra frames in training may be from that of the frames that refer to them.
+QP_SPREAD = 8
 
 # What a codec without references, or a stage that does not walk, hands on. Orbax does not store
 # empty trees.
@@ -124,6 +135,7 @@ class Unrolled(NamedTuple):
       recon: like clip.frames.
       refs: what the next unit would refer to.
       penalty: [batch], of the scales, per pixel of one frame, summed over units.
+      flow_error: [batch], squared error after motion alone, mean over units; 0 without motion.
     """
 
     bpp: dict[str, jax.Array]
@@ -131,6 +143,7 @@ class Unrolled(NamedTuple):
     recon: jax.Array
     refs: tuple
     penalty: jax.Array
+    flow_error: jax.Array
 
 
 def unroll(
@@ -148,7 +161,8 @@ def unroll(
 ) -> Unrolled:
     """Codes a clip as the codec would and adds up rate and distortion.
 
-    The clip's units follow each other with full back-propagation ("cascaded").
+    The clip's units follow each other with full back-propagation ("cascaded"); of a hierarchy only
+    one path is coded.
 
     Args:
       clip: of float32.
@@ -157,12 +171,25 @@ def unroll(
       exact, detached, penalty: see `nvc_jax.entropy.bottleneck.Estimate`.
       remat: whether activations are computed again for the gradients.
     """
+    options = dict(exact=exact, detached=detached, penalty=penalty)
+    pictures = colour.to_rgb(clip.frames) if model.rgb else clip.frames
+    if clip.path is not None:
+        anchors = jnp.stack([ref.frame for ref in refs], 1)
+        weights = codec.layer_weights
+        coded = code_path(
+            model, params, clip.path, weights, pictures, anchors, clip.qp, key, remat=remat,
+            **options,
+        )  # fmt: skip
+        bpp, penalties = jax.tree.map(
+            lambda x: x / math.prod(clip.frames.shape[2:4]), (coded.bits, coded.penalty)
+        )
+        return Unrolled(bpp, coded.distortion, coded.recon, (), penalties, coded.flow_error)
     _, count, height, width, _ = clip.frames.shape
     per_unit = model.frames_per_unit
     offsets, weights = jnp.asarray(codec.qp_offsets), jnp.asarray(codec.frame_weights)
 
     def unit(params, frames, refs, qp, key):
-        bottleneck = Estimate(key, exact, detached, penalty)
+        bottleneck = Estimate(key, **options)
         recon, refs = model.apply({"params": params}, frames, refs, qp, bottleneck)
         return recon, refs, bottleneck.bits, bottleneck.penalty
 
@@ -172,7 +199,7 @@ def unroll(
     distortion, recons, penalties = 0.0, [], jnp.zeros(len(clip.frames))
     for start in range(0, count, per_unit):
         index = (clip.phase[:, None] + start + jnp.arange(per_unit)) % len(offsets)
-        frames = clip.frames[:, start : start + per_unit]
+        frames = pictures[:, start : start + per_unit]
         noise_key = None
         if key is not None:
             key, noise_key = jax.random.split(key)
@@ -180,11 +207,15 @@ def unroll(
         recon, refs, unit_bits, unit_penalty = unit(params, frames, refs, qp, noise_key)
         bits = jax.tree.map(jnp.add, bits, unit_bits)
         penalties += unit_penalty
-        distortion += (weights[index] * losses.distortion(recon, frames)).sum(1)
+        if model.rgb:
+            recon = colour.from_rgb(recon)
+        target = clip.frames[:, start : start + per_unit]
+        distortion += (weights[index] * losses.distortion(recon, target)).sum(1)
         recons.append(recon)
     bpp = jax.tree.map(lambda b: b / (height * width), bits)
     penalties /= height * width
-    return Unrolled(bpp, distortion, jnp.concatenate(recons, axis=1), refs, penalties)
+    recon, flow_error = jnp.concatenate(recons, axis=1), jnp.zeros(len(recons[0]))
+    return Unrolled(bpp, distortion, recon, refs, penalties, flow_error)
 
 
 def first_refs(
@@ -194,29 +225,55 @@ def first_refs(
     if not model.references:
         return ()
     kind_key, key = jax.random.split(key)
-    before = clip.reference
+    batch, count = clip.reference.shape[:2]
+    before = clip.reference.reshape(-1, *clip.reference.shape[2:])
     candidates = {
         "blank": lambda: jnp.full_like(before, BLANK),
         "true": lambda: before,
         "degraded": lambda: degraded(key, before),
-        "coded": lambda: _coded(codec, model, params, clip),
+        "coded": lambda: _coded(codec, model, params, before, clip, key),
     }
     names = [name for name, share in stage.references.items() if share > 0]
     shares = jnp.log(jnp.array([stage.references[name] for name in names]))
-    kind = jax.random.categorical(kind_key, shares, shape=(len(before), 1, 1, 1))
+    kind = jax.random.categorical(kind_key, shares, shape=(batch, 1, 1, 1))
+    kind = jnp.repeat(kind, count, axis=0)
     picture = candidates[names[0]]()
     for number, name in enumerate(names[1:], 1):
         picture = jnp.where(kind == number, candidates[name](), picture)
-    return (Ref(frame=picture),) * model.references
+    return as_refs(model, picture.reshape(clip.reference.shape))
 
 
-def _coded(codec: Entry, model: nn.Module, params: Any, clip: Clip) -> jax.Array:
-    """The picture before a clip as the codec itself would have coded it, without references."""
-    frames = jnp.repeat(clip.reference[:, None], model.frames_per_unit, axis=1)
-    clip = clip._replace(phase=clip.phase - model.frames_per_unit)
-    blank = (Ref(frame=jnp.full_like(clip.reference, BLANK)),) * model.references
-    recon = unroll(codec, model, params, clip._replace(frames=frames), blank, None).recon
-    return lax.stop_gradient(jnp.clip(recon[:, -1], 0, 1))
+def as_refs(model: nn.Module, pictures: jax.Array) -> tuple:
+    """References that are but pictures, [batch, n, height, width, 3] of Y, U, V; () if none."""
+    if model.rgb:
+        pictures = colour.to_rgb(pictures)
+    kind = BRef if model.references == 2 else Ref
+    return tuple(kind(frame=pictures[:, i]) for i in range(model.references))
+
+
+def _coded(codec, model, params, before: jax.Array, clip: Clip, key: jax.Array) -> jax.Array:
+    """Pictures [n, height, width, 3] as the codec itself would have coded them, without references.
+
+    An intra codec beside another one does so at a quality close to the clip's.
+    """
+    frames = jnp.repeat(before[:, None], model.frames_per_unit, axis=1)
+    if not isinstance(model, WithIntra):
+        clip = clip._replace(frames=frames, phase=clip.phase - model.frames_per_unit)
+        blank = as_refs(model, jnp.full_like(before, BLANK)[:, None])
+        recon = unroll(codec, model, params, clip, blank, None).recon[:, -1]
+        return lax.stop_gradient(jnp.clip(recon, 0, 1))
+    qp = jnp.repeat(clip.qp, len(before) // len(clip.qp))[:, None]
+    qp += jax.random.randint(key, qp.shape, -QP_SPREAD, QP_SPREAD + 1)
+    qp = jnp.clip(qp, 0, losses.QP_COUNT - 1)
+    if model.rgb:
+        frames = colour.to_rgb(frames)
+    # Picture after picture: the activations of many large ones would be the most that a step holds.
+    recon = lax.map(
+        lambda x: model.apply({"params": params}, x[0][None], (), x[1][None], Estimate())[0][0, 0],
+        (frames, qp),
+    )
+    recon = lax.stop_gradient(jnp.clip(recon, 0, 1))
+    return colour.from_rgb(recon) if model.rgb else recon
 
 
 def as_floats(clip: Clip) -> Clip:
@@ -243,7 +300,9 @@ def make_train_step(
     factors = dict(stage.lr_scale)
 
     def loss_fn(params, clip, refs, key, teacher):
-        params = {k: p if stage.learns(k) else lax.stop_gradient(p) for k, p in params.items()}
+        parts = registry.networks(model, params)
+        parts = {k: p if stage.learns(k) else lax.stop_gradient(p) for k, p in parts.items()}
+        params = registry.together(model, parts)
         coded = unroll(
             codec, model, params, clip, refs, key if stage.noise else None,
             exact=stage.exact, detached=stage.detached, penalty=penalty, remat=stage.remat,
@@ -254,6 +313,7 @@ def make_train_step(
         terms += bpp["z"] + shares[0] * bpp["y"] + shares[1] * bpp["y_float"]
         if penalty:
             terms += stage.penalty.beta * coded.penalty
+        terms += lam * stage.flow_loss * coded.flow_error
         if stage.teacher:
             terms += lam * _distance(codec, model, stage, clip, refs, coded, teacher)
         # Rates span two orders of magnitude over qp. Without a weight the high ones would drown
@@ -292,10 +352,15 @@ def make_train_step(
             )  # fmt: skip
         else:
             grads, (outputs, refs) = _in_parts(
-                lambda clip, carry, number: gradients(
-                    state.params, clip, carry, jax.random.fold_in(key, number), carried, teacher
+                lambda part, carry, number: gradients(
+                    state.params,
+                    part._replace(path=clip.path),
+                    carry,
+                    jax.random.fold_in(key, number),
+                    carried,
+                    teacher,
                 ),
-                (clip, carry),
+                (clip._replace(path=None), carry),
                 stage.accumulate,
             )
         norm = optax.tree.norm(grads)
@@ -304,8 +369,9 @@ def make_train_step(
         # Zero also against weight decay, and what the moments remember from earlier stages.
         updates = {
             k: optax.tree.scale(rate(state.step) * factors.get(k, 1.0) * stage.learns(k), u)
-            for k, u in updates.items()
+            for k, u in registry.networks(model, updates).items()
         }
+        updates = registry.together(model, updates)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(stage.average_decay, (1 + state.step) / (10 + state.step))
         average = optax.incremental_update(params, state.average, 1 - decay)
@@ -377,7 +443,8 @@ def _distance(codec, model, stage, clip, refs, coded: Unrolled, teacher: Any) ->
 
 def init_state(codec: Entry, model: nn.Module, stage: Stage, seed: int) -> TrainState:
     """A fresh state; `stage` sets the shape of `carry`."""
-    params = registry.init(model, jax.random.key(seed))
+    # Threefry's programs for hundreds of draws take XLA minutes to compile for a large codec.
+    params = registry.init(model, jax.random.key(seed, impl="unsafe_rbg"))
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -398,9 +465,10 @@ def empty_carry(codec: Entry, model: nn.Module, stage: Stage) -> tuple:
     def one_unit():
         picture = jnp.zeros((size, side, side, 3))
         frames = jnp.repeat(picture[:, None], model.frames_per_unit, axis=1)
-        clip = Clip(picture, frames, jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.int32))
+        none = jnp.zeros(size, jnp.int32)
+        clip = Clip(picture[:, None], frames, none, none)
         params = registry.init(model, jax.random.key(0))
-        refs = (Ref(frame=picture),) * model.references
+        refs = as_refs(model, clip.reference)
         return unroll(codec, model, params, clip, refs, None, exact=stage.exact).refs
 
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one_unit))

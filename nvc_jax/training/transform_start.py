@@ -8,6 +8,7 @@ little of each layer's own random values stays. The method is ours; the transfor
 textbook material (Ahmed, Natarajan, Rao 1974; Haar 1910).
 """
 
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -141,7 +142,80 @@ def _intra_kernels(cfg) -> dict[str, np.ndarray]:
     }
 
 
-KERNELS = {"ui2c": _ui2c_kernels, "intra": _intra_kernels}
+def _cosines(side: int, atom: Atom) -> np.ndarray:
+    """Orthonormal cosine basis picture [side, side]."""
+    x = np.arange(side)
+    waves = [
+        np.cos(np.pi * (x + 0.5) * k / side) * (2 / side if k else 1 / side) ** 0.5
+        for k in atom[1:3]
+    ]
+    return np.outer(*waves)
+
+
+def _small_atoms(count: int, side: int) -> list[Atom]:
+    return [a for a in _atoms(3 * 64, temporal=False) if max(a[1:3]) < side][:count]
+
+
+def _brhvc_kernels(config) -> dict[str, np.ndarray]:
+    """For patches of 2x2 pixels; the encoder sees what the prediction leaves of a picture."""
+    cfg = config.inter
+    w1, w2, w3 = cfg.widths
+    if cfg.patch != 2 or not cfg.direct:
+        raise NvcError("transform_start serves BRHVC only with `patch` 2 and `direct`")
+    fine, middle = _small_atoms(min(w1, cfg.tail, cfg.unet[0]), 2), _small_atoms(w2, 4)
+
+    # Patches [3 planes, 2 rows, 2 columns] at half size to 4x4 cosines at a quarter, and back to
+    # 2x2 cosines at half size.
+    enter = np.zeros((3, 3, 12 + w1, w2))
+    back = np.zeros((2 * w2, cfg.tail, 2, 2))
+    for i, atom in enumerate(middle):
+        cells = _cosines(4, atom).reshape(2, 2, 2, 2).transpose(0, 2, 1, 3)  # [R, C, r, c]
+        enter[1:, 1:, 4 * atom.plane : 4 * atom.plane + 4, i] = cells.reshape(2, 2, 4)
+        for k, small in enumerate(fine):
+            if small.plane == atom.plane:
+                back[i, k] = np.einsum("RCrc,rc->RC", cells, _cosines(2, small))
+    pixels = np.zeros((3, 3, w1, 12))
+    for k, small in enumerate(fine):
+        pixels[1, 1, k, 4 * small.plane : 4 * small.plane + 4] = _cosines(2, small).reshape(4)
+    # Haar steps from there to 1/8 and 1/16.
+    coarse = _latents(middle, w3)
+    down1, up1 = _latent_kernels(middle, w3)
+    ranked = [Atom(middle[i].plane, *_order(middle[i], haar)) for i, haar in coarse]
+    down2, up2 = _latent_kernels(ranked, cfg.y)
+
+    def rows(kernel, count):
+        """With further inputs that are ignored: 3x3, or the middle of a sub-pixel layer."""
+        if kernel.ndim == 2:
+            kernel = np.pad(kernel[None, None], ((1, 1), (1, 1), (0, 0), (0, 0)))
+        return np.pad(kernel, ((0, 0), (0, 0), (0, count - kernel.shape[2]), (0, 0)))
+
+    kernels = {
+        "inter/encoder/conv0/conv": enter,
+        "inter/encoder/conv1/conv": rows(down1, 2 * w2),
+        "inter/encoder/latent/conv": rows(down2, 2 * w3),
+        "inter/decoder/up0/subpixel/conv": rows(up2, cfg.y),
+        "inter/decoder/up2/subpixel/conv": rows(up1, 2 * w3),
+        "inter/decoder/up3/subpixel/conv": rows(back.reshape(2 * w2, -1), 2 * w2),
+        "inter/decoder/join/conv": rows(_pass(cfg.tail, w1), cfg.tail + w1),
+        "inter/decoder/pixels/conv": pixels,
+    }
+    for i in range(2):
+        kernels[f"inter/decoder/unet{i}/up0/mix/adaptor/dense"] = _pass(2 * cfg.unet[0], w1)
+    return kernels
+
+
+def _order(atom: Atom, haar: int) -> tuple[int, int]:
+    """Row and column order of a Haar combination of an atom's neighbours."""
+    row, column = divmod(haar, 2)
+    return 2 * atom.row + row, 2 * atom.column + column
+
+
+KERNELS = {"ui2c": _ui2c_kernels, "intra": _intra_kernels, "brhvc": _brhvc_kernels}
+# Beside the pixel path: a decoded flow starts close to the guessed one.
+QUIET = re.compile(
+    r"inter/((en|de)coder/(res\d/conv1/conv|.*(mix/point_out|ffn/project)/dense)"
+    r"|motion_decoder/flow\d/conv)/kernel"
+)
 
 
 def transform_start(codec: str, cfg: Any, params: dict) -> dict:
@@ -168,6 +242,6 @@ def transform_start(codec: str, cfg: Any, params: dict) -> dict:
         flat["prior_fusion/params/dense/kernel"] = kernel
     for name, value in flat.items():
         branch_end = name.endswith(("depth_out/dense/kernel", "point_out/dense/kernel"))
-        if branch_end and name.startswith(PIXEL_PATH):
+        if (branch_end and name.startswith(PIXEL_PATH)) or QUIET.fullmatch(name):
             flat[name] = np.asarray(RESIDUAL_SHARE * value)
     return traverse_util.unflatten_dict(flat, sep="/")

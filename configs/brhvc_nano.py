@@ -1,0 +1,48 @@
+"""BRHVC nano: hierarchical B-frames on a CPU, 56 kMAC per pixel to encode, 45 to decode.
+
+  python train.py --config=configs/brhvc_nano.py --workdir=runs/brhvc_nano \
+      --config.data.folder=FOLDER_OF_VIDEOS_AND_PHOTOS
+  nvc release --workdir=runs/brhvc_nano --config=configs/brhvc_nano.py OUT.safetensors
+
+The intra codec is that of intra-nano and does not learn. The model card of the released weights
+(nvc_jax/weights/brhvc-nano.md) says what this reaches.
+"""
+
+from ml_collections import ConfigDict
+
+
+def stage(steps, units, spans, batch, crop, lr, end_lr, **special):
+    """units: B-frames of one path per sample. spans: distances of the anchors.
+
+    special: see `nvc_jax.training.stages.Stage`.
+    """
+    common = dict(steps=steps, units=units, spans=spans, batch=batch, crop=crop)
+    return ConfigDict(common | dict(lr=lr, end_lr=end_lr) | special)
+
+
+def get_config():
+    c = ConfigDict()
+    c.seed = 0
+    c.model = ConfigDict(dict(name="brhvc", size="nano", dtype="float32"))
+    c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.1))
+    c.init_from = "intra-nano"
+    c.transform_start = True  # see nvc_jax.training.transform_start
+    c.stages = (
+        # Motion above all, between anchors that are not far from each other.
+        stage(1_500, 1, (2, 4, 8), batch=4, crop=128, lr=1e-3, end_lr=8e-4, flow_loss=1.0),
+        # Two layers, so that B-frames learn to refer to B-frames; all distances.
+        stage(1_600, 2, (4, 8, 16, 32), batch=4, crop=128, lr=8e-4, end_lr=2e-5),
+    )
+    c.warmup_steps = 200
+    c.clip_norm = 1.0
+    c.weight_decay = 1e-4
+    c.rate_balance = 0.5
+    c.average_decay = 0.999
+    c.max_skipped_in_row = 50
+    c.log_every = 100
+    c.sample_every = 1_000
+    c.checkpoint_every_seconds = 300.0
+    c.mesh = ConfigDict(dict(space=1))
+    c.workers = 0
+    c.checkpoint_every_steps = 0
+    return c

@@ -1,0 +1,177 @@
+"""Training of B-frames: paths through a hierarchy instead of whole groups.
+
+In a hierarchy both references of a frame are intra frames or frames of its own line of ancestors.
+To train the frame as it will be coded, only these few need to be coded before it, with gradients
+through all of them ("path sampling", ours; the training of BRHVC, arXiv 2511.08938, is not
+published). A group of 32 frames has half of its frames in the lowest layer and one in the
+highest, while a path has one of each; so the loss of a layer counts as often as the group has
+frames of it.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nvc_jax import colour, schedule
+from nvc_jax.entropy.bottleneck import Estimate
+from nvc_jax.models.brhvc import Between, Ref
+from nvc_jax.training import losses
+
+ANCHORS = 2  # intra frames that a path starts from
+
+
+class Path(NamedTuple):
+    """What a step codes, the same for all samples of its batch. Slots: the anchors, then the units.
+
+    Attributes:
+      refs: int32 [units, 2], slots of the past and the future reference.
+      level: int32 [units], layer of the hierarchy.
+      ratio: float32 [units], see `nvc_jax.models.brhvc.Between`.
+      weight: float32 [units], how many frames of a group a unit stands for; 1 on average.
+    """
+
+    refs: np.ndarray
+    level: np.ndarray
+    ratio: np.ndarray
+    weight: np.ndarray
+
+
+def draw_path(
+    rng: np.random.Generator, units: int, spans: tuple[int, ...], tail_share: float
+) -> tuple[list[int], Path]:
+    """A way down a random group, from its anchors to a random frame, or as far as `units` go.
+
+    Args:
+      units: coded one after the other.
+      spans: distances of the anchors to draw from, each at least 2^units.
+      tail_share: of paths whose first unit lies behind both of its references, as frames after
+        the last anchor of a clip do.
+
+    Returns:
+      (display positions of the two anchors and of the units, in 0..max(spans); the path).
+    """
+    span = int(rng.choice(spans))
+    planned, refs = [], []
+    if rng.random() < tail_share:
+        # Behind one anchor, or behind two of which one is older.
+        middle = 0 if rng.random() < 0.5 else span // 2
+        anchors = (middle, 0)
+        planned.append(schedule.predicted(*anchors, span))
+        refs.append((0, 1))
+        low, high = (middle, 0), (span, ANCHORS)  # (position, slot)
+    else:
+        anchors = (0, span)
+        low, high = (0, 0), (span, 1)
+    while len(planned) < units:
+        unit = schedule.between(low[0], high[0])
+        middle = unit.frames[0], ANCHORS + len(planned)
+        planned.append(unit)
+        refs.append((low[1], high[1]))
+        low, high = (low, middle) if rng.random() < 0.5 else (middle, high)
+    weight = 2.0 ** np.arange(units)
+    return [*anchors, *(unit.frames[0] for unit in planned)], Path(
+        np.array(refs, np.int32),
+        np.array([unit.level for unit in planned], np.int32),
+        np.array([unit.ratio for unit in planned], np.float32),
+        np.float32(weight / weight.mean()),
+    )
+
+
+class Coded(NamedTuple):
+    """What `code_path` adds up.
+
+    Attributes:
+      bits: of "z", "y", "y_float", "side" (see `Estimate`), [batch], weighted sums over units.
+      distortion: [batch], likewise, of the layers' weights too.
+      recon: [batch, units, height, width, 3], Y, U, V.
+      penalty: [batch], of the scales.
+      flow_error: [batch], mean squared error after motion alone, mean over scales and units.
+    """
+
+    bits: dict[str, jax.Array]
+    distortion: jax.Array
+    recon: jax.Array
+    penalty: jax.Array
+    flow_error: jax.Array
+
+
+def code_path(
+    model: nn.Module,
+    params: Any,
+    path: Path,
+    layer_weights: tuple[float, ...],
+    frames: jax.Array,
+    anchors: jax.Array,
+    qp: jax.Array,
+    key: jax.Array | None,
+    *,
+    remat: bool = False,
+    **options: Any,
+) -> Coded:
+    """Codes the units of a path one after the other.
+
+    The units share one program, in which a gather finds their references: so it is traced once, and
+    on accelerators compiled once, however long the path.
+
+    Args:
+      layer_weights: on the distortion, by layer of the hierarchy.
+      frames: float32 [batch, units, height, width, 3], in coding order and the codec's colours.
+      anchors: [batch, 2, height, width, 3], decoded intra frames, likewise.
+      qp: int32 [batch].
+      key, options: of `nvc_jax.entropy.bottleneck.Estimate`.
+      remat: whether activations are computed again for the gradients.
+    """
+    batch, units = frames.shape[:2]
+
+    def code(params, frame, refs, key):
+        bottleneck = Estimate(key, **options)
+        (recon, (ref,)), noted = model.apply(
+            {"params": params}, frame[:, None], refs, qp[:, None], bottleneck, mutable=["losses"]
+        )
+        errors = jax.tree.leaves(noted)
+        recon = colour.from_rgb(recon[:, 0]) if model.rgb else recon[:, 0]
+        return recon, ref, bottleneck.bits, bottleneck.penalty, sum(errors) / len(errors)
+
+    if remat:
+        code = jax.checkpoint(code)
+
+    def blank(shape):
+        return jnp.zeros((ANCHORS + units, *shape.shape), shape.dtype)
+
+    start = Between(Ref(anchors[:, 0]), Ref(anchors[:, 1]), path.level[0], path.ratio[0])
+    shapes = jax.eval_shape(code, params, frames[:, 0], start, key)[1]
+    slots = jax.tree.map(blank, shapes)
+    slots = slots._replace(
+        frame=slots.frame.at[:ANCHORS].set(anchors.swapaxes(0, 1)),
+        bare=jnp.arange(ANCHORS + units) < ANCHORS,
+    )
+
+    def step(slots, unit):
+        number, frame, refs, level, ratio = unit
+        take = partial(lax.dynamic_index_in_dim, keepdims=False)
+        past, future = (jax.tree.map(partial(take, index=slot), slots) for slot in refs)
+        noise_key = None if key is None else jax.random.fold_in(key, number)
+        recon, ref, bits, penalty, error = code(
+            params, frame, Between(past, future, level, ratio), noise_key
+        )
+        ref = ref._replace(bare=jnp.bool_(False))
+        put = partial(lax.dynamic_update_index_in_dim, index=ANCHORS + number, axis=0)
+        slots = jax.tree.map(put, slots, ref)
+        bits = {name: jnp.broadcast_to(b, (batch,)) for name, b in bits.items()}
+        return slots, (recon, bits, jnp.broadcast_to(penalty, (batch,)), error)
+
+    inputs = jnp.arange(units), frames.swapaxes(0, 1), path.refs, path.level, path.ratio
+    # XLA for CPUs has fast kernels for the convolutions of gradients, but not within loops.
+    unroll = 0 if jax.default_backend() == "cpu" else 1  # 0: all of it
+    _, (recon, bits, penalty, error) = lax.scan(step, slots, inputs, unroll=unroll)
+    recon = recon.swapaxes(0, 1)
+    layers = jnp.asarray(layer_weights)[jnp.clip(path.level, 0, len(layer_weights) - 1)]
+    target = colour.from_rgb(frames) if model.rgb else frames
+    distortion = losses.distortion(recon, target) @ (path.weight * layers)
+    bits, penalty = jax.tree.map(lambda x: path.weight @ x, (bits, penalty))
+    return Coded(bits, distortion, recon, penalty, error.mean(0))

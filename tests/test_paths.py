@@ -1,0 +1,238 @@
+"""Training of B-frames: paths through a hierarchy, and a run from end to end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import B_FRAMES, SIZES, random_parameters
+from flax import traverse_util
+from hypothesis import given
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from nvc_jax import colour, parallel, schedule
+from nvc_jax.entropy.bottleneck import Estimate
+from nvc_jax.errors import NvcError
+from nvc_jax.models import registry, released
+from nvc_jax.models.brhvc import LAYER_WEIGHTS, Between, Ref
+from nvc_jax.training import checkpoints, loop, losses, stages
+from nvc_jax.training import step as training
+from nvc_jax.training.hierarchy import ANCHORS, Path, code_path, draw_path
+from nvc_jax.training.transform_start import transform_start
+
+SIZE = B_FRAMES | {"inter": B_FRAMES["inter"] | {"direct": True, "family": "gaussian"}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@given(
+    st.integers(1, 5).flatmap(
+        lambda units: st.tuples(
+            st.just(units), st.lists(st.integers(2**units, 64), min_size=1, max_size=4)
+        )
+    ),
+    st.floats(0, 1),
+    st.integers(0, 10**6),
+)
+def test_a_path_is_made_of_units_that_schedules_code(drawn, tail_share, seed):
+    units, spans = drawn
+    places, path = draw_path(np.random.default_rng(seed), units, tuple(spans), tail_share)
+    assert len(places) == ANCHORS + units and min(places) >= 0 and max(places) <= max(spans)
+    assert len(set(places[1:])) == units + 1  # of the anchors both may be one
+    for number in range(units):
+        frame = places[ANCHORS + number]
+        assert (path.refs[number] < ANCHORS + number).all()
+        past, future = (places[slot] for slot in path.refs[number])
+        behind = number == 0 and frame > max(past, future)
+        unit = schedule.predicted(past, future, frame) if behind else schedule.between(past, future)
+        assert unit.frames == (frame,)
+        assert unit.level == path.level[number]
+        np.testing.assert_allclose(unit.ratio, path.ratio[number])
+        if number:  # down one line: the frame before is among the references
+            assert ANCHORS + number - 1 in path.refs[number]
+    np.testing.assert_allclose(path.weight.mean(), 1, rtol=1e-6)
+    np.testing.assert_allclose(path.weight[1:], 2 * path.weight[:-1])
+
+
+def test_without_tails_paths_follow_the_plan_of_a_group():
+    order = list(schedule.plan(schedule.hierarchical(13), 14))
+    planned = {unit.frames[0]: unit for unit in order}
+    depth, seen = {0: 0, 13: 0}, set()
+    for unit in order[2:]:
+        depth[unit.frames[0]] = 1 + max(depth[order[slot].frames[0]] for slot in unit.refs)
+    for seed in range(100):
+        places, path = draw_path(np.random.default_rng(seed), 3, (13,), 0.0)
+        assert places[:2] == [0, 13]
+        for number, frame in enumerate(places[ANCHORS:]):
+            unit = planned[frame]
+            refs = tuple(order[slot].frames[0] for slot in unit.refs)
+            assert refs == tuple(places[slot] for slot in path.refs[number])
+            assert unit.level == path.level[number]
+            seen.add(frame)
+    assert seen == {frame for frame, steps in depth.items() if 1 <= steps <= 3}
+
+
+def pictures(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).uniform(0.2, 0.8, (*shape, 3)), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model = registry.build("brhvc", SIZE)
+    return model, jax.tree.map(jnp.asarray, random_parameters(model))
+
+
+PATH = Path(
+    refs=np.array([[1, 0], [2, 1]], np.int32),
+    level=np.array([2, 1], np.int32),
+    ratio=np.array([0.5, 0.4], np.float32),
+    weight=np.array([1, 2], np.float32),
+)
+
+
+def test_a_path_is_coded_as_its_units_one_by_one(tiny):
+    model, params = tiny
+    frames, anchors = pictures((2, 2, 32, 32)), pictures((2, 2, 32, 32), 1)
+    qp = jnp.array([20, 50])
+
+    @jax.jit
+    def whole(frames, anchors):
+        return code_path(model, params, PATH, LAYER_WEIGHTS, frames, anchors, qp, None)
+
+    @jax.jit
+    def alone(frame, past, future, level, ratio):
+        bottleneck = Estimate()
+        recon, (ref,) = model.apply(
+            {"params": params}, frame[:, None], Between(past, future, level, ratio), qp[:, None],
+            bottleneck,
+        )  # fmt: skip
+        return recon[:, 0], ref, bottleneck.bits
+
+    slots = [Ref(anchors[:, 0]), Ref(anchors[:, 1])]
+    distortion, bits = 0, {"z": 0, "y": 0}
+    coded = whole(frames, anchors)
+    for number in range(2):
+        past, future = (slots[slot] for slot in PATH.refs[number])
+        place = PATH.level[number], PATH.ratio[number]
+        recon, ref, unit_bits = alone(frames[:, number], past, future, *place)
+        slots.append(ref)
+        np.testing.assert_allclose(coded.recon[:, number], recon, atol=1e-3)
+        weight = PATH.weight[number]
+        bits = {name: bits[name] + weight * unit_bits[name] for name in bits}
+        error = losses.distortion(recon, frames[:, number])
+        distortion += weight * LAYER_WEIGHTS[place[0]] * error
+    for name, expected in bits.items():
+        np.testing.assert_allclose(coded.bits[name], expected, rtol=1e-3)
+    np.testing.assert_allclose(coded.distortion, distortion, rtol=1e-3)
+    assert (coded.flow_error > 0).all()
+
+
+@pytest.fixture(scope="module")
+def intra_file(tmp_path_factory):
+    size = SIZES["intra"] | {"scale_head": 16}
+    module = registry.build("intra", size)
+    path = tmp_path_factory.mktemp("intra") / "tiny.safetensors"
+    released.save(path, *released.freeze("tiny", "intra", module, random_parameters(module, 5)))
+    return path
+
+
+def config_of(intra_file, steps=2, **special):
+    common = dict(batch=2, crop=32, lr=1e-3, end_lr=1e-4, units=2, spans=(4, 6), flow_loss=1.0)
+    return ConfigDict(
+        dict(
+            seed=1, model=dict(name="brhvc", size=SIZE, dtype="float32"), data=dict(folder=""),
+            init_from=str(intra_file), transform_start=False,
+            stages=(ConfigDict(common | dict(steps=steps) | special),),
+            warmup_steps=2, clip_norm=1.0, weight_decay=1e-4, rate_balance=0.5, average_decay=0.9,
+            max_skipped_in_row=5, log_every=1, sample_every=2, checkpoint_every_seconds=1e9,
+        )
+    )  # fmt: skip
+
+
+def test_a_run_trains_b_frames_beside_a_frozen_intra_codec(intra_file, tmp_path):
+    config = config_of(intra_file)
+    state = loop.train(config, tmp_path / "run")
+    assert int(state.skipped) == 0
+    intra = released.load(intra_file).variables["params"]
+    jax.tree.map(np.testing.assert_array_equal, state.average["intra"], intra)
+    model = registry.build("brhvc", SIZE)
+    # Every weight has learnt, but for those that two units have no use for.
+    fresh = checkpoints.fresh(model, config, stages.read(config)[0], parallel.make_mesh())
+    same = jax.tree.map(lambda a, b: (a == b).all(), fresh.params, state.params)["inter"]
+    still = {name for name, s in traverse_util.flatten_dict(same, sep="/").items() if s}
+    assert {name for name in still if "/bb/" not in name} == set()
+    assert (tmp_path / "run" / "samples").is_dir()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    # The run becomes a model that codes B-frames.
+    file = tmp_path / "config.py"
+    file.write_text(
+        f"from ml_collections import ConfigDict\n\ndef get_config():\n"
+        f"    c = ConfigDict({config.to_dict() | {'stages': ()}!r})\n"
+        f"    c.stages = tuple(ConfigDict(s) for s in {[s.to_dict() for s in config.stages]!r})\n"
+        f"    return c\n"
+    )
+    output = checkpoints.release(str(file), str(tmp_path / "run"), str(tmp_path / "b.safetensors"))
+    assert released.load(output).module.references == 2
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (dict(spans=(2,)), "needs spans of 4 to 64"),
+        (dict(spans=(128,)), "needs spans of 4 to 64"),
+        (dict(spans=()), "spans must not be empty"),
+        (dict(tail_share=2.0), "tail_share"),
+        (dict(walk=2), "do not go on"),
+        (dict(references={"blank": 1.0}), "is without a reference"),
+        (dict(trainable=("intra",)), "names intra; the model consists of"),
+        (dict(teacher=dict(weights="previous", refs=1.0)), "there are none behind a path"),
+    ],
+)
+def test_bad_stages_are_refused(intra_file, change, complaint):
+    with pytest.raises(NvcError, match=complaint):
+        stages.read(stages.complete(config_of(intra_file, **change)))
+
+
+def test_transform_start_begins_with_the_mean_of_both_references():
+    model = registry.build("brhvc", "nano")
+    params = transform_start("brhvc", model.cfg, random_parameters(model))
+    assert params["intra"] is not None
+    for name in ("encoder", "decoder"):
+        assert jax.tree.all(jax.tree.map(lambda x: np.isfinite(x).all(), params["inter"][name]))
+    with pytest.raises(NvcError, match="only with `patch` 2 and `direct`"):
+        transform_start("brhvc", registry.build("brhvc", SIZE).cfg, params)
+
+
+@given(st.integers(0, 10**6))
+def test_colours_there_and_back(seed):
+    yuv = pictures((5,), seed)
+    np.testing.assert_allclose(colour.from_rgb(colour.to_rgb(yuv)), yuv, atol=1e-5)
+
+
+def test_white_and_black_of_limited_range():
+    yuv = jnp.array([[16, 128, 128], [235, 128, 128]]) / 255
+    np.testing.assert_allclose(colour.to_rgb(yuv), [[0] * 3, [1] * 3], atol=1e-5)
+
+
+def test_codecs_of_rgb_are_judged_by_the_same_distortion():
+    """An intra codec that returns its input exactly has no error, whatever its colours."""
+
+    class Mirror:
+        frames_per_unit, references, rgb = 1, 0, True
+
+        def apply(self, variables, frames, refs, qp, bottleneck):
+            bottleneck.bits = {k: jnp.zeros(len(frames)) for k in bottleneck.bits}
+            return frames, ()
+
+    frames = pictures((2, 1, 16, 16))
+    clip = training.Clip(frames, frames, jnp.array([0, 63]), jnp.zeros(2, jnp.int32))
+    coded = training.unroll(registry.entry("dcvc_dc"), Mirror(), {}, clip, (), None)
+    np.testing.assert_allclose(coded.recon, frames, atol=1e-5)
+    np.testing.assert_allclose(coded.distortion, losses.distortion(frames, frames)[:, 0], rtol=1e-3)
