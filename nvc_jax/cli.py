@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import ExitStack, closing, nullcontext
 from fractions import Fraction
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -76,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
                    "intra period if that is shorter)")  # fmt: skip
     p.add_argument("--closed-gop", action="store_true",
                    help="groups of B-frames that do not reach into each other")  # fmt: skip
+    p.add_argument("--layer-qp", type=whole_numbers, default=(), metavar="N,N,...",
+                   help="added to the qp of B-frames by layer: of frames between neighbours, of "
+                   "those between frames at a distance of 4, of 8, ..., the last for all above and "
+                   "intra frames (with a first minus: --layer-qp=-4,0)")  # fmt: skip
     p.add_argument("--calibration", type=margin_exponents, metavar="EPS|off",
                    help="list scales closer than EPS levels to a boundary (a power of two such as "
                    "2^-10; several, for the levels of a hierarchy, with commas between), or do not "
@@ -171,6 +176,16 @@ def margin_exponents(text: str) -> tuple[int, ...]:
     return tuple(_margin_exponent(part) for part in text.split(","))
 
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """From "-4,0,3"."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of whole numbers like 4,2,0"
+        ) from None
+
+
 def _margin_exponent(text: str) -> int:
     """From "2^-10", "1/1024" or "0.0009765625"; numbers in between take the next larger power."""
     try:
@@ -209,7 +224,9 @@ def encode(args: argparse.Namespace) -> None:
         # Of a hierarchy a whole group, or it would be coded otherwise than in the file.
         whole = schedule.gop + 1 if in_layers(schedule) else PROBE_FRAMES
         probe = list(islice(pictures, whole))
-        qp = _search(unit_codec, probe, schedule, args.target_bpp, args.target_psnr)
+        trial = partial(codec.encode, unit_codec, probe, schedule=schedule, layer_qp=args.layer_qp)
+        probed_pixels = len(probe) * info.width * info.height
+        qp = _search(trial, probed_pixels, args.target_bpp, args.target_psnr)
         pictures = chain(probe, pictures)
 
     total = min(filter(None, (info.frame_count, args.frames)), default=None)
@@ -226,7 +243,7 @@ def encode(args: argparse.Namespace) -> None:
         ahead = stack.enter_context(closing(read_ahead(pictures, 4)))
         coded_bytes = shown = 0
         waiting: dict[int, video.Planes] = {}  # coded before a frame that is shown earlier
-        for unit in codec.encode(unit_codec, ahead, qp, schedule, render=bool(args.recon)):
+        for unit in codec.encode(unit_codec, ahead, qp, schedule, bool(args.recon), args.layer_qp):
             size = stream.write(unit.packet)
             if args.recon:
                 waiting |= dict(zip(unit.packet.frames, unit.recons, strict=True))
@@ -468,8 +485,10 @@ def release(args: argparse.Namespace) -> None:
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
-def _search(unit_codec, probe, schedule, target_bpp, target_psnr) -> int:
+def _search(trial, pixels, target_bpp, target_psnr) -> int:
     """The best qp on a probe: largest within `target_bpp`, or smallest reaching `target_psnr`.
+
+    trial: (qp=, render=) -> the probe's units; pixels: of all its frames.
 
     Both bits and quality grow with qp, so bisection finds it in six trials. Raises NvcError when no
     qp will do.
@@ -477,12 +496,10 @@ def _search(unit_codec, probe, schedule, target_bpp, target_psnr) -> int:
     from nvc_jax import codec
     from nvc_jax.evaluation.metrics import psnr_611
 
-    pixels = len(probe) * unit_codec.width * unit_codec.height
-
     def enough(qp: int) -> bool:
         """Is qp at the target or beyond?"""
         coded_bytes, scores = CLIP_BYTES, []
-        for unit in codec.encode(unit_codec, probe, qp, schedule, target_psnr is not None):
+        for unit in trial(qp=qp, render=target_psnr is not None):
             coded_bytes += len(unit.packet.payload) + UNIT_BYTES
             scores += map(psnr_611, unit.pictures, unit.recons or ())
         if target_bpp is not None:

@@ -502,12 +502,19 @@ def encode(
     qp: int,
     schedule: schedules.Schedule,
     render: bool = False,
+    layer_qp: Sequence[int] = (),
 ) -> Iterator[EncodedUnit]:
     """Encodes pictures as they come, one group of the schedule in memory at a time.
 
+    Args:
+      layer_qp: added to the qp by layer of the hierarchy, lowest first; the last one counts for all
+        above, where the intra frames are. What leaves the range of qps is set to its end.
+
     Raises:
-      NvcError: qp out of range.
+      NvcError: qp out of range, or layers where there are none.
     """
+    if layer_qp and not schedules.in_layers(schedule):
+        raise NvcError(f"schedule {schedule.name} has no layers whose qp could differ")
     if not 0 <= qp <= MAX_QP:
         raise NvcError(f"qp {qp} is out of range; give 0 (smallest file) to {MAX_QP} (best)")
     pictures = iter(pictures)
@@ -518,6 +525,9 @@ def encode(
         for unit in schedules.units(schedule, frame, len(group), number):
             originals = [group[f - frame] for f in unit.frames]
             qps = tuple(qp + offset for offset in unit.qp_offset)
+            if layer_qp:
+                extra = layer_qp[min(unit.level, len(layer_qp) - 1)]
+                qps = tuple(min(max(qp + extra, 0), codec.model.module.qp_rows - 1) for qp in qps)
             refs = references(unit, slots)
             payload, coded = encode_unit(codec, originals, refs, qps, render, unit)
             slots[number] = coded.refs

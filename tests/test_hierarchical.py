@@ -12,6 +12,7 @@ from nvc_jax import bitstream, cli, codec, schedule, video
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy.calibration import CALIBRATED
 from nvc_jax.errors import NvcError, StreamError
+from nvc_jax.models import released
 from nvc_jax.video import Colour, VideoInfo
 
 WIDTH, HEIGHT = 40, 24
@@ -224,7 +225,8 @@ def test_commands(model_files, tmp_path, prepare_once, capsys):
             out.write(picture)
     model = ["--model", str(model_files["brhvc"])]
     recon, whole, part = (tmp_path / f"{name}.y4m" for name in ("recon", "whole", "part"))
-    run(["encode", source, stream, *model, "--gop", 4, "--qp", 40, "--recon", recon])
+    layers = "--layer-qp=-8,2"
+    run(["encode", source, stream, *model, "--gop", 4, "--qp", 40, layers, "--recon", recon])
     run(["decode", stream, whole, *model])
     run(["decode", stream, part, *model, "--start", 6, "--end", 10])
     recon, whole, part = (list(video.open_video(path)[1]) for path in (recon, whole, part))
@@ -241,13 +243,24 @@ def test_commands(model_files, tmp_path, prepare_once, capsys):
         assert words in capsys.readouterr().err
 
 
+def test_layers_differ_in_quality_if_asked_to(unit_codec, tmp_path, capsys):
+    order = schedule.hierarchical(4)
+    planned = list(schedule.plan(order, 9))
+    units = list(codec.encode(unit_codec, CLIP[:9], 60, order, layer_qp=(-40, -2, 9)))
+    assert [unit.packet.qps for unit in units] == [((20, 58, 63, 63)[u.level],) for u in planned]
+    with pytest.raises(NvcError, match="no layers"):
+        next(codec.encode(unit_codec, CLIP, 40, schedule.all_intra(), layer_qp=(1,)))
+    source = tmp_path / "clip.y4m"
+    with pytest.raises(SystemExit):
+        cli.main(["encode", str(source), str(tmp_path / "a.nvc"), "--layer-qp", "a,b"])
+    assert "not a list of whole numbers" in capsys.readouterr().err
+
+
 def run(arguments, status=0):
     assert cli.main([str(a) for a in arguments]) == status
 
 
 def test_orders_that_cannot_be_are_explained(model_files):
-    from nvc_jax.models import released
-
     pairs, b_frames = (released.load(model_files[name]) for name in ("ui2c", "brhvc"))
     assert codec.schedule_for(b_frames) == schedule.hierarchical(32)
     assert codec.schedule_for(b_frames, 8) == schedule.hierarchical(8)

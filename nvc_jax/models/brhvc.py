@@ -8,6 +8,7 @@ an intra codec, see `nvc_jax.models.with_intra`.
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -51,6 +52,8 @@ class Config:
     time. `family`: of the latents' distributions. `direct` (our addition, for short trainings)
     makes decoded motion a correction of the guessed one, and the picture a correction of a weighted
     mean of both references after motion, as in the direct mode of classical codecs.
+    `converge` and `weigh` False leave out what the paper is named after, to see what it is worth:
+    motion is found and decoded at one scale, contexts are joined without predicted weights.
     """
 
     widths: tuple[int, int, int] = (48, 64, 96)
@@ -68,6 +71,8 @@ class Config:
     flow_halvings: int = 0
     family: str = "laplace"
     direct: bool = False
+    converge: bool = True
+    weigh: bool = True
 
     @property
     def halvings(self) -> int:
@@ -77,6 +82,10 @@ class Config:
 
 SIZES = {
     "full": Config(),
+    "light": Config(
+        widths=(16, 24, 48), y=96, motion=24, guess=24, tail=16, groups=8, unet=(16, 32, 64),
+        unet_blocks=2, flow=(16, 24, 16), patch=2, flow_halvings=1, family="gaussian", direct=True,
+    ),
     "nano": Config(
         widths=(8, 16, 32), y=64, motion=16, guess=8, tail=8, groups=2, unet=(8, 16, 32),
         unet_blocks=1, flow=(12, 12), flow_kernel=5, patch=2, flow_halvings=1, family="gaussian",
@@ -152,15 +161,18 @@ class ReferenceTypes(nn.Module):
 
 
 class FlowConverge(nn.Module):
-    """Flows at full, half and quarter size of one direction -> [b, h/4, w/4, features]."""
+    """Flows at full, half and quarter size of one direction -> [b, h/4, w/4, features].
+
+    Flows at fewer sizes will do.
+    """
 
     features: int
 
     @nn.compact
     def __call__(self, flows):
         h = None
-        for i, (flow, stride) in enumerate(zip(flows, (2, 2, 1), strict=True)):
-            x = flow if h is None else jnp.concatenate([h, flow], -1)
+        for i, (flow, stride) in enumerate(zip_longest(flows, (2, 2, 1))):
+            x = jnp.concatenate([x for x in (h, flow) if x is not None], -1)
             x = leaky(Conv3x3(self.features, stride, name=f"conv{i}")(x))
             h = Pointwise(self.features, name=f"mix{i}")(x)
         return h
@@ -210,14 +222,17 @@ class MotionDecoder(nn.Module):
             x = ResUp(2 * m if i + 1 == self.cfg.halvings else m, name=f"up{i}")(x)
         feature = DepthBlock(2 * m, name="fuse")(jnp.concatenate([x, guess], -1))
         ups = [(ResUp(m, name=f"double{i}"), DepthBlock(m, name=f"block{i}")) for i in range(2)]
-        outputs = (2 + self.cfg.direct, 2, 2)  # at full, half, quarter size
-        heads = [Conv3x3(n, name=f"flow{i}") for i, n in enumerate(outputs)]
+        outputs = (2 + self.cfg.direct, 2, 2)[: 3 if self.cfg.converge else 1]
+        heads = [Conv3x3(n, name=f"flow{i}") for i, n in enumerate(outputs)]  # full, half, quarter
 
         def flows(half):
             quarter = half * q
             middle = ups[0][1](ups[0][0](quarter))
             full = ups[1][1](ups[1][0](middle))
-            return heads[0](full), heads[1](middle), heads[2](quarter)
+            if self.cfg.converge:
+                return heads[0](full), heads[1](middle), heads[2](quarter)
+            flow = heads[0](full)
+            return flow, halve(flow[..., :2]) / 2, halve(halve(flow[..., :2])) / 4
 
         forward, backward = (flows(half) for half in jnp.split(feature, 2, -1))
         return forward, backward, feature
@@ -318,6 +333,21 @@ def _weighted(maps, context_f, context_b):
     """Bi-directional Contextual Fusion: two contexts under predicted weights, and an offset."""
     scale_b, scale_f, offset = jnp.split(maps, 3, -1)
     return (1 + scale_b) * context_b + (1 + scale_f) * context_f + offset
+
+
+class PlainFusion(nn.Module):
+    """Contexts of both references -> one, in the place of both of the following."""
+
+    widths: tuple[int, int, int]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, seen, warped_f, warped_b, contexts_f, contexts_b):
+        pairs = zip(self.widths, contexts_f, contexts_b, strict=True)
+        return tuple(
+            DepthBlock(w, dtype=self.dtype, name=f"fuse{i}")(jnp.concatenate([f, b], -1))
+            for i, (w, f, b) in enumerate(pairs, 1)
+        )
 
 
 class EncoderFusion(nn.Module):
@@ -466,7 +496,7 @@ class BFrame(nn.Module):
         self.scale_fusion = ScaleFusion(c.widths)
         self.prior_context = DepthBlock(w3)
 
-        self.encoder_fusion = EncoderFusion(c.widths, self.dtype)
+        self.encoder_fusion = (EncoderFusion if c.weigh else PlainFusion)(c.widths, self.dtype)
         self.encoder = Encoder(c, self.dtype)
         self.q_encoder = RateScale(2 * w2, start=1.0)
         self.hyper_encoder = HyperEncoder(c.y, (1, 2, 2))
@@ -476,7 +506,10 @@ class BFrame(nn.Module):
         self.types = ReferenceTypes(3 * c.y)
         self.fusion = [DepthBlock(3 * c.y) for _ in range(2)]
         self.prior = LatentPrior(c.y, (3 * c.y, 3 * c.y), c.family)
-        self.decoder_fusion = DecoderFusion(c.widths, c.halvings, self.dtype)
+        if c.weigh:
+            self.decoder_fusion = DecoderFusion(c.widths, c.halvings, self.dtype)
+        else:
+            self.decoder_fusion = PlainFusion(c.widths, self.dtype)
         self.decoder = Decoder(c, self.dtype)
         self.q_decoder = RateScale(w2, start=-1.0)
 
@@ -575,8 +608,9 @@ class BFrame(nn.Module):
         guess = self.guess_feature(jnp.concatenate([guess_f, guess_b], -1))
 
         def motion_analysis(m):
+            sizes = range(3 if c.converge else 1)
             flows_f, flows_b = (
-                [m._motion_between(frames[:, 0], ref.frame, times) for times in range(3)]
+                [m._motion_between(frames[:, 0], ref.frame, times) for times in sizes]
                 for ref in (f, b)
             )
             states = [ref.motion_feature for ref in (f, b)]

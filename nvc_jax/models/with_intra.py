@@ -28,8 +28,10 @@ class Config:
 
 
 DCVC_RT_SIZES = {"full": Config(intra.SIZES["full"], ui2c.SIZES["dcvc_rt"])}
+# Without the exact mode's networks, which B-frames do not have.
 BRHVC_SIZES = {
     "full": Config(dcvc_dc.SIZES["full"], brhvc.SIZES["full"]),
+    "light": Config(intra.SIZES["dev"], brhvc.SIZES["light"]),
     "nano": Config(replace(intra.SIZES["nano"], scale_head=0), brhvc.SIZES["nano"]),
 }
 
