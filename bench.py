@@ -1,7 +1,7 @@
 """Benchmarks that print ratios against a peer in the same run.
 
 python bench.py coder [--symbols N] [--repeats N] [--json FILE]
-python bench.py codec [--model NAME] [--size WxH] [--frames N] [--qp Q] [--json FILE]
+python bench.py codec [--model NAME...] [--size WxH...] [--frames N] [--qp Q] [--json FILE]
 python bench.py complexity [--json FILE]
 python bench.py train [--config FILE] [--folder DIR] [--stage N] [--steps N] [--json FILE]
 python bench.py platforms --clips CLIP... [--model NAME] [--qp Q...] [--json FILE]
@@ -28,11 +28,15 @@ def coder(args: argparse.Namespace) -> dict:
     return benchmark(args.symbols, args.repeats)
 
 
-def codec(args: argparse.Namespace) -> dict:
+def codec(args: argparse.Namespace) -> dict | list[dict]:
     os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")  # as in the nvc command
-    from nvc_jax.benchmarks.codec import benchmark
+    from nvc_jax.benchmarks.codec import benchmark, print_one, table
 
-    return benchmark(args.model, *args.size, args.frames, args.qp)
+    if len(args.model) * len(args.size) > 1:
+        return table(args.model, args.size, args.frames, args.qp)
+    result = benchmark(args.model[0], *args.size[0], args.frames, args.qp)
+    print_one(result)
+    return result
 
 
 def platforms(args: argparse.Namespace) -> dict:
@@ -88,9 +92,10 @@ def main() -> int:
     p.add_argument("--symbols", type=positive, default=2_000_000)
     p.add_argument("--repeats", type=positive, default=5)
     p.set_defaults(run=coder)
-    p = commands.add_parser("codec", help="encoding and decoding in memory")
-    p.add_argument("--model", default=DEFAULT_MODEL)
-    p.add_argument("--size", type=picture_size, default=(352, 288))
+    p = commands.add_parser("codec", help="speed, memory and MACs of codecs, in memory")
+    p.add_argument("--model", nargs="+", default=[DEFAULT_MODEL],
+                   help="names or files, or CODEC:SIZE for random weights")  # fmt: skip
+    p.add_argument("--size", type=picture_size, nargs="+", default=[(352, 288)])
     p.add_argument("--frames", type=positive, default=64)
     p.add_argument("--qp", type=int, default=32)
     p.set_defaults(run=codec)

@@ -252,6 +252,11 @@ def test_bad_stages_are_refused(intra_file, change, complaint):
         stages.read(stages.complete(config_of(intra_file, **change)))
 
 
+def test_an_intra_codec_that_is_missing_is_asked_for():
+    with pytest.raises(NvcError, match="give a released one"):
+        stages.read(stages.complete(config_of("")))
+
+
 def test_transform_start_passes_on_what_prediction_leaves():
     """Without other branches, an untrained encoder and decoder return nearly their picture."""
     cfg = registry.build("brhvc", "nano").cfg.inter

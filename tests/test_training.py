@@ -786,8 +786,11 @@ def arguments_of_configs():
         yield f"ui2c.py:{size}"
     for size in ("dev", "full,4"):
         yield f"intra.py:{size}"
-    for change in runpy.run_path(str(ROOT / "configs/ablations.py"))["CHANGES"]:
-        yield f"ablations.py:{change}"
+    for size in ("light", "full,8"):
+        yield f"brhvc.py:{size}"
+    for file in ("ablations.py", "brhvc_ablations.py"):
+        for change in runpy.run_path(str(ROOT / "configs" / file))["CHANGES"]:
+            yield f"{file}:{change}"
 
 
 @pytest.mark.parametrize("name", list(arguments_of_configs()))

@@ -1,6 +1,13 @@
-"""Frames per second of a codec's parts: the compiled program, the host coder, both together."""
+"""Frames per second, memory and arithmetic of codecs, entropy coding included."""
 
+import json
+import resource
+import subprocess
+import sys
+import tempfile
 import time
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,22 +18,91 @@ from nvc_jax import schedule as schedules
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy import coder
 from nvc_jax.errors import NvcError
-from nvc_jax.models import released
+from nvc_jax.models import complexity, registry, released
+
+COLUMNS = {
+    "model": "16", "width": "6", "height": "6", "encode_fps": "10.2f", "decode_fps": "10.2f",
+    "encode_kmac_per_pixel": "11.1f", "decode_kmac_per_pixel": "11.1f", "compile_seconds": "10.1f",
+    "peak_memory_mib": "10.0f", "bpp": "8.3f",
+}  # fmt: skip
+
+
+def table(models: list[str], sizes: list[tuple[int, int]], frames: int, qp: int) -> list[dict]:
+    """`benchmark` of every model at every size, each in a process of its own, as a table.
+
+    A process of its own, so that its peak memory is that of this model and size.
+
+    Raises:
+      NvcError: one of them fails.
+    """
+    print("".join(f"{_title(name):>{_width(form)}}" for name, form in COLUMNS.items()))
+    results = []
+    for model, (width, height) in product(models, sizes):
+        code = (
+            "import sys, json; from nvc_jax.launch import setup; setup(); "
+            "from nvc_jax.benchmarks.codec import benchmark; "
+            "m, w, h, n, q, out = sys.argv[1:]; "
+            "json.dump(benchmark(m, int(w), int(h), int(n), int(q)), open(out, 'w'))"
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "result.json"
+            arguments = [model, width, height, frames, qp, out]
+            done = subprocess.run(
+                [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True
+            )
+            if done.returncode:
+                reason = (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
+                raise NvcError(f"{model} at {width}x{height}: {reason}")
+            results.append(json.loads(out.read_text()))
+        print("".join(f"{results[-1][name]:>{form}}" for name, form in COLUMNS.items()), flush=True)
+    return results
+
+
+def _title(name: str) -> str:
+    return {
+        "encode_kmac_per_pixel": "enc kMAC/px", "decode_kmac_per_pixel": "dec kMAC/px",
+        "compile_seconds": "compile s", "peak_memory_mib": "peak MiB",
+    }.get(name, name.replace("_", " "))  # fmt: skip
+
+
+def _width(form: str) -> str:
+    return form.partition(".")[0]
+
+
+def model_of(name: str) -> released.Released:
+    """A released model, or with CODEC:SIZE one with random weights, which costs the same.
+
+    Raises:
+      NvcError: no such model, codec or size.
+    """
+    codec, colon, size = name.partition(":")
+    if not colon or Path(name).suffix == ".safetensors":
+        return released.load(name)
+    module = registry.build(codec, size)
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    make = lambda: registry.init(module, jax.random.key(0, impl="unsafe_rbg"))  # noqa: E731
+    params = jax.jit(make, compiler_options=options)()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "untrained.safetensors"
+        released.save(path, *released.freeze(name, codec, module, params))
+        return released.load(path)
 
 
 def benchmark(model: str, width: int, height: int, frames: int, qp: int) -> dict[str, Any]:
-    """Encodes and decodes a synthetic clip in memory, prints and returns the speed.
+    """Encodes and decodes a synthetic clip in memory and returns the speed.
 
-    A few pictures are coded before, so that compilation does not count. "program" is the jitted
-    unit program (when decoding with its callbacks), "coder" the host coder alone on the same
-    symbols.
+    A few pictures are coded before, so that compilation does not count. "decode" is the jitted unit
+    program with its callbacks, "coder" the host coder alone on the same symbols.
+
+    Args:
+      model: see `model_of`. With random weights the number of bits means nothing.
 
     Raises:
       NvcError: no such model, or a size or qp that is out of range.
     """
     if width < 1 or height < 1:
         raise NvcError(f"size {width}x{height}: width and height must be positive")
-    loaded = released.load(model)
+    loaded = model_of(model)
     codec = coding.prepare(loaded, width, height)
     schedule = coding.schedule_for(loaded)
     pictures = moving_texture(width, height, frames)
@@ -61,7 +137,7 @@ def benchmark(model: str, width: int, height: int, frames: int, qp: int) -> dict
         seconds["coder_encode"] += encoded - middle
         seconds["coder_decode"] += time.perf_counter() - encoded
     coded_bytes = sum(len(packet.payload) for packet in packets)
-    results = {
+    return {
         "model": loaded.name,
         "device": jax.devices()[0].device_kind,
         "width": width,
@@ -74,7 +150,19 @@ def benchmark(model: str, width: int, height: int, frames: int, qp: int) -> dict
         "coder_encode_ms_per_frame": 1e3 * seconds["coder_encode"] / frames,
         "coder_decode_ms_per_frame": 1e3 * seconds["coder_decode"] / frames,
         "bpp": 8 * coded_bytes / (frames * width * height),
+        **complexity.coding_cost(loaded.module),
+        "peak_memory_mib": _peak_memory() / 2**20,
     }
+
+
+def _peak_memory() -> int:
+    """Bytes: of the accelerator, or of this process where it computes on the CPU."""
+    stats = jax.devices()[0].memory_stats() or {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return stats.get("peak_bytes_in_use", own)
+
+
+def print_one(results: dict[str, Any]) -> None:
     for key, value in results.items():
         print(f"{key:28} {value:.3f}" if isinstance(value, float) else f"{key:28} {value}")
-    return results

@@ -1,5 +1,6 @@
 """Training configs: what they can say, their defaults, and what is wrong with one."""
 
+import functools
 import runpy
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -183,8 +184,12 @@ def read(config: ConfigDict) -> tuple[Stage, ...]:
         model = registry.build(config.model.name, config.model.size, config.model.dtype)
     except TypeError as e:
         raise NvcError(f"config.model.dtype is {config.model.dtype!r}: {e}") from None
-    params = jax.eval_shape(lambda: registry.init(model, jax.random.key(0)))
-    networks = sorted(set(registry.networks(model, params)) - {"intra"})
+    if isinstance(model, WithIntra) and not config.init_from:
+        raise NvcError(
+            f"config.init_from is empty; '{config.model.name}' has an intra codec that does not "
+            "learn: give a released one, or a model of this codec to go on from"
+        )
+    networks = _networks(model)
     inherited = {name: config[name] for name in INHERITED}
     result = []
     for number, values in enumerate(config.stages):
@@ -206,6 +211,12 @@ def read(config: ConfigDict) -> tuple[Stage, ...]:
             raise NvcError(f"{where} holds a value of a wrong kind ({e})") from None
         result.append(stage)
     return tuple(result)
+
+
+@functools.cache
+def _networks(model: nn.Module) -> list[str]:
+    params = jax.eval_shape(lambda: registry.init(model, jax.random.key(0)))
+    return sorted(set(registry.networks(model, params)) - {"intra"})
 
 
 def _references(model: nn.Module) -> dict[str, float]:

@@ -1,0 +1,61 @@
+"""BRHVC nano under short trainings of equal length, one change at a time.
+
+  python train.py --config=configs/brhvc_ablations.py:no_converge --workdir=runs/no_converge
+  nvc release --workdir=runs/no_converge --config=configs/brhvc_ablations.py:no_converge \
+      OUT.safetensors
+
+The argument is one of `CHANGES`; without one it is the base.
+"""
+
+from dataclasses import replace
+
+from ml_collections import ConfigDict
+
+from nvc_jax.models import registry, with_intra
+
+# Name -> changes of the B-frame codec's size.
+CHANGES = {
+    "base": {},
+    # Bi-directional Motion Converge: motion from one scale instead of three.
+    "no_converge": dict(converge=False),
+    # Bi-directional Contextual Fusion: contexts are joined without predicted weights.
+    "no_weights": dict(weigh=False),
+    # Motion looked for at the size of the networks' patches, not at half of it.
+    "fine_motion": dict(flow_halvings=0),
+    # Without the prediction that pictures are a correction of: as published.
+    "no_direct": dict(direct=False),
+}
+
+
+def get_config(name="base"):
+    nano = with_intra.BRHVC_SIZES["nano"]
+    nano = replace(nano, inter=replace(nano.inter, **CHANGES[name]))
+    c = ConfigDict()
+    c.seed = 0
+    size = registry.size_as_dict(with_intra.WithIntra(nano))
+    c.model = ConfigDict(dict(name="brhvc", size=size, dtype="float32"))
+    c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.1))
+    c.data_root = ""
+    c.init_from = "intra-nano"
+    c.transform_start = CHANGES[name].get("direct", True)
+    common = dict(batch=4, crop=128)
+    c.stages = (
+        ConfigDict(
+            dict(steps=1_200, units=1, spans=(2, 4, 8), lr=1e-3, end_lr=8e-4, flow_loss=1.0)
+            | common
+        ),
+        ConfigDict(dict(steps=600, units=2, spans=(4, 8, 16, 32), lr=8e-4, end_lr=2e-5) | common),
+    )
+    c.warmup_steps = 200
+    c.clip_norm = 1.0
+    c.weight_decay = 1e-4
+    c.rate_balance = 0.5
+    c.average_decay = 0.999
+    c.max_skipped_in_row = 50
+    c.log_every = 100
+    c.sample_every = 1_000
+    c.checkpoint_every_seconds = 300.0
+    c.checkpoint_every_steps = 0
+    c.mesh = ConfigDict(dict(space=1))
+    c.workers = 0
+    return c
