@@ -22,8 +22,6 @@ CHANGES = {
     "no_weights": dict(weigh=False),
     # Motion looked for at the size of the networks' patches, not at half of it.
     "fine_motion": dict(flow_halvings=0),
-    # Without the prediction that pictures are a correction of: as published.
-    "no_direct": dict(direct=False),
 }
 
 
@@ -37,15 +35,13 @@ def get_config(name="base"):
     c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.1))
     c.data_root = ""
     c.init_from = "intra-nano"
-    c.transform_start = CHANGES[name].get("direct", True)
-    common = dict(batch=4, crop=128)
-    c.stages = (
-        ConfigDict(
-            dict(steps=1_200, units=1, spans=(2, 4, 8), lr=1e-3, end_lr=8e-4, flow_loss=1.0)
-            | common
-        ),
-        ConfigDict(dict(steps=600, units=2, spans=(4, 8, 16, 32), lr=8e-4, end_lr=2e-5) | common),
+    c.transform_start = True
+    first = dict(
+        steps=1_000, units=1, spans=(2, 4, 8), batch=4, lr=1e-3, end_lr=8e-4, flow_loss=1.0
     )
+    # Only with three units are there frames between two B-frames.
+    then = dict(steps=1_500, units=3, spans=(8, 16, 32), batch=2, lr=7e-4, end_lr=1e-5)
+    c.stages = tuple(ConfigDict(s | dict(crop=128)) for s in (first, then))
     c.warmup_steps = 200
     c.clip_norm = 1.0
     c.weight_decay = 1e-4

@@ -4,8 +4,7 @@
       --config.data.folder=FOLDER_OF_VIDEOS_AND_PHOTOS
   nvc release --workdir=runs/brhvc_nano --config=configs/brhvc_nano.py OUT.safetensors
 
-The intra codec is that of intra-nano and does not learn. The model card of the released weights
-(nvc_jax/weights/brhvc-nano.md) says what this reaches.
+The intra codec is that of intra-nano and does not learn.
 """
 
 from ml_collections import ConfigDict
@@ -30,8 +29,8 @@ def get_config():
     c.stages = (
         # Motion above all, between anchors that are not far from each other.
         stage(1_500, 1, (2, 4, 8), batch=4, crop=128, lr=1e-3, end_lr=8e-4, flow_loss=1.0),
-        # Two layers, so that B-frames learn to refer to B-frames; all distances.
-        stage(1_600, 2, (4, 8, 16, 32), batch=4, crop=128, lr=8e-4, end_lr=2e-5),
+        # Only with three units are there frames between two B-frames.
+        stage(8_000, 3, (8, 16, 32), batch=2, crop=128, lr=7e-4, end_lr=1e-5),
     )
     c.warmup_steps = 200
     c.clip_norm = 1.0

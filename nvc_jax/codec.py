@@ -526,7 +526,8 @@ def encode(
             originals = [group[f - frame] for f in unit.frames]
             qps = tuple(qp + offset for offset in unit.qp_offset)
             if layer_qp:
-                extra = layer_qp[min(unit.level, len(layer_qp) - 1)]
+                last = len(layer_qp) - 1
+                extra = layer_qp[min(unit.level, last) if unit.refs else last]
                 qps = tuple(min(max(qp + extra, 0), codec.model.module.qp_rows - 1) for qp in qps)
             refs = references(unit, slots)
             payload, coded = encode_unit(codec, originals, refs, qps, render, unit)

@@ -248,6 +248,8 @@ def test_layers_differ_in_quality_if_asked_to(unit_codec, tmp_path, capsys):
     planned = list(schedule.plan(order, 9))
     units = list(codec.encode(unit_codec, CLIP[:9], 60, order, layer_qp=(-40, -2, 9)))
     assert [unit.packet.qps for unit in units] == [((20, 58, 63, 63)[u.level],) for u in planned]
+    shallow = codec.encode(unit_codec, CLIP[:3], 30, schedule.hierarchical(2), layer_qp=(6, 3, 0))
+    assert [unit.packet.qps for unit in shallow] == [(30,), (30,), (36,)]
     with pytest.raises(NvcError, match="no layers"):
         next(codec.encode(unit_codec, CLIP, 40, schedule.all_intra(), layer_qp=(1,)))
     source = tmp_path / "clip.y4m"

@@ -101,10 +101,15 @@ def _config(kind: type, size: dict) -> Any:
             return tuple(v)
         if not isinstance(v, dict):
             return v
-        for inner in with_intra.MODULES:
-            if set(v) <= {f.name for f in dataclasses.fields(inner)}:
-                return _config(inner, v)
-        raise TypeError(f"no codec has a config of the fields {', '.join(sorted(v))}")
+        # Files of older versions lack fields that have come since.
+        kinds = [
+            inner
+            for inner in with_intra.MODULES
+            if set(v) <= {f.name for f in dataclasses.fields(inner)}
+        ]
+        if len(kinds) != 1:
+            raise TypeError(f"{len(kinds)} codecs have the fields {', '.join(sorted(v))}")
+        return _config(kinds[0], v)
 
     return kind(**{k: value(v) for k, v in size.items()})
 

@@ -52,7 +52,8 @@ class _Neighbours(NamedTuple):
 
 def _neighbours(shape: tuple[int, ...], flow: jax.Array) -> _Neighbours:
     _, h, w, g, _ = shape
-    here = jnp.stack(jnp.meshgrid(jnp.arange(w), jnp.arange(h)), -1)[:, :, None]
+    axes = (jnp.arange(n, dtype=jnp.float32) for n in (w, h))
+    here = jnp.stack(jnp.meshgrid(*axes), -1)[:, :, None]
     last = jnp.array([w - 1, h - 1], jnp.float32)
     unbound = here + flow
     position = jnp.clip(unbound, 0, last)

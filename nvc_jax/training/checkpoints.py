@@ -23,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 from nvc_jax import parallel
 from nvc_jax.errors import NvcError
 from nvc_jax.models import registry, released
+from nvc_jax.models.with_intra import WithIntra
 from nvc_jax.training import stages
 from nvc_jax.training import step as training
 from nvc_jax.training.transform_start import transform_start
@@ -133,22 +134,34 @@ def fresh(
         params = transform_start(config.model.name, model.cfg, state.params)
         state = _with_params(state, params)
     if config.init_from:
-        params = _weights_of(config.init_from, state.params)
+        if isinstance(model, WithIntra) and not isinstance(
+            released.load(config.init_from).module, WithIntra
+        ):
+            params = _with_intra_of(config.init_from, model, state.params)
+        else:
+            params = _weights_of(config.init_from, state.params)
         state = _with_params(state, params)
         logging.info("starting from the weights of %s", config.init_from)
     return put(mesh, state)
 
 
 def _weights_of(name: str, params: dict) -> dict:
-    """A released model's weights in the place of `params`; those of an intra codec alone in the
-    place of the one that the codec has. Raises NvcError if they do not fit."""
-    weights = released.trainable_params(released.load(name))
-    if "inter" in params and "inter" not in weights:
-        weights = {"intra": {k: v for k, v in weights.items() if k != "scale_head"}}
-    result = params | weights
+    """A released model's weights in the place of `params`. Raises NvcError if they do not fit."""
+    result = params | released.trainable_params(released.load(name))
     if jax.tree.map(jnp.shape, result) != jax.tree.map(jnp.shape, params):
         raise NvcError(f"{name}: its weights do not fit this config's model")
     return result
+
+
+def _with_intra_of(name: str, model: WithIntra, params: dict) -> dict:
+    """`params` with a released intra codec's weights. Raises NvcError if it is another codec."""
+    loaded = released.load(name)
+    module, weights = loaded.module, released.trainable_params(loaded)
+    if "scale_head" in weights:
+        module, weights = released.without_scale_head(module, weights)
+    if module.cfg != model.cfg.intra:
+        raise NvcError(f"{name}: not the intra codec of this config's model")
+    return params | {"intra": weights}
 
 
 def _with_params(state: training.TrainState, params: dict) -> training.TrainState:

@@ -1,11 +1,13 @@
 """Training of B-frames: paths through a hierarchy instead of whole groups.
 
-In a hierarchy both references of a frame are intra frames or frames of its own line of ancestors.
-To train the frame as it will be coded, only these few need to be coded before it, with gradients
+In a hierarchy both references of a frame are anchors or frames of its own line of ancestors. To
+train the frame as it will be coded, only these few need to be coded before it, with gradients
 through all of them ("path sampling", ours; the training of BRHVC, arXiv 2511.08938, is not
-published). A group of 32 frames has half of its frames in the lowest layer and one in the
-highest, while a path has one of each; so the loss of a layer counts as often as the group has
-frames of it.
+published). Every layer has twice as many frames as the one above it, while a path has one of each;
+so the loss of each unit counts twice as much as that of the one before. Where a path has as many
+units as its group has layers, that is the loss of the whole group, but for the draw.
+
+Anchors are intra frames here, also where a schedule would predict them.
 """
 
 from functools import partial
@@ -58,12 +60,12 @@ def draw_path(
     span = int(rng.choice(spans))
     planned, refs = [], []
     if rng.random() < tail_share:
-        # Behind one anchor, or behind two of which one is older.
-        middle = 0 if rng.random() < 0.5 else span // 2
-        anchors = (middle, 0)
+        # Behind one anchor, read twice, or behind two of which one is older.
+        last = 0 if rng.random() < 0.5 else span // 2
+        anchors = (last, 0)
         planned.append(schedule.predicted(*anchors, span))
-        refs.append((0, 1))
-        low, high = (middle, 0), (span, ANCHORS)  # (position, slot)
+        refs.append((0, 1 if last else 0))
+        low, high = (last, 0), (span, ANCHORS)  # (position, slot)
     else:
         anchors = (0, span)
         low, high = (0, 0), (span, 1)
@@ -82,7 +84,7 @@ def draw_path(
     )
 
 
-class Coded(NamedTuple):
+class CodedPath(NamedTuple):
     """What `code_path` adds up.
 
     Attributes:
@@ -112,7 +114,7 @@ def code_path(
     *,
     remat: bool = False,
     **options: Any,
-) -> Coded:
+) -> CodedPath:
     """Codes the units of a path one after the other.
 
     The units share one program, in which a gather finds their references: so it is traced once, and
@@ -174,4 +176,4 @@ def code_path(
     target = colour.from_rgb(frames) if model.rgb else frames
     distortion = losses.distortion(recon, target) @ (path.weight * layers)
     bits, penalty = jax.tree.map(lambda x: path.weight @ x, (bits, penalty))
-    return Coded(bits, distortion, recon, penalty, error.mean(0))
+    return CodedPath(bits, distortion, recon, penalty, error.mean(0))

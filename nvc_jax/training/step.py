@@ -93,7 +93,8 @@ class StepMetrics(metrics.Collection):
     skipped_in_row: metrics.LastValue.from_output("skipped_in_row")
 
 
-# How far the quality of intra frames in training may be from that of the frames that refer to them.
+# How far the qp of intra frames in training may be from that of the frames that refer to them, so
+# that encoders may choose.
 QP_SPREAD = 8
 
 # What a codec without references, or a stage that does not walk, hands on. Orbax does not store
@@ -224,14 +225,14 @@ def first_refs(
     """References of a clip's first unit: pictures drawn by the stage's shares."""
     if not model.references:
         return ()
-    kind_key, key = jax.random.split(key)
+    kind_key, degraded_key, coded_key = jax.random.split(key, 3)
     batch, count = clip.reference.shape[:2]
     before = clip.reference.reshape(-1, *clip.reference.shape[2:])
     candidates = {
         "blank": lambda: jnp.full_like(before, BLANK),
         "true": lambda: before,
-        "degraded": lambda: degraded(key, before),
-        "coded": lambda: _coded(codec, model, params, before, clip, key),
+        "degraded": lambda: degraded(degraded_key, before),
+        "coded": lambda: _coded(codec, model, params, before, clip, coded_key),
     }
     names = [name for name, share in stage.references.items() if share > 0]
     shares = jnp.log(jnp.array([stage.references[name] for name in names]))
@@ -246,7 +247,7 @@ def first_refs(
 def as_refs(model: nn.Module, pictures: jax.Array) -> tuple:
     """References that are but pictures, [batch, n, height, width, 3] of Y, U, V; () if none."""
     if model.rgb:
-        pictures = colour.to_rgb(pictures)
+        pictures = jnp.clip(colour.to_rgb(pictures), 0, 1)
     kind = BRef if model.references == 2 else Ref
     return tuple(kind(frame=pictures[:, i]) for i in range(model.references))
 
@@ -267,11 +268,16 @@ def _coded(codec, model, params, before: jax.Array, clip: Clip, key: jax.Array) 
     qp = jnp.clip(qp, 0, losses.QP_COUNT - 1)
     if model.rgb:
         frames = colour.to_rgb(frames)
-    # Picture after picture: the activations of many large ones would be the most that a step holds.
-    recon = lax.map(
-        lambda x: model.apply({"params": params}, x[0][None], (), x[1][None], Estimate())[0][0, 0],
-        (frames, qp),
+
+    def intra(pictures_and_qp):
+        pictures, qp = pictures_and_qp
+        return model.apply({"params": params}, pictures, (), qp, Estimate())[0][:, 0]
+
+    # One anchor of every sample after the other: less memory, and every device has its samples.
+    by_anchor = jax.tree.map(
+        lambda x: x.reshape(len(clip.qp), -1, *x.shape[1:]).swapaxes(0, 1), (frames, qp)
     )
+    recon = lax.map(intra, by_anchor).swapaxes(0, 1).reshape(before.shape)
     recon = lax.stop_gradient(jnp.clip(recon, 0, 1))
     return colour.from_rgb(recon) if model.rgb else recon
 
@@ -335,13 +341,9 @@ def make_train_step(
 
     def gradients(params, clip, carry, key, carried, teacher):
         clip = as_floats(clip)
-        # Not fold_in(key, 1): that is what `unroll` gets for its noise when it splits the key.
-        refs = (
-            carry
-            if carried
-            else first_refs(codec, model, params, stage, clip, jax.random.fold_in(key, 2))
-        )
-        return jax.grad(loss_fn, has_aux=True)(params, clip, refs, key, teacher)
+        refs_key, noise_key = jax.random.split(key)
+        refs = carry if carried else first_refs(codec, model, params, stage, clip, refs_key)
+        return jax.grad(loss_fn, has_aux=True)(params, clip, refs, noise_key, teacher)
 
     def train_step(state, clip, carried, teacher=None):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
