@@ -11,7 +11,7 @@ Needs the extras `anchors` and `demo` (pip install 'nvc-jax[anchors,demo]'); wit
 report has our curves only.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -28,5 +28,7 @@ def get_config() -> ConfigDict:
     config.anchors = ("x264", "x265", "x265-lowdelay", "svt-av1", "vvenc")
     # SVT-AV1 and VVenC have slower, better presets: these keep the demonstration short.
     config.presets = ConfigDict({"svt-av1": "6", "vvenc": "faster"})
+    # Frames from one intra picture to the next, of all codecs; if not given, what each does.
+    config.intra_period = config_dict.placeholder(int)
     config.workdir = "runs/demo"
     return config

@@ -8,9 +8,10 @@ cores, every check passed, and `runs/eval_quick/report.html`. BD-rates of so sho
 use them to see a change go up or down, and configs/demo.py or longer clips for figures to quote.
 
 Another model or clip:  --config.models="('intra-nano',)" --config.clips="('clip.mp4',)"
+Random access for all:  --config.intra_period=32
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -21,5 +22,7 @@ def get_config() -> ConfigDict:
     config.qps = (8, 24, 40, 56)
     config.anchors = ("x265-lowdelay",)
     config.presets = ConfigDict({"x265-lowdelay": "medium"})
+    # Frames from one intra picture to the next, of all codecs; if not given, what each does.
+    config.intra_period = config_dict.placeholder(int)
     config.workdir = "runs/eval_quick"
     return config

@@ -39,7 +39,7 @@ def moving(width: int, height: int, frames: int) -> list[Planes]:
     ]
 
 
-def code(name, quality, clip, tmp_path, ffmpeg, preset=None):
+def code(name, quality, clip, tmp_path, ffmpeg, preset=None, intra_period=0):
     anchor = ANCHORS[name]
     height, width = clip[0].y.shape
     coded = tmp_path / f"{name}{quality}{anchor.suffix}"
@@ -52,6 +52,7 @@ def code(name, quality, clip, tmp_path, ffmpeg, preset=None):
         coded,
         tmp_path,
         ffmpeg,
+        intra_period,
     )
     assert coded.stat().st_size == facts["file_bytes"]
     return facts, list(decoded)
@@ -82,10 +83,13 @@ def test_odd_and_tiny_sizes_are_padded_and_cropped(name, width, height, frames, 
     assert clip_scores(clip, decoded)["psnr"] > 33
 
 
-@pytest.mark.parametrize("name", ["x264", "x265", "vvenc"])
-def test_only_the_first_picture_is_intra(name, tmp_path, ffmpeg):
-    clip = moving(64, 64, 40)  # longer than the encoders' usual intra periods at 25 fps
-    code(name, 30, clip, tmp_path, ffmpeg)
+# VVenC has no intra picture where the clip ends within the period that it would begin.
+@pytest.mark.parametrize("period", [0, 32])
+@pytest.mark.parametrize("name, every_32", [("x264", 3), ("x265", 3), ("vvenc", 2)])
+def test_pictures_are_intra_only_where_they_should(name, every_32, period, tmp_path, ffmpeg):
+    clip = moving(64, 64, 70)  # longer than the encoders' usual intra periods at 25 fps
+    facts, _ = code(name, 30, clip, tmp_path, ffmpeg, intra_period=period)
+    assert ("every 32" in facts["structure"]) == (period > 0)
     data = (tmp_path / f"coded{ANCHORS[name].suffix}").read_bytes()
     starts = [part[:2] for part in data.split(b"\x00\x00\x01")[1:]]
     unit_types = {
@@ -94,7 +98,7 @@ def test_only_the_first_picture_is_intra(name, tmp_path, ffmpeg):
         "vvenc": [start[1] >> 3 for start in starts],
     }[name]
     random_access = {"x264": {5}, "x265": set(range(16, 24)), "vvenc": {7, 8, 9}}[name]
-    assert sum(unit in random_access for unit in unit_types) == 1
+    assert sum(unit in random_access for unit in unit_types) == (every_32 if period else 1)
 
 
 def test_ten_bit_pictures_are_rounded_to_nearest(tmp_path):

