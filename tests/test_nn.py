@@ -22,6 +22,7 @@ from nvc_jax.nn.blocks import (
     Down,
     QpTable,
     Up,
+    convolution,
     depth_to_space,
     depthwise3x3,
     quality_ramp,
@@ -379,3 +380,33 @@ def test_float32_products_ask_for_the_highest_precision(codec, dtype):
     assert float32 and (len(float32) < len(found)) == (dtype == jnp.bfloat16)
     for eqn in float32:
         assert {*np.ravel(eqn.params["precision"])} == {lax.Precision.HIGHEST}, eqn
+
+
+@pytest.mark.parametrize(
+    "shape, kernel, stride",
+    [((2, 6, 8, 3), 3, 1), ((2, 6, 8, 3), 3, 2), ((1, 5, 7, 2), 7, 1), ((1, 2, 2, 1), 3, 2)],
+)
+@pytest.mark.parametrize("looped", [False, True])
+def test_convolutions_have_the_gradients_of_xla(shape, kernel, stride, looped):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=(kernel, kernel, shape[-1], 5)), jnp.float32)
+
+    def plain(x, weights):
+        pad = (kernel // 2, kernel // 2)
+        return jax.lax.conv_general_dilated(
+            x, weights, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision="highest",
+        )  # fmt: skip
+
+    def gradients(convolve):
+        def step(_, x):
+            return None, jax.grad(lambda x, w: (convolve(x, w) ** 3).sum(), (0, 1))(x, weights)
+
+        if looped:
+            return jax.jit(lambda x: jax.lax.scan(step, None, x[None])[1])(x)
+        return jax.jit(lambda x: step(None, x)[1])(x)
+
+    ours = gradients(lambda x, w: convolution(x, w, stride, jax.lax.Precision.HIGHEST))
+    for mine, other in zip(ours, gradients(plain), strict=True):
+        np.testing.assert_allclose(mine.reshape(other.shape), other, rtol=1e-4, atol=1e-4)

@@ -13,6 +13,7 @@ Sources: DCVC-RT (arXiv 2502.20762) for the block and its resampling layers, DCV
 (arXiv 2606.04410) for the two lighter forms.
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -141,6 +142,69 @@ class Depthwise(nn.Module):
         return depthwise3x3(x, kernel) + bias
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolution(
+    x: jax.Array, kernel: jax.Array, stride: int, precision: lax.Precision | None
+) -> jax.Array:
+    """Dense convolution, zero padding of half the kernel's size on every side.
+
+    Args:
+      x: [batch, height, width, i].
+      kernel: [k, k, i, o], k odd, same dtype as x.
+      stride: 1, or 2 for even sides.
+
+    Returns:
+      [batch, height/stride, width/stride, o].
+
+    The gradient is XLA's, but on CPUs XLA brings the convolutions of gradients into the form
+    that its fast kernels take only outside of loops, and inside of them needs ten times as long.
+    """
+    pad = kernel.shape[0] // 2
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), ((pad, pad), (pad, pad)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision,
+    )  # fmt: skip
+
+
+def _convolution_fwd(x, kernel, stride, precision):
+    return convolution(x, kernel, stride, precision), (x, kernel)
+
+
+def _convolution_bwd(stride, precision, residuals, g):
+    def by_xla(x, kernel, g):
+        plain = partial(convolution.__wrapped__, stride=stride, precision=precision)
+        return jax.vjp(plain, x, kernel)[1](g)
+
+    def by_products(x, kernel, g):
+        """A matrix product for each element of the kernel, and a convolution as when going on."""
+        (b, h, w, i), (k, _, _, o) = x.shape, kernel.shape
+        pad = k // 2
+        padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        rows = g.reshape(-1, o)
+
+        def kernel_sum(down, across):
+            end = (b, down + h - stride + 1, across + w - stride + 1, i)
+            part = lax.slice(padded, (0, down, across, 0), end, (1, stride, stride, 1))
+            return jnp.dot(part.reshape(-1, i).T, rows, precision=precision)
+
+        grad_kernel = jnp.stack([kernel_sum(*divmod(n, k)) for n in range(k * k)])
+        if stride == 2:
+            g = lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), (0, 1, 1), (0, 1, 1), (0, 0, 0)))
+        grad_x = convolution(g, kernel[::-1, ::-1].swapaxes(2, 3), 1, precision)
+        return grad_x, grad_kernel.reshape(kernel.shape)
+
+    return lax.platform_dependent(*residuals, g, cpu=by_products, default=by_xla)
+
+
+convolution.defvjp(_convolution_fwd, _convolution_bwd)
+
+
+def flax_convolution(x, kernel, strides, padding, *, precision, **fixed):
+    """`convolution` in the form that `flax.linen.Conv` calls."""
+    del padding, fixed
+    return convolution(x, kernel, strides[0], precision)
+
+
 class Conv3x3(nn.Module):
     """Dense 3x3 convolution with bias, zero padding 1 on every side whatever the stride."""
 
@@ -158,6 +222,7 @@ class Conv3x3(nn.Module):
             dtype=self.dtype,
             precision=precision_of(self.dtype),
             kernel_init=KERNEL_INIT,
+            conv_general_dilated=flax_convolution,
             name="conv",
         )(x)
 

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nvc_jax.nn.blocks import KERNEL_INIT, precision_of
+from nvc_jax.nn.blocks import KERNEL_INIT, flax_convolution, precision_of
 from nvc_jax.nn.warp import double, halve, warp
 
 LEVELS = 4
@@ -35,6 +35,7 @@ class FlowLevel(nn.Module):
                 padding=self.kernel // 2,
                 precision=precision_of(x.dtype),
                 kernel_init=KERNEL_INIT,
+                conv_general_dilated=flax_convolution,
                 name=f"conv{i}",
             )(nn.relu(x) if i else x)
         return x

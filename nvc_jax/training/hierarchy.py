@@ -117,8 +117,8 @@ def code_path(
 ) -> CodedPath:
     """Codes the units of a path one after the other.
 
-    The units share one program, in which a gather finds their references: so it is traced once, and
-    on accelerators compiled once, however long the path.
+    The units share one program, in which a gather finds their references: so it is compiled once,
+    however long the path.
 
     Args:
       layer_weights: on the distortion, by layer of the hierarchy.
@@ -168,9 +168,7 @@ def code_path(
         return slots, (recon, bits, jnp.broadcast_to(penalty, (batch,)), error)
 
     inputs = jnp.arange(units), frames.swapaxes(0, 1), path.refs, path.level, path.ratio
-    # XLA for CPUs has fast kernels for the convolutions of gradients, but not within loops.
-    unroll = 0 if jax.default_backend() == "cpu" else 1  # 0: all of it
-    _, (recon, bits, penalty, error) = lax.scan(step, slots, inputs, unroll=unroll)
+    _, (recon, bits, penalty, error) = lax.scan(step, slots, inputs)
     recon = recon.swapaxes(0, 1)
     layers = jnp.asarray(layer_weights)[jnp.clip(path.level, 0, len(layer_weights) - 1)]
     target = colour.from_rgb(frames) if model.rgb else frames
