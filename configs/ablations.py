@@ -11,6 +11,7 @@ from dataclasses import asdict
 from ml_collections import ConfigDict
 
 from nvc_jax.models import ui2c
+from nvc_jax.training import recipes
 
 # Name -> (changes of the size, changes of the stages). Sizes cost what the base does, within 6 %:
 # 8 kMAC per pixel each way, without the exact mode's network.
@@ -37,29 +38,13 @@ CHANGES = {
 
 def get_config(name="base"):
     size, special = CHANGES[name]
-    c = ConfigDict()
-    c.seed = 0
+    c = recipes.on_a_cpu()
     size = asdict(ui2c.SIZES["nano"]) | dict(scale_head=0) | size
     c.model = ConfigDict(dict(name="ui2c", size=size, dtype="float32"))
     c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.25))
-    c.data_root = ""
-    c.init_from = ""
-    c.transform_start = True
     common = dict(units=2, batch=4, crop=128) | special
     c.stages = (
         ConfigDict(dict(steps=1_500, lr=1e-3, end_lr=6e-4) | common),
         ConfigDict(dict(steps=3_500, lr=6e-4, end_lr=2e-5, walk=5) | common),
     )
-    c.warmup_steps = 200
-    c.clip_norm = 1.0
-    c.weight_decay = 1e-4
-    c.rate_balance = 0.5
-    c.average_decay = 0.999
-    c.max_skipped_in_row = 50
-    c.log_every = 100
-    c.sample_every = 1_000
-    c.checkpoint_every_seconds = 300.0
-    c.checkpoint_every_steps = 0
-    c.mesh = ConfigDict(dict(space=1))
-    c.workers = 0
     return c

@@ -17,6 +17,7 @@ choice. An epoch is as many steps as Vimeo-90k's 64,612 training clips make.
 
 from ml_collections import ConfigDict
 
+from nvc_jax.training import recipes
 from nvc_jax.training.stages import on_more_devices
 
 SEPTUPLETS = dict(sets=(dict(path="vimeo90k_septuplet/default/1.0.0"),))
@@ -43,13 +44,10 @@ def stage(epochs, units, spans, batch, crop, lr, end_lr=None, **special):
 
 def get_config(argument="full"):
     size, _, times = argument.partition(",")
-    c = ConfigDict()
-    c.seed = 0
+    c = recipes.on_accelerators()
     c.model = ConfigDict(dict(name="brhvc", size=size, dtype="bfloat16"))
-    c.data_root = "data"
     c.data = ConfigDict(SEPTUPLETS)
     c.init_from = "intra.safetensors"
-    c.transform_start = False
     long = dict(data=LONG, remat=True)
     c.stages = (
         # One frame between two pictures as they are: motion alone, then everything.
@@ -73,16 +71,4 @@ def get_config(argument="full"):
         stage(6, 5, (32, 48, 64), batch=8, crop=384, lr=1e-5, end_lr=1e-6, **long),
     )
     c.stages = tuple(on_more_devices(stage, int(times or 1)) for stage in c.stages)
-    c.warmup_steps = 1_000
-    c.clip_norm = 0.2
-    c.weight_decay = 0.01
-    c.rate_balance = 0.0
-    c.average_decay = 0.9999
-    c.max_skipped_in_row = 50
-    c.log_every = 100
-    c.sample_every = 5_000
-    c.checkpoint_every_seconds = 600.0
-    c.checkpoint_every_steps = 0
-    c.mesh = ConfigDict(dict(space=1))
-    c.workers = 8
     return c

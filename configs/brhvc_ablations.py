@@ -12,6 +12,7 @@ from dataclasses import replace
 from ml_collections import ConfigDict
 
 from nvc_jax.models import registry, with_intra
+from nvc_jax.training import recipes
 
 # Name -> changes of the B-frame codec's size.
 CHANGES = {
@@ -28,30 +29,15 @@ CHANGES = {
 def get_config(name="base"):
     nano = with_intra.BRHVC_SIZES["nano"]
     nano = replace(nano, inter=replace(nano.inter, **CHANGES[name]))
-    c = ConfigDict()
-    c.seed = 0
+    c = recipes.on_a_cpu()
     size = registry.size_as_dict(with_intra.WithIntra(nano))
     c.model = ConfigDict(dict(name="brhvc", size=size, dtype="float32"))
     c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.1))
-    c.data_root = ""
     c.init_from = "intra-nano"
-    c.transform_start = True
     first = dict(
         steps=1_000, units=1, spans=(2, 4, 8), batch=4, lr=1e-3, end_lr=8e-4, flow_loss=1.0
     )
     # Only with three units are there frames between two B-frames.
     then = dict(steps=1_500, units=3, spans=(8, 16, 32), batch=2, lr=7e-4, end_lr=1e-5)
     c.stages = tuple(ConfigDict(s | dict(crop=128)) for s in (first, then))
-    c.warmup_steps = 200
-    c.clip_norm = 1.0
-    c.weight_decay = 1e-4
-    c.rate_balance = 0.5
-    c.average_decay = 0.999
-    c.max_skipped_in_row = 50
-    c.log_every = 100
-    c.sample_every = 1_000
-    c.checkpoint_every_seconds = 300.0
-    c.checkpoint_every_steps = 0
-    c.mesh = ConfigDict(dict(space=1))
-    c.workers = 0
     return c

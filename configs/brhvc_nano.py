@@ -9,6 +9,8 @@ The intra codec is that of intra-nano and does not learn.
 
 from ml_collections import ConfigDict
 
+from nvc_jax.training import recipes
+
 
 def stage(steps, units, spans, batch, crop, lr, end_lr, **special):
     """units: B-frames of one path per sample. spans: distances of the anchors.
@@ -20,28 +22,14 @@ def stage(steps, units, spans, batch, crop, lr, end_lr, **special):
 
 
 def get_config():
-    c = ConfigDict()
-    c.seed = 0
+    c = recipes.on_a_cpu()
     c.model = ConfigDict(dict(name="brhvc", size="nano", dtype="float32"))
     c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.1))
     c.init_from = "intra-nano"
-    c.transform_start = True  # see nvc_jax.training.transform_start
     c.stages = (
         # Motion above all, between anchors that are not far from each other.
         stage(1_500, 1, (2, 4, 8), batch=4, crop=128, lr=1e-3, end_lr=8e-4, flow_loss=1.0),
         # Only with three units are there frames between two B-frames.
         stage(8_000, 3, (8, 16, 32), batch=2, crop=128, lr=7e-4, end_lr=1e-5),
     )
-    c.warmup_steps = 200
-    c.clip_norm = 1.0
-    c.weight_decay = 1e-4
-    c.rate_balance = 0.5
-    c.average_decay = 0.999
-    c.max_skipped_in_row = 50
-    c.log_every = 100
-    c.sample_every = 1_000
-    c.checkpoint_every_seconds = 300.0
-    c.mesh = ConfigDict(dict(space=1))
-    c.workers = 0
-    c.checkpoint_every_steps = 0
     return c

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from ml_collections import ConfigDict
 
 from nvc_jax.models import intra
+from nvc_jax.training import recipes
 from nvc_jax.training.stages import on_more_devices
 
 PICTURES = 330_000
@@ -33,14 +34,10 @@ def stage(epochs, batch, crop, lr, end_lr=None, **special):
 
 def get_config(argument="full"):
     size, _, times = argument.partition(",")
-    c = ConfigDict()
-    c.seed = 0
+    c = recipes.on_accelerators()
     size = asdict(intra.SIZES[size]) | dict(scale_head=256)
     c.model = ConfigDict(dict(name="intra", size=size, dtype="bfloat16"))
-    c.data_root = "data"
     c.data = ConfigDict(dict(sets=(dict(path="image_folder/open_images/1.0.0"),)))
-    c.init_from = ""
-    c.transform_start = False
     c.stages = (
         stage(45, batch=16, crop=256, lr=2e-4),
         stage(25, batch=16, crop=256, lr=5e-5),
@@ -56,16 +53,5 @@ def get_config(argument="full"):
         ),
     )  # fmt: skip
     c.stages = tuple(on_more_devices(stage, int(times or 1)) for stage in c.stages)
-    c.warmup_steps = 1_000
     c.clip_norm = 0.1
-    c.weight_decay = 0.01
-    c.rate_balance = 0.0
-    c.average_decay = 0.9999
-    c.max_skipped_in_row = 50
-    c.log_every = 100
-    c.sample_every = 5_000
-    c.checkpoint_every_seconds = 600.0
-    c.checkpoint_every_steps = 0
-    c.mesh = ConfigDict(dict(space=1))
-    c.workers = 8
     return c

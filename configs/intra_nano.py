@@ -9,6 +9,8 @@ The model card of the released weights (nvc_jax/weights/intra-nano.md) says what
 
 from ml_collections import ConfigDict
 
+from nvc_jax.training import recipes
+
 
 def stage(steps, units, walk, batch, crop, lr, end_lr, **special):
     """units: pictures per sample. walk: 1, there is nothing to carry on.
@@ -24,12 +26,9 @@ SCALE_HEAD = dict(exact=True, trainable=("scale_head",), noise=False)
 
 
 def get_config():
-    c = ConfigDict()
-    c.seed = 0
+    c = recipes.on_a_cpu()
     c.model = ConfigDict(dict(name="intra", size="nano", dtype="float32"))
     c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.6))
-    c.init_from = ""  # a released model to start from
-    c.transform_start = True  # see nvc_jax.training.transform_start
     c.stages = (
         stage(steps=4_000, units=1, walk=1, batch=8, crop=128, lr=1e-3, end_lr=1e-5),
         # A warm restart: the shipped weights went on from there.
@@ -48,16 +47,4 @@ def get_config():
             **SCALE_HEAD, rate_balance=0.6,
         ),
     )  # fmt: skip
-    c.warmup_steps = 200
-    c.clip_norm = 1.0
-    c.weight_decay = 1e-4
-    c.rate_balance = 0.5
-    c.average_decay = 0.999
-    c.max_skipped_in_row = 50
-    c.log_every = 100
-    c.sample_every = 1_000
-    c.checkpoint_every_seconds = 300.0
-    c.mesh = ConfigDict(dict(space=1))
-    c.workers = 0
-    c.checkpoint_every_steps = 0
     return c

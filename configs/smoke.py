@@ -9,17 +9,17 @@ run the same command again to see it go on. What it learns is of no use.
 
 from ml_collections import ConfigDict
 
+from nvc_jax.training import recipes
+
 
 def get_config():
-    c = ConfigDict()
-    c.seed = 0
+    c = recipes.on_a_cpu()
     tiny = dict(
         width=16, y=16, z=8, recon=16, prior=16, temporal=16, extractor=(1, 1), encoder=1,
         decoder=1, recon_blocks=1, fusion=1, spatial=1, subpixel=1, form="uf2", latent_gain=True,
     )  # fmt: skip
     c.model = ConfigDict(dict(name="ui2c", size=tiny, dtype="float32"))
     c.data = ConfigDict(dict(folder="", image_share=0.25))
-    c.init_from = ""
     c.transform_start = False
     common = dict(batch=4, crop=64, units=1)
     c.stages = (
@@ -27,15 +27,9 @@ def get_config():
         ConfigDict(common | dict(steps=20, lr=1e-3, end_lr=1e-4, references=dict(blank=1.0))),
     )
     c.warmup_steps = 5
-    c.clip_norm = 1.0
-    c.weight_decay = 1e-4
-    c.rate_balance = 0.5
     c.average_decay = 0.99
     c.max_skipped_in_row = 10
     c.log_every = 1
     c.sample_every = 20
-    c.checkpoint_every_seconds = 300.0
     c.checkpoint_every_steps = 10
-    c.mesh = ConfigDict(dict(space=1))
-    c.workers = 0
     return c

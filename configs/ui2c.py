@@ -19,6 +19,7 @@ from dataclasses import asdict
 from ml_collections import ConfigDict
 
 from nvc_jax.models import ui2c
+from nvc_jax.training import recipes
 from nvc_jax.training.stages import on_more_devices
 
 SEPTUPLETS = dict(sets=(dict(path="vimeo90k_septuplet/default/1.0.0"),))
@@ -42,15 +43,11 @@ def stage(epochs, units, batch, crop, lr, walk=1, end_lr=None, **special):
 
 def get_config(argument="base"):
     size, _, times = argument.partition(",")
-    c = ConfigDict()
-    c.seed = 0
+    c = recipes.on_accelerators()
     # All sizes get the integer network of the exact mode.
     size = asdict(ui2c.SIZES[size]) | dict(scale_head=256)
     c.model = ConfigDict(dict(name="ui2c", size=size, dtype="bfloat16"))
-    c.data_root = "data"
     c.data = ConfigDict(SEPTUPLETS)
-    c.init_from = ""
-    c.transform_start = False
     long = dict(data=LONG, remat=True)
     c.stages = (
         # The intra path must exist before references can be judged.
@@ -82,16 +79,4 @@ def get_config(argument="base"):
         ),
     )  # fmt: skip
     c.stages = tuple(on_more_devices(stage, int(times or 1)) for stage in c.stages)
-    c.warmup_steps = 1_000
-    c.clip_norm = 0.2
-    c.weight_decay = 0.01
-    c.rate_balance = 0.0
-    c.average_decay = 0.9999
-    c.max_skipped_in_row = 50
-    c.log_every = 100
-    c.sample_every = 5_000
-    c.checkpoint_every_seconds = 600.0
-    c.checkpoint_every_steps = 0
-    c.mesh = ConfigDict(dict(space=1))
-    c.workers = 8
     return c

@@ -9,6 +9,8 @@ The model card of the released weights (nvc_jax/weights/ui2c-nano.md) says what 
 
 from ml_collections import ConfigDict
 
+from nvc_jax.training import recipes
+
 
 def stage(steps, units, walk, batch, crop, lr, end_lr, **special):
     """units: coded pairs per step. walk: steps that go through one clip.
@@ -27,12 +29,9 @@ BOTH_SCALES = dict(exact=True, float_share=0.5)
 
 
 def get_config():
-    c = ConfigDict()
-    c.seed = 0
+    c = recipes.on_a_cpu()
     c.model = ConfigDict(dict(name="ui2c", size="nano", dtype="float32"))
     c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.25))
-    c.init_from = ""  # a released model to start from
-    c.transform_start = True  # see nvc_jax.training.transform_start
     c.stages = (
         # Intra and short-range prediction first, then long walks against drift.
         stage(steps=7_000, units=2, walk=1, batch=4, crop=128, lr=1e-3, end_lr=6e-4),
@@ -71,16 +70,4 @@ def get_config():
             **SCALE_HEAD, noise=False, rate_balance=0.9, references={"blank": 1.0},
         ),
     )  # fmt: skip
-    c.warmup_steps = 200
-    c.clip_norm = 1.0
-    c.weight_decay = 1e-4
-    c.rate_balance = 0.5
-    c.average_decay = 0.999
-    c.max_skipped_in_row = 50
-    c.log_every = 100
-    c.sample_every = 1_000
-    c.checkpoint_every_seconds = 300.0
-    c.mesh = ConfigDict(dict(space=1))
-    c.workers = 0
-    c.checkpoint_every_steps = 0
     return c

@@ -10,6 +10,8 @@ that saves and what it costs.
 
 from ml_collections import ConfigDict
 
+from nvc_jax.training import recipes
+
 ENTROPY_MODEL = (
     "hyper_encoder", "hyper_decoder", "temporal_prior_encoder", "prior_fusion", "spatial_prior",
     "z_prior",
@@ -17,8 +19,7 @@ ENTROPY_MODEL = (
 
 
 def get_config():
-    c = ConfigDict()
-    c.seed = 0
+    c = recipes.on_a_cpu()
     c.model = ConfigDict(dict(name="ui2c", size="nano", dtype="float32"))
     c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.25))
     c.init_from = "ui2c-nano"
@@ -34,16 +35,4 @@ def get_config():
             )
         ),
     )  # fmt: skip
-    c.warmup_steps = 200
-    c.clip_norm = 1.0
-    c.weight_decay = 1e-4
-    c.rate_balance = 0.5
-    c.average_decay = 0.999
-    c.max_skipped_in_row = 50
-    c.log_every = 100
-    c.sample_every = 1_000
-    c.checkpoint_every_seconds = 300.0
-    c.mesh = ConfigDict(dict(space=1))
-    c.workers = 0
-    c.checkpoint_every_steps = 0
     return c
