@@ -1,8 +1,6 @@
 """Frames per second, memory and arithmetic of codecs, entropy coding included."""
 
-import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,13 +13,14 @@ import numpy as np
 
 from nvc_jax import codec as coding
 from nvc_jax import schedule as schedules
+from nvc_jax.benchmarks import own_process
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy import coder
 from nvc_jax.errors import NvcError
 from nvc_jax.models import complexity, registry, released
 
 COLUMNS = {
-    "model": "16", "width": "6", "height": "6", "encode_fps": "10.2f", "decode_fps": "10.2f",
+    "model": "16", "width": "5", "height": "6", "encode_fps": "10.2f", "decode_fps": "10.2f",
     "encode_kmac_per_pixel": "11.1f", "decode_kmac_per_pixel": "11.1f", "compile_seconds": "10.1f",
     "peak_memory_mib": "10.0f", "bpp": "8.3f",
 }  # fmt: skip
@@ -35,26 +34,16 @@ def table(models: list[str], sizes: list[tuple[int, int]], frames: int, qp: int)
     Raises:
       NvcError: one of them fails.
     """
-    print("".join(f"{_title(name):>{_width(form)}}" for name, form in COLUMNS.items()))
+    print("  ".join(f"{_title(name):>{_width(form)}}" for name, form in COLUMNS.items()))
     results = []
     for model, (width, height) in product(models, sizes):
-        code = (
-            "import sys, json; from nvc_jax.launch import setup; setup(); "
-            "from nvc_jax.benchmarks.codec import benchmark; "
-            "m, w, h, n, q, out = sys.argv[1:]; "
-            "json.dump(benchmark(m, int(w), int(h), int(n), int(q)), open(out, 'w'))"
+        try:
+            results.append(own_process.ask(__name__, model, width, height, frames, qp))
+        except NvcError as e:
+            raise NvcError(f"{model} at {width}x{height}: {e}") from None
+        print(
+            "  ".join(f"{results[-1][name]:>{form}}" for name, form in COLUMNS.items()), flush=True
         )
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "result.json"
-            arguments = [model, width, height, frames, qp, out]
-            done = subprocess.run(
-                [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True
-            )
-            if done.returncode:
-                reason = (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
-                raise NvcError(f"{model} at {width}x{height}: {reason}")
-            results.append(json.loads(out.read_text()))
-        print("".join(f"{results[-1][name]:>{form}}" for name, form in COLUMNS.items()), flush=True)
     return results
 
 
@@ -79,9 +68,7 @@ def model_of(name: str) -> released.Released:
     if not colon or Path(name).suffix == ".safetensors":
         return released.load(name)
     module = registry.build(codec, size)
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    make = lambda: registry.init(module, jax.random.key(0, impl="unsafe_rbg"))  # noqa: E731
-    params = jax.jit(make, compiler_options=options)()
+    params = registry.random_params(module, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "untrained.safetensors"
         released.save(path, *released.freeze(name, codec, module, params))
@@ -166,3 +153,7 @@ def _peak_memory() -> int:
 def print_one(results: dict[str, Any]) -> None:
     for key, value in results.items():
         print(f"{key:28} {value:.3f}" if isinstance(value, float) else f"{key:28} {value}")
+
+
+if __name__ == "__main__":
+    own_process.answer(benchmark)

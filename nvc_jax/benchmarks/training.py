@@ -4,11 +4,8 @@ Also what several devices cost: emulated ones share the same cores, so that the 
 take the same time, and what it takes longer is overhead.
 """
 
-import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -19,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from nvc_jax import parallel
+from nvc_jax.benchmarks import own_process
 from nvc_jax.data import pipeline
 from nvc_jax.errors import NvcError
 from nvc_jax.models import registry
@@ -180,27 +178,18 @@ def emulated(config: str, folder: str | None, stage: int, steps: int, devices: i
     if jax.default_backend() != "cpu":
         raise NvcError("--devices: only CPUs can emulate devices")
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    arguments = json.dumps([config, folder, stage, steps])
-    command = [sys.executable, "-m", "nvc_jax.benchmarks.training", arguments]
-    done = subprocess.run(
-        command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise NvcError((done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1])
-    return float(done.stdout.split()[-1])
+    environment = {"XLA_FLAGS": flags}
+    return own_process.ask(__name__, config, folder, stage, steps, environment=environment)
 
 
-def main() -> None:
-    config, folder, stage, steps = json.loads(sys.argv[1])
+def seconds_per_step(config: str, folder: str | None, stage: int, steps: int) -> float:
+    """With all of the devices that this process has, on a batch that is there."""
     run = Run(config, folder, stage)
     with closing(run.clips):
         resident = forever(next(run.clips))
         run.seconds(resident, WARM_UP)
-        print(statistics.median(run.seconds(resident, steps) for _ in range(ROUNDS)))
+        return statistics.median(run.seconds(resident, steps) for _ in range(ROUNDS))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except NvcError as e:
-        sys.exit(str(e))
+    own_process.answer(seconds_per_step)
