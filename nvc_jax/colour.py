@@ -1,5 +1,6 @@
 """Y, U, V and R, G, B, for codecs that work on the latter."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,16 @@ def to_rgb(yuv: jax.Array) -> jax.Array:
 def from_rgb(rgb: jax.Array) -> jax.Array:
     """Inverse of `to_rgb`."""
     return _times(FROM_RGB, rgb) + jnp.asarray(OFFSET, jnp.float32)
+
+
+def for_codec(codec: nn.Module, yuv: jax.Array) -> jax.Array:
+    """Y, U, V in the colours that a codec works on."""
+    return to_rgb(yuv) if codec.rgb else yuv
+
+
+def from_codec(codec: nn.Module, pictures: jax.Array) -> jax.Array:
+    """Inverse of `for_codec`."""
+    return from_rgb(pictures) if codec.rgb else pictures
 
 
 def _times(matrix: np.ndarray, pixels: jax.Array) -> jax.Array:

@@ -243,7 +243,7 @@ def test_training_steps_lower_for_accelerators(name):
     # Under float scales, and under integer ones.
     for only in (dataclasses.replace(run[0], **savings), run[-1]):
         step = train_step.make_train_step(entry, model, only, 0, seed=0, warmup_steps=1)
-        shapes = jax.eval_shape(lambda only=only: train_step.init_state(entry, model, only, 0))
+        shapes = train_step.state_shapes(entry, model, only)
         coded = only.units * model.frames_per_unit
         pictures = (only.batch, coded, only.crop, only.crop, 3)
         clip = train_step.Clip(

@@ -406,7 +406,7 @@ def test_a_skipped_step_changes_nothing_but_the_counters(folder):
     config = config_of(folder, SIX_STEPS)
     model = registry.build("toy", "small")
     (only,) = stages.read(stages.complete(config))
-    before = training.init_state(TOY, model, only, seed=3)
+    before = training.init_state(TOY, model, only, registry.random_params(model, seed=3))
     step = training.make_train_step(TOY, model, only, 0, seed=3, warmup_steps=2)
     step = jax.jit(step, static_argnums=2)
     clip = first_clip(config)
@@ -979,7 +979,7 @@ def one_step():
         config.stages = (stage(5, end_lr=1e-3, **special),)
         (only,) = stages.read(stages.complete(config))
         model = registry.build("toy", size)
-        state = jax.jit(lambda: training.init_state(TOY, model, only, seed=0))()
+        state = training.init_state(TOY, model, only, registry.random_params(model, seed=0))
         step = training.make_train_step(TOY, model, only, 0, seed=0, warmup_steps=1)
         return state, jax.jit(step, static_argnums=2), 2 * only.units
 

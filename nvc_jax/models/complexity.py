@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from nvc_jax.errors import NvcError
 from nvc_jax.models.brhvc import Between
-from nvc_jax.models.registry import has_scale_head, init
+from nvc_jax.models.registry import has_scale_head, param_shapes
 from nvc_jax.models.with_intra import WithIntra
 from nvc_jax.nn.blocks import depthwise3x3
 
@@ -151,7 +151,7 @@ class _Units(NamedTuple):
 @functools.cache
 def _units(model: nn.Module) -> _Units:
     n = model.frames_per_unit
-    params = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
+    params = param_shapes(model)
     frames = jax.ShapeDtypeStruct((1, n, SIDE, SIDE, 3), jnp.float32)
     qp = jax.ShapeDtypeStruct((1, n), jnp.int32)
     bottleneck = _Everything(has_scale_head(model))

@@ -157,6 +157,22 @@ def init(model: nn.Module, key: jax.Array) -> dict:
     return nn.init(visit_everything, model)(key)["params"]
 
 
+def param_shapes(model: nn.Module) -> dict:
+    """Of the parameters that `init` gives."""
+    return jax.eval_shape(lambda: init(model, jax.random.key(0)))
+
+
+def random_params(model: nn.Module, seed: int) -> dict:
+    """`init` as a program that compiles quickly.
+
+    It has hundreds of draws that happen once. Threefry's programs for them take XLA minutes, and so
+    does whatever XLA for CPUs could do about their speed.
+    """
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    make = lambda: init(model, jax.random.key(seed, impl="unsafe_rbg"))  # noqa: E731
+    return jax.jit(make, compiler_options=options)()
+
+
 def steps(
     model: nn.Module, variables: dict, height: int, width: int, exact: bool
 ) -> dict[bool, tuple[Step, ...]]:

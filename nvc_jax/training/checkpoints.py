@@ -104,7 +104,7 @@ def resume(
     ends = np.cumsum([stage.steps for stage in run])
     number = int(np.searchsorted(ends, newest - 1, side="right"))
     stage = run[min(number, len(run) - 1)]  # the config may have been shortened since
-    shapes = jax.eval_shape(lambda: training.init_state(codec, model, stage, config.seed))
+    shapes = training.state_shapes(codec, model, stage)
     try:
         state = manager.restore(newest, args=ocp.args.StandardRestore(placed(mesh, shapes)))
     except ValueError as e:
@@ -125,49 +125,34 @@ def fresh(
     Raises:
       NvcError: the config starts from weights that are not there or do not fit.
     """
-    codec = registry.entry(config.model.name)
-    # XLA for CPUs takes long over hundreds of random draws that happen once.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    make = lambda: training.init_state(codec, model, stage, config.seed)  # noqa: E731
-    state = jax.jit(make, compiler_options=options)()
+    params = registry.random_params(model, config.seed)
     if config.transform_start:
-        params = transform_start(config.model.name, model.cfg, state.params)
-        state = _with_params(state, params)
+        params = transform_start(config.model.name, model.cfg, params)
     if config.init_from:
-        if isinstance(model, WithIntra) and not isinstance(
-            released.load(config.init_from).module, WithIntra
-        ):
-            params = _with_intra_of(config.init_from, model, state.params)
-        else:
-            params = _weights_of(config.init_from, state.params)
-        state = _with_params(state, params)
+        loaded = released.load(config.init_from)
+        intra_only = isinstance(model, WithIntra) and not isinstance(loaded.module, WithIntra)
+        params = (_with_intra_of if intra_only else _with_weights_of)(loaded, model, params)
         logging.info("starting from the weights of %s", config.init_from)
-    return put(mesh, state)
+    params = jax.tree.map(jnp.asarray, params)
+    return put(mesh, training.init_state(registry.entry(config.model.name), model, stage, params))
 
 
-def _weights_of(name: str, params: dict) -> dict:
-    """A released model's weights in the place of `params`. Raises NvcError if they do not fit."""
-    result = params | released.trainable_params(released.load(name))
+def _with_weights_of(loaded: released.Released, model: nn.Module, params: dict) -> dict:
+    """`params` with a released model's. Raises NvcError if they do not fit."""
+    result = params | released.trainable_params(loaded)
     if jax.tree.map(jnp.shape, result) != jax.tree.map(jnp.shape, params):
-        raise NvcError(f"{name}: its weights do not fit this config's model")
+        raise NvcError(f"{loaded.name}: its weights do not fit this config's model")
     return result
 
 
-def _with_intra_of(name: str, model: WithIntra, params: dict) -> dict:
-    """`params` with a released intra codec's weights. Raises NvcError if it is another codec."""
-    loaded = released.load(name)
+def _with_intra_of(loaded: released.Released, model: WithIntra, params: dict) -> dict:
+    """`params` with a released intra codec's. Raises NvcError if it is another codec."""
     module, weights = loaded.module, released.trainable_params(loaded)
     if "scale_head" in weights:
         module, weights = released.without_scale_head(module, weights)
     if module.cfg != model.cfg.intra:
-        raise NvcError(f"{name}: not the intra codec of this config's model")
+        raise NvcError(f"{loaded.name}: not the intra codec of this config's model")
     return params | {"intra": weights}
-
-
-def _with_params(state: training.TrainState, params: dict) -> training.TrainState:
-    return state.replace(
-        params=jax.tree.map(jnp.asarray, params), average=jax.tree.map(jnp.array, params)
-    )
 
 
 def check_weights(config: ml_collections.ConfigDict, run: tuple[stages.Stage, ...]) -> None:
@@ -200,7 +185,9 @@ def save_teacher(workdir: str, number: int, stage: stages.Stage, state) -> None:
         checkpointer.save(folder, state.average, force=True)
 
 
-def load_teacher(workdir: str, number: int, stage: stages.Stage, state, mesh: Mesh) -> dict | None:
+def load_teacher(
+    workdir: str, number: int, stage: stages.Stage, model: nn.Module, state, mesh: Mesh
+) -> dict | None:
     """Parameters that a stage learns from, None if there are none.
 
     Raises:
@@ -209,7 +196,8 @@ def load_teacher(workdir: str, number: int, stage: stages.Stage, state, mesh: Me
     if not stage.teacher:
         return None
     if stage.teacher.weights != "previous":
-        params = _weights_of(stage.teacher.weights, state.average)
+        teacher = released.load(stage.teacher.weights)
+        params = _with_weights_of(teacher, model, state.average)
         everywhere = parallel.replicated(mesh)
         return jax.jit(lambda x: x, out_shardings=everywhere)(params)
     folder = _teacher_folder(workdir, number)

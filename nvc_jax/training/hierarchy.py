@@ -122,13 +122,14 @@ def code_path(
 
     Args:
       layer_weights: on the distortion, by layer of the hierarchy.
-      frames: float32 [batch, units, height, width, 3], in coding order and the codec's colours.
-      anchors: [batch, 2, height, width, 3], decoded intra frames, likewise.
+      frames: float32 [batch, units, height, width, 3], Y, U, V, in coding order.
+      anchors: [batch, 2, height, width, 3], decoded intra frames in the codec's colours.
       qp: int32 [batch].
       key, options: of `nvc_jax.entropy.bottleneck.Estimate`.
       remat: whether activations are computed again for the gradients.
     """
     batch, units = frames.shape[:2]
+    pictures = colour.for_codec(model, frames)
 
     def code(params, frame, refs, key):
         bottleneck = Estimate(key, **options)
@@ -136,7 +137,7 @@ def code_path(
             {"params": params}, frame[:, None], refs, qp[:, None], bottleneck, mutable=["losses"]
         )
         errors = jax.tree.leaves(noted)
-        recon = colour.from_rgb(recon[:, 0]) if model.rgb else recon[:, 0]
+        recon = colour.from_codec(model, recon[:, 0])
         return recon, ref, bottleneck.bits, bottleneck.penalty, sum(errors) / len(errors)
 
     if remat:
@@ -146,7 +147,7 @@ def code_path(
         return jnp.zeros((ANCHORS + units, *shape.shape), shape.dtype)
 
     start = Between(Ref(anchors[:, 0]), Ref(anchors[:, 1]), path.level[0], path.ratio[0])
-    shapes = jax.eval_shape(code, params, frames[:, 0], start, key)[1]
+    shapes = jax.eval_shape(code, params, pictures[:, 0], start, key)[1]
     slots = jax.tree.map(blank, shapes)
     slots = slots._replace(
         frame=slots.frame.at[:ANCHORS].set(anchors.swapaxes(0, 1)),
@@ -167,11 +168,10 @@ def code_path(
         bits = {name: jnp.broadcast_to(b, (batch,)) for name, b in bits.items()}
         return slots, (recon, bits, jnp.broadcast_to(penalty, (batch,)), error)
 
-    inputs = jnp.arange(units), frames.swapaxes(0, 1), path.refs, path.level, path.ratio
+    inputs = jnp.arange(units), pictures.swapaxes(0, 1), path.refs, path.level, path.ratio
     _, (recon, bits, penalty, error) = lax.scan(step, slots, inputs)
     recon = recon.swapaxes(0, 1)
     layers = jnp.asarray(layer_weights)[jnp.clip(path.level, 0, len(layer_weights) - 1)]
-    target = colour.from_rgb(frames) if model.rgb else frames
-    distortion = losses.distortion(recon, target) @ (path.weight * layers)
+    distortion = losses.distortion(recon, frames) @ (path.weight * layers)
     bits, penalty = jax.tree.map(lambda x: path.weight @ x, (bits, penalty))
     return CodedPath(bits, distortion, recon, penalty, error.mean(0))

@@ -148,7 +148,7 @@ def _train(
         if step == start:
             checkpoints.save_teacher(workdir, number, stage, state)
         parallel.together(lambda: checkpoints.check_teacher(workdir, number, stage))  # noqa: B023
-        teacher = checkpoints.load_teacher(workdir, number, stage, state, mesh)
+        teacher = checkpoints.load_teacher(workdir, number, stage, model, state, mesh)
         window = Window(work)
         with closing(work.clips(sources[repr(stage.data)], step)) as clips:
             while step < ends[number]:
@@ -214,7 +214,7 @@ class Work:
             self.codec, model, stage, start, seed=config.seed, warmup_steps=config.warmup_steps
         )
         # Said, not left to the compiler: a resumed run must find the same layouts, and programs.
-        shapes = jax.eval_shape(lambda: training.init_state(self.codec, model, stage, config.seed))
+        shapes = training.state_shapes(self.codec, model, stage)
         self._places = jax.tree.map(lambda x: x.sharding, checkpoints.placed(mesh, shapes))
         self.train_step = jax.jit(
             _merging(step), donate_argnums=0, static_argnums=3,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from nvc_jax.errors import NvcError
@@ -215,8 +214,7 @@ def read(config: ConfigDict) -> tuple[Stage, ...]:
 
 @functools.cache
 def _networks(model: nn.Module) -> list[str]:
-    params = jax.eval_shape(lambda: registry.init(model, jax.random.key(0)))
-    return sorted(set(registry.networks(model, params)) - {"intra"})
+    return sorted(set(registry.networks(model, registry.param_shapes(model))) - {"intra"})
 
 
 def _references(model: nn.Module) -> dict[str, float]:

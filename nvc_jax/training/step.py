@@ -6,6 +6,7 @@ a resumed run continues exactly.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -173,12 +174,11 @@ def unroll(
       remat: whether activations are computed again for the gradients.
     """
     options = dict(exact=exact, detached=detached, penalty=penalty)
-    pictures = colour.to_rgb(clip.frames) if model.rgb else clip.frames
     if clip.path is not None:
         anchors = jnp.stack([ref.frame for ref in refs], 1)
         weights = codec.layer_weights
         coded = code_path(
-            model, params, clip.path, weights, pictures, anchors, clip.qp, key, remat=remat,
+            model, params, clip.path, weights, clip.frames, anchors, clip.qp, key, remat=remat,
             **options,
         )  # fmt: skip
         bpp, penalties = jax.tree.map(
@@ -186,6 +186,7 @@ def unroll(
         )
         return Unrolled(bpp, coded.distortion, coded.recon, (), penalties, coded.flow_error)
     _, count, height, width, _ = clip.frames.shape
+    pictures = colour.for_codec(model, clip.frames)
     per_unit = model.frames_per_unit
     offsets, weights = jnp.asarray(codec.qp_offsets), jnp.asarray(codec.frame_weights)
 
@@ -208,8 +209,7 @@ def unroll(
         recon, refs, unit_bits, unit_penalty = unit(params, frames, refs, qp, noise_key)
         bits = jax.tree.map(jnp.add, bits, unit_bits)
         penalties += unit_penalty
-        if model.rgb:
-            recon = colour.from_rgb(recon)
+        recon = colour.from_codec(model, recon)
         target = clip.frames[:, start : start + per_unit]
         distortion += (weights[index] * losses.distortion(recon, target)).sum(1)
         recons.append(recon)
@@ -266,8 +266,7 @@ def _coded(codec, model, params, before: jax.Array, clip: Clip, key: jax.Array) 
     qp = jnp.repeat(clip.qp, len(before) // len(clip.qp))[:, None]
     qp += jax.random.randint(key, qp.shape, -QP_SPREAD, QP_SPREAD + 1)
     qp = jnp.clip(qp, 0, losses.QP_COUNT - 1)
-    if model.rgb:
-        frames = colour.to_rgb(frames)
+    frames = colour.for_codec(model, frames)
 
     def intra(pictures_and_qp):
         pictures, qp = pictures_and_qp
@@ -279,7 +278,7 @@ def _coded(codec, model, params, before: jax.Array, clip: Clip, key: jax.Array) 
     )
     recon = lax.map(intra, by_anchor).swapaxes(0, 1).reshape(before.shape)
     recon = lax.stop_gradient(jnp.clip(recon, 0, 1))
-    return colour.from_rgb(recon) if model.rgb else recon
+    return colour.from_codec(model, recon)
 
 
 def as_floats(clip: Clip) -> Clip:
@@ -443,10 +442,8 @@ def _distance(codec, model, stage, clip, refs, coded: Unrolled, teacher: Any) ->
     return result
 
 
-def init_state(codec: Entry, model: nn.Module, stage: Stage, seed: int) -> TrainState:
-    """A fresh state; `stage` sets the shape of `carry`."""
-    # Threefry's programs for hundreds of draws take XLA minutes to compile for a large codec.
-    params = registry.init(model, jax.random.key(seed, impl="unsafe_rbg"))
+def init_state(codec: Entry, model: nn.Module, stage: Stage, params: dict) -> TrainState:
+    """The state before the first step; `stage` sets the shape of `carry`."""
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -456,6 +453,12 @@ def init_state(codec: Entry, model: nn.Module, stage: Stage, seed: int) -> Train
         skipped_in_row=jnp.int32(0),
         carry=empty_carry(codec, model, stage),
     )
+
+
+def state_shapes(codec: Entry, model: nn.Module, stage: Stage) -> TrainState:
+    """Of any state of a stage."""
+    make = partial(init_state, codec, model, stage)
+    return jax.eval_shape(make, registry.param_shapes(model))
 
 
 def empty_carry(codec: Entry, model: nn.Module, stage: Stage) -> tuple:
