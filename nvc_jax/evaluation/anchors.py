@@ -42,6 +42,7 @@ class Anchor:
     periodic: str  # the same for one every `{period}` pictures
     suffix: str  # of the file, and FFmpeg's name of the format
     pixel_format: str = "yuv420p"  # what it decodes to
+    scene_cuts: bool = False  # whether it adds intra pictures there, but for `periodic`
 
 
 _BIDIRECTIONAL = "bidirectional (default)"
@@ -65,6 +66,7 @@ ANCHORS = {
             one_intra="keyint=infinite",
             periodic=_KEYINT,
             suffix=".h264",
+            scene_cuts=True,
         ),
         Anchor(
             name="x264-lowdelay",
@@ -89,6 +91,7 @@ ANCHORS = {
             one_intra="keyint=-1",
             periodic=_KEYINT,
             suffix=".hevc",
+            scene_cuts=True,
         ),
         Anchor(
             name="x265-lowdelay",
@@ -189,7 +192,7 @@ def code_clip(
       ffmpeg: path of the binary.
       intra_period: an intra picture every so many (VVenC leaves out one that begins a period which
         the clip does not fill); 0 for one at the beginning, and at scene cuts that the
-        bidirectional x264 and x265 find.
+        anchors with `scene_cuts` find.
     Returns:
       (facts, decoded pictures). The facts: `file_bytes`, wall times `encode_seconds` and
       `decode_seconds` of the whole process (raw file in, raw file out), the exact `command`s with
@@ -204,7 +207,7 @@ def code_clip(
     if intra_period:
         intra = anchor.periodic.format(period=intra_period)
         structure = f"{anchor.structure}, an intra picture every {intra_period}"
-    elif anchor.structure == _BIDIRECTIONAL and anchor.name in ("x264", "x265"):
+    elif anchor.scene_cuts:
         structure += " plus scene cuts"
     arguments = anchor.arguments.format(preset=preset, quality=quality, intra=intra).split()
     base = ["-hide_banner", "-v", "error", "-nostdin", "-y"]

@@ -49,18 +49,21 @@ def _atoms(count: int, temporal: bool) -> list[Atom]:
     return sorted(candidates, key=lambda a: _penalty(a, a.row, a.column))[:count]
 
 
-def _basis(atom: Atom) -> np.ndarray:
-    """Orthonormal cosine basis picture, as the 64 channels that `space_to_depth` gives a plane."""
-    x = np.arange(8)
-    waves = [np.cos(np.pi * (x + 0.5) * k / 8) * (0.5 if k else 8**-0.5) for k in atom[1:3]]
-    return np.outer(*waves).reshape(64)
+def _cosines(side: int, atom: Atom) -> np.ndarray:
+    """Orthonormal cosine basis picture [side, side]."""
+    x = np.arange(side)
+    waves = [
+        np.cos(np.pi * (x + 0.5) * k / side) * (2 / side if k else 1 / side) ** 0.5
+        for k in (atom.row, atom.column)
+    ]
+    return np.outer(*waves)
 
 
 def _analysis(atoms: list[Atom], frames: int) -> np.ndarray:
     """Pixels of one frame or a pair to atoms: [frames * 192, atoms]."""
     kernel = np.zeros((frames, 3, 64, len(atoms)))
     for i, atom in enumerate(atoms):
-        kernel[:, atom.plane, :, i] = _basis(atom) / np.sqrt(frames)
+        kernel[:, atom.plane, :, i] = _cosines(8, atom).reshape(64) / np.sqrt(frames)
         if atom.difference:
             kernel[1] *= np.where(np.arange(len(atoms)) == i, -1, 1)
     return kernel.reshape(frames * 192, len(atoms))
@@ -72,12 +75,18 @@ def _haar(index: int) -> np.ndarray:
     return np.outer([1, 1 - 2 * row], [1, 1 - 2 * column]) / 2
 
 
+def _order(atom: Atom, haar: int) -> tuple[int, int]:
+    """Row and column order of a Haar combination of an atom's neighbours."""
+    row, column = divmod(haar, 2)
+    return 2 * atom.row + row, 2 * atom.column + column
+
+
 def _latents(atoms: list[Atom], count: int) -> list[tuple[int, int]]:
     """(number of the atom, Haar index) of the `count` strongest combinations at /16."""
 
     def penalty(latent):
-        atom, (row, column) = atoms[latent[0]], divmod(latent[1], 2)
-        return _penalty(atom, 2 * atom.row + row, 2 * atom.column + column)
+        atom, haar = atoms[latent[0]], latent[1]
+        return _penalty(atom, *_order(atom, haar))
 
     return sorted(((i, h) for i in range(len(atoms)) for h in range(4)), key=penalty)[:count]
 
@@ -142,16 +151,6 @@ def _intra_kernels(cfg) -> dict[str, np.ndarray]:
     }
 
 
-def _cosines(side: int, atom: Atom) -> np.ndarray:
-    """Orthonormal cosine basis picture [side, side]."""
-    x = np.arange(side)
-    waves = [
-        np.cos(np.pi * (x + 0.5) * k / side) * (2 / side if k else 1 / side) ** 0.5
-        for k in atom[1:3]
-    ]
-    return np.outer(*waves)
-
-
 def _small_atoms(count: int, side: int) -> list[Atom]:
     return [a for a in _atoms(3 * 64, temporal=False) if max(a[1:3]) < side][:count]
 
@@ -202,12 +201,6 @@ def _brhvc_kernels(config) -> dict[str, np.ndarray]:
     for i in range(2):
         kernels[f"inter/decoder/unet{i}/up0/mix/adaptor/dense"] = _pass(2 * cfg.unet[0], w1)
     return kernels
-
-
-def _order(atom: Atom, haar: int) -> tuple[int, int]:
-    """Row and column order of a Haar combination of an atom's neighbours."""
-    row, column = divmod(haar, 2)
-    return 2 * atom.row + row, 2 * atom.column + column
 
 
 KERNELS = {"ui2c": _ui2c_kernels, "intra": _intra_kernels, "brhvc": _brhvc_kernels}
