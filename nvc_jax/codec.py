@@ -320,7 +320,7 @@ def encode_unit(
       unit: of the schedule: its level and place between its references count.
     """
     # What refers to a frame of a separate intra codec refers to its picture.
-    render = render or (len(codec.steps) > 1 and not refs)
+    render = render or unit.shown or (len(codec.steps) > 1 and not refs)
     coded = _run(codec, refs, qps, FROM_PICTURE, render, unit, pictures=pictures)
     payload = coder.encode(list(zip(coded.symbols, coded.indices, strict=True)), codec.tables)
     return _calibration_bytes(codec, coded) + payload, coded
@@ -476,8 +476,7 @@ def schedule_for(
         raise NvcError(f"'{model.name}' has no B-frames, so its groups cannot be chosen")
     if name == "all_intra":
         return schedules.all_intra()
-    make = {"two_frame": schedules.two_frame, "low_delay": schedules.low_delay}[name]
-    return make(intra_period or 0)
+    return getattr(schedules, name)(intra_period or 0)
 
 
 def make_header(codec: UnitCodec, info: VideoInfo, schedule: schedules.Schedule) -> Header:

@@ -15,7 +15,9 @@ every gap from the frames at both its ends, as BRHVC (arXiv 2511.08938) and clas
 rules for sizes that are no power of two, for tails and for closed groups are ours.
 
 The quality offsets of the low-delay orders follow DCVC-RT (arXiv 2502.20762, released code): eight
-frames with offsets 0, 8, 0, 4, 0, 4, 0, 4 added to the qp of the clip.
+frames with offsets 0, 8, 0, 4, 0, 4, 0, 4 added to the qp of the clip. So does the refresh of
+"low_delay_refresh": codecs that see no blank references in training pile up errors in the features
+that they hand on, and so begin anew from the picture every 64 frames.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import NamedTuple
 from nvc_jax.errors import NvcError
 
 QP_OFFSETS = (0, 8, 0, 4, 0, 4, 0, 4)
+REFRESH_PERIOD = 64  # frames
 
 
 class Unit(NamedTuple):
@@ -44,6 +47,8 @@ class Unit(NamedTuple):
     qp_offset: tuple[int, ...]
     release: tuple[int, ...]
     ratio: float = 0.5
+    picture_only: bool = False  # reads the picture that its reference shows, not its features
+    shown: bool = False  # a later unit reads its picture: also the encoder has to make it
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,11 @@ def two_frame(intra_period: int = 0) -> Schedule:
 def low_delay(intra_period: int = 0) -> Schedule:
     """Single frames, each predicted from the one before it."""
     return Schedule("low_delay", 1, intra_period)
+
+
+def low_delay_refresh(intra_period: int = 0) -> Schedule:
+    """Likewise, every 64th of them from nothing but the picture before it."""
+    return Schedule("low_delay_refresh", 1, intra_period)
 
 
 def hierarchical(gop: int = 32, intra_period: int | None = None, closed: bool = False) -> Schedule:
@@ -185,6 +195,16 @@ def _in_a_row(schedule: Schedule, first_frame: int, count: int, first_unit: int)
     last = (first_unit,) if starts(first_frame + schedule.gop) else ()
     offsets = tuple(QP_OFFSETS[frame % len(QP_OFFSETS)] for frame in frames)
     return [Unit(frames, refs, 0, offsets, refs + last)]
+
+
+def _refreshed(schedule: Schedule, first_frame: int, count: int, first_unit: int) -> list[Unit]:
+    def refreshes(frame):
+        since = frame % schedule.intra_period if schedule.intra_period else frame
+        # An intra frame leaves nothing but its picture anyway.
+        return since > 1 and since % REFRESH_PERIOD == 1
+
+    (unit,) = _in_a_row(schedule, first_frame, count, first_unit)
+    return [unit._replace(picture_only=refreshes(first_frame), shown=refreshes(first_frame + 1))]
 
 
 def _hierarchical(schedule: Schedule, first_frame: int, count: int, first_unit: int) -> list[Unit]:
@@ -286,6 +306,7 @@ SCHEDULES: dict[str, tuple[Sequence[int], Callable[[Schedule, int, int, int], li
     "all_intra": ((1,), _all_intra),
     "two_frame": ((2,), _in_a_row),
     "low_delay": ((1,), _in_a_row),
+    "low_delay_refresh": ((1,), _refreshed),
     "hierarchical": (range(2, 65), _hierarchical),
     "hierarchical_closed": (range(2, 65), _hierarchical_closed),
 }

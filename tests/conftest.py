@@ -51,6 +51,9 @@ B_FRAMES = dict(  # of "brhvc"
         direct=False,
     ),
 )  # fmt: skip
+PREDICTED = dict(  # of "dcvc_rt"
+    intra=B_FRAMES["intra"], inter=SIZES["ui2c"] | dict(frames=1, scale_head=0)
+)
 
 
 def random_parameters(module, seed: int = 0) -> dict:
@@ -103,12 +106,14 @@ def assert_same_pictures(some, others) -> None:
 def model_files(tmp_path_factory) -> dict[str, Path]:
     """Name -> file of a small released model with random weights: codecs of `SIZES`, and others.
 
-    "single" is UI2C with one frame per unit, "brhvc" has B-frames.
+    "single" is UI2C with one frame per unit, "brhvc" has B-frames, "dcvc_rt" predicted
+    frames after those of an intra codec.
     """
     folder = tmp_path_factory.mktemp("models")
     kinds = {name: (name, size) for name, size in SIZES.items()}
     kinds["single"] = ("ui2c", SIZES["ui2c"] | {"frames": 1})
     kinds["brhvc"] = ("brhvc", B_FRAMES)
+    kinds["dcvc_rt"] = ("dcvc_rt", PREDICTED)
     files = {}
     for name, (codec_name, size) in kinds.items():
         module, files[name] = registry.build(codec_name, size), folder / f"tiny-{name}.safetensors"

@@ -13,6 +13,7 @@ import pytest
 from conftest import assert_same_pictures, noise, random_parameters
 
 from nvc_jax import bitstream, codec
+from nvc_jax import schedule as schedules
 from nvc_jax.bitstream import varint
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy import calibration, coder
@@ -222,6 +223,27 @@ def test_decoding_starts_at_random_access_points(pairs, tmp_path):
         assert_same_pictures(tail, pictures[first:])
     # A fresh start does not depend on what precedes it.
     assert_same_pictures(recons_of(encode(pairs, clip[8:], 30)), pictures[8:])
+
+
+def test_a_refresh_begins_anew_from_the_picture_before(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(schedules, "REFRESH_PERIOD", 2)
+    unit_codec = prepared("dcvc_rt", WIDTH, HEIGHT)
+    clip = noise(WIDTH, HEIGHT, 5)
+    units = encode(unit_codec, clip, 30)
+    packets = [u.packet for u in encode(unit_codec, clip, 30, render=False)]
+    assert packets == [u.packet for u in units]
+    _, pictures = decode(write(tmp_path / "a.nvc", unit_codec, packets), unit_codec)
+    assert_same_pictures(pictures, recons_of(units))
+
+    plan = list(schedules.plan(codec.schedule_for(unit_codec.model), 5))
+    assert [unit.picture_only for unit in plan] == [False, False, False, True, False]
+    for number, as_before in ((2, False), (3, True)):
+        (ref,) = units[number - 1].coded.refs
+        other = ref._replace(feature=ref.feature[:, ::-1])
+        qps = packets[number].qps
+        arguments = unit_codec, clip[number : number + 1], (other,), qps, False, plan[number]
+        payload, _ = codec.encode_unit(*arguments)
+        assert (payload == packets[number].payload) == as_before
 
 
 def test_pairs_predict_from_the_pair_before(pairs):

@@ -12,7 +12,9 @@ from nvc_jax.errors import NvcError
 from nvc_jax.schedule import Schedule, Unit
 
 pairs = st.integers(0, 12).map(lambda pairs: schedule.two_frame(2 * pairs))
-singles = st.integers(0, 24).map(schedule.low_delay)
+singles = st.one_of(
+    st.integers(0, 24).map(schedule.low_delay), st.integers(0, 80).map(schedule.low_delay_refresh)
+)
 flats = st.one_of(st.just(schedule.all_intra()), pairs, singles)
 layered = st.builds(
     lambda gop, periods, closed: schedule.hierarchical(
@@ -176,6 +178,15 @@ def test_low_delay_frames_chain_and_vary_quality():
         Unit((2,), (), 0, (0,), ()),
         Unit((3,), (2,), 0, (4,), (2, 3)),
     ]
+
+
+@pytest.mark.parametrize("period, refreshed", [(0, [65, 129, 193]), (96, [65, 96 + 65])])
+def test_refreshes_need_the_picture_before(period, refreshed):
+    planned = list(schedule.plan(schedule.low_delay_refresh(period), 200))
+    assert [u.frames[0] for u in planned if u.picture_only] == refreshed
+    assert [u.frames[0] + 1 for u in planned if u.shown] == refreshed
+    plain = [unit._replace(picture_only=False, shown=False) for unit in planned]
+    assert plain == list(schedule.plan(schedule.low_delay(period), 200))
 
 
 def test_all_intra_reads_and_keeps_nothing():

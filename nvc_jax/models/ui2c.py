@@ -243,10 +243,9 @@ class UI2C(nn.Module):
           height, width: of the padded pictures.
           exact: whether the scale head is used.
         """
-        del unit
         ref = refs[0] if refs else Ref()
-        blank = ref.feature is None
-        if blank:
+        blank = ref.feature is None or unit.picture_only
+        if ref.feature is None:
             ref = ref._replace(feature=jnp.zeros((1, height // 8, width // 8, self.cfg.width)))
         if exact and ref.memory is None:
             shape = (1, height // 16, width // 16, memory_channels(self.cfg.y))

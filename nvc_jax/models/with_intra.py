@@ -55,7 +55,7 @@ class WithIntra(nn.Module):
 
     @property
     def schedule(self) -> str:
-        return {1: "low_delay", 2: "hierarchical"}[self.references]
+        return {1: "low_delay_refresh", 2: "hierarchical"}[self.references]
 
     @property
     def qp_rows(self) -> int:
@@ -74,8 +74,6 @@ class WithIntra(nn.Module):
         """See `nvc_jax.models.ui2c.UI2C.complete`. Without references: ()."""
         if not refs:
             return ()
-        blank = jnp.zeros((1, height, width, 3))
-        refs = tuple(r._replace(frame=blank) if r.frame is None else r for r in refs)
         inter = self._inter(self.cfg.inter, self.dtype, parent=None)
         return inter.complete(refs, unit, height, width, exact)
 
@@ -85,6 +83,7 @@ class WithIntra(nn.Module):
         A qp beyond the intra codec's range counts as its highest.
         """
         if refs:
-            return self.inter(frames, refs, qp, bottleneck)
+            recon, (ref,) = self.inter(frames, refs, qp, bottleneck)
+            return recon, (ref._replace(frame=jnp.clip(recon[:, 0], 0, 1)),)
         recon, _ = self.intra(frames, (), jnp.minimum(qp, self.intra.qp_rows - 1), bottleneck)
         return recon, (self.inter.start(jnp.clip(recon[:, 0], 0, 1)),)
