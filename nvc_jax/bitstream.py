@@ -20,7 +20,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -149,6 +149,7 @@ class Packet:
         random_access: decoding can start at this unit.
         group: frames of the schedule's group that the unit begins, if fewer than the schedule
             says; else None.
+        damage: what is wrong with the payload, if anything, for people; it is then empty.
     """
 
     frames: tuple[int, ...]
@@ -157,6 +158,7 @@ class Packet:
     symbols_crc: int
     random_access: bool = False
     group: int | None = None
+    damage: str | None = None
 
 
 class AccessPoint(NamedTuple):
@@ -391,18 +393,23 @@ class Stream:
         place = bisect_right(points, unit, key=lambda point: point.unit)
         return points[place] if place < len(points) else None
 
-    def packets(self, start: AccessPoint | None = None) -> Iterator[tuple[int, Packet]]:
+    def packets(
+        self, start: AccessPoint | None = None, salvage: bool = False
+    ) -> Iterator[tuple[int, Packet]]:
         """Unit numbers and packets in coding order, one in memory at a time.
 
-        Starts at the first unit, or at `start`. Every packet handed out is as it was written.
+        Starts at the first unit, or at `start`. Every packet handed out is as it was written, but
+        with `salvage` those too of which only the payload is damaged: see `Packet.damage`.
 
         Raises:
-            BrokenStream: after the last intact packet, if the file is damaged or cut off there.
+            BrokenStream: after the last such packet, if the file is damaged or cut off there.
         """
-        for unit, packet, _ in self._packets(start):
+        for unit, packet, _ in self._packets(start, salvage):
             yield unit, packet
 
-    def _packets(self, start: AccessPoint | None = None) -> Iterator[tuple[int, Packet, int]]:
+    def _packets(
+        self, start: AccessPoint | None = None, salvage: bool = False
+    ) -> Iterator[tuple[int, Packet, int]]:
         """As `packets`, with the size of each in the file."""
         source = self._source
         first, next_frame, offset = start or AccessPoint(0, 0, self._first)
@@ -418,7 +425,14 @@ class Stream:
                 # where an index leads into damage again and again.
                 following = self.next_access_point(unit)
                 end = following.offset if following else source.size
-                packet = _read_packet(source, self.header, tag, unit, next_frame, end)
+                try:
+                    packet = _read_packet(source, self.header, tag, unit, next_frame, end)
+                except _DamagedPayload as error:
+                    if not (salvage and _packet_or_index_begins(source)):
+                        raise
+                    reason = self._complaint(error, place, unit - first, frames)
+                    packet = replace(error.packet, damage=reason)
+                    source.seek(error.end)
                 size = source.tell() - offset
                 yield unit, packet, size
                 offset += size
@@ -437,14 +451,16 @@ class Stream:
                     f"the index speaks of {index.units} units with {index.frames} frames", offset
                 )
         except _Unreadable as error:
-            what = "cut off" if error.truncated else "damaged"
-            raise BrokenStream(
-                f"{source.path}: {what} at {place}, byte {error.offset}: {error}; "
-                f"{unit - first} units ({frames} frames) before it are intact. To get the rest, "
-                "copy or encode the file again.",
-                unit - first,
-                frames,
-            ) from None
+            reason = self._complaint(error, place, unit - first, frames)
+            raise BrokenStream(reason, unit - first, frames) from None
+
+    def _complaint(self, error: _Unreadable, place: str, units: int, frames: int) -> str:
+        what = "cut off" if error.truncated else "damaged"
+        return (
+            f"{self._source.path}: {what} at {place}, byte {error.offset}: {error}; {units} units "
+            f"({frames} frames) before it are intact. To get the rest, copy or encode the file "
+            "again."
+        )
 
 
 def stream_info(path: str | os.PathLike) -> dict:
@@ -514,6 +530,15 @@ class _Unreadable(Exception):
         super().__init__(message)
         self.offset = offset
         self.truncated = truncated
+
+
+class _DamagedPayload(_Unreadable):
+    """A packet, without its payload, of which nothing else is wrong; it ends before byte `end`."""
+
+    def __init__(self, packet: Packet, offset: int, end: int):
+        super().__init__("the checksum of the unit is wrong", offset)
+        self.packet = packet
+        self.end = end
 
 
 class _Source:
@@ -646,9 +671,15 @@ def _read_packet(
     if limit < source.tell() + size + 4 <= source.size:
         raise _Unreadable(f"the unit goes beyond byte {limit}, where another begins", start)
     payload = source.read(size)
+    packet = Packet(frames, qps, payload, symbols_crc, bool(tag & _RANDOM_ACCESS), group)
     if source.u32() != _packet_crc(unit, frames[0], head, payload):
-        raise _Unreadable("the checksum of the unit is wrong", start)
-    return Packet(frames, qps, payload, symbols_crc, bool(tag & _RANDOM_ACCESS), group)
+        raise _DamagedPayload(replace(packet, payload=b""), start, source.tell())
+    return packet
+
+
+def _packet_or_index_begins(source: _Source) -> bool:
+    tag = source.read(1)[0]
+    return tag & _PACKET_MASK == _PACKET or tag == _INDEX
 
 
 def _find_index(source: _Source, first_offset: int) -> Index | None:

@@ -586,55 +586,137 @@ def decode(
         do not have the checksum that the encoder stored.
     """
     first_frame = start.frame if start else 0
-    return _decode_run(codec, stream.header, stream.packets(start), first_frame, wanted)
+    wanted = range(first_frame, _OPEN_END) if wanted is None else wanted
+    packets = stream.packets(start)
+    outcomes = _outcomes(codec, stream.header.schedule, packets, first_frame, wanted)
+    return _in_display_order(_unless_lost(outcomes), wanted)
 
 
-def _decode_run(
+class Lost(NamedTuple):
+    """Frames in a row that one unit's failure costs.
+
+    Attributes:
+      unit: number of the unit that cannot be decoded or read.
+      units: how many of the units with these frames are lost, those included that refer to it.
+      frame, frames: display index of the first, and how many they are.
+      reason: what is wrong with the unit, for people.
+
+    A file that was cut off does not tell how much is missing: `units` and `frames` are then None.
+    """
+
+    unit: int
+    units: int | None
+    frame: int
+    frames: int | None
+    reason: str
+
+
+_OPEN_END = 2**63  # of frames that are wanted: however many come
+
+
+class _Outcome(NamedTuple):
+    """What became of a unit. `frames`: display indices of those that are wanted."""
+
+    number: int
+    frames: list[int]
+    what: Packet | Lost
+    pictures: list[Planes]
+
+
+def _outcomes(
     codec: UnitCodec,
-    header: Header,
+    order: schedules.Schedule,
     numbered: Iterable[tuple[int, Packet]],
     first_frame: int,
-    wanted: range | None = None,
-) -> Iterator[tuple[Packet, list[Planes]]]:
-    """Decodes units in a row, the first of which reads no reference, up to the last that is wanted.
+    wanted: range,
+) -> Iterator[_Outcome]:
+    """Decodes units in a row, in coding order; the first of them must read no reference.
 
     Where it stands inside a group, the group's frames before it refer to what came earlier, and are
-    left out.
+    left out. Units that cannot be decoded, and all that refer to them, come as `Lost`, of which
+    `unit` and `reason` are those of the unit to blame.
+
+    Raises:
+      StreamError: the packets themselves cannot be read, or not in the schedule's order.
     """
-    complete = wanted is not None
-    wanted = wanted if complete else range(first_frame, 2**63)
-    slots: dict[int, tuple] = {}
-    waiting: dict[int, tuple[Packet, list[Planes]]] = {}
-    shown = wanted.start  # every frame that is wanted below was handed out
-    for unit, number, packet, needed in _planned(header.schedule, numbered, first_frame, wanted):
+    slots: dict[int, tuple | Lost] = {}
+    for unit, number, packet, needed in _planned(order, numbered, first_frame, wanted):
         if needed:
             if any(slot not in slots for slot in unit.refs):
                 raise StreamError(
                     f"{_place(number, packet)} refers to a unit before the point where decoding "
                     "began; decode the whole file"
                 )
-            decoded = _decode_packet(codec, number, packet, unit, references(unit, slots))
-            slots[number] = decoded.refs
-            pictures = zip(unit.frames, decoded.pictures, strict=True)
-            chosen = {frame: picture for frame, picture in pictures if frame in wanted}
-            if chosen:
-                waiting[min(chosen)] = packet, list(chosen.values())
+            frames = [frame for frame in unit.frames if frame in wanted]
+            lost = next((slots[s] for s in unit.refs if isinstance(slots[s], Lost)), None)
+            if lost is None:
+                try:
+                    refs = references(unit, slots)
+                    decoded = _decode_packet(codec, number, packet, unit, refs)
+                    slots[number] = decoded.refs
+                except StreamError as e:
+                    lost = Lost(number, 1, unit.frames[0], len(unit.frames), str(e))
+            if lost is None:
+                shown = zip(unit.frames, decoded.pictures, strict=True)
+                yield _Outcome(number, frames, packet, [p for f, p in shown if f in wanted])
+            else:
+                slots[number] = lost
+                lost = lost._replace(frame=unit.frames[0], frames=len(unit.frames))
+                yield _Outcome(number, frames, lost, [])
         for slot in unit.release:
             slots.pop(slot, None)  # not there if it was not needed
-        while shown in waiting:
-            done = waiting.pop(shown)
-            yield done
-            shown += len(done[1])
-        if shown >= wanted.stop:
-            return
-    if waiting or complete:
-        raise StreamError(f"frame {shown} is missing; encode the video again")
+
+
+def _unless_lost(outcomes: Iterable[_Outcome]) -> Iterator[_Outcome]:
+    """Raises StreamError with the reason where a unit was lost."""
+    for outcome in outcomes:
+        if isinstance(outcome.what, Lost):
+            raise StreamError(outcome.what.reason)
+        yield outcome
+
+
+def _in_display_order(
+    outcomes: Iterable[_Outcome], wanted: range, fill_gaps: bool = False
+) -> Iterator[tuple[Packet | Lost, list[Planes]]]:
+    """Hands units out when all frames before theirs were, up to the last that is wanted.
+
+    Args:
+      fill_gaps: if the outcomes end with an error, all that were waiting are handed out before it
+        is raised, and what they were waiting for comes as `Lost`.
+
+    Raises:
+      StreamError: a frame is missing.
+    """
+    waiting: dict[int, _Outcome] = {}
+    shown, number = wanted.start, -1  # every frame that is wanted below was handed out
+    try:
+        for outcome in outcomes:
+            number = outcome.number
+            if outcome.frames:
+                waiting[outcome.frames[0]] = outcome
+            while shown in waiting:
+                done = waiting.pop(shown)
+                yield done.what, done.pictures
+                shown += len(done.frames)
+            if shown >= wanted.stop:
+                return
+        if waiting or wanted.stop < _OPEN_END:
+            raise StreamError(f"frame {shown} is missing; encode the video again")
+    except StreamError as e:
+        for frame, done in sorted(waiting.items()) if fill_gaps else ():
+            if gap := frame - shown:  # in orders that leave gaps, a unit has one frame
+                yield Lost(number + 1, gap, shown, gap, str(e)), []
+            yield done.what, done.pictures
+            shown = frame + len(done.frames)
+        raise
 
 
 def _decode_packet(
     codec: UnitCodec, number: int, packet: Packet, unit: schedules.Unit, refs: tuple
 ) -> CodedUnit:
     """Decodes a unit and checks its symbols. Raises StreamError."""
+    if packet.damage:
+        raise StreamError(packet.damage)
     if max(packet.qps) >= codec.model.module.qp_rows:
         raise StreamError(
             f"unit {number} has a qp of {max(packet.qps)}, beyond the model; encode the video again"
@@ -672,7 +754,8 @@ def _planned(
             try:
                 planned = schedules.units(schedule, group_first, size, number)
             except NvcError as e:
-                raise StreamError(f"the stream cannot be decoded in its order: {e}") from None
+                reason = f"the stream cannot be decoded in its order: {e}"
+                raise StreamError(packet.damage or reason) from None
             needed = _needed(planned, number, wanted)
             if wanted.stop > group_first + size:
                 needed |= {number}  # later groups refer to the frame that begins this one
@@ -680,7 +763,9 @@ def _planned(
         unit = planned[number - first_unit]
         if unit.frames != packet.frames or packet.random_access != (not unit.refs):
             raise StreamError(
-                f"unit {number} does not follow the schedule in the header; encode the video again"
+                packet.damage
+                or f"unit {number} does not follow the schedule in the header; encode the video "
+                "again"
             )
         yield unit, number, packet, number in needed
         if number - first_unit + 1 == len(planned):
@@ -720,24 +805,6 @@ def _place(number: int, packet: Packet) -> str:
     return f"unit {number} (frames {', '.join(map(str, packet.frames))})"
 
 
-class Lost(NamedTuple):
-    """Units in a row that cannot be decoded.
-
-    Attributes:
-      unit, units: number of the first, and how many they are.
-      frame, frames: display index of their first frame, and how many they have.
-      reason: what is wrong with the first unit, for people.
-
-    A file that was cut off does not tell how much is missing: `units` and `frames` are then None.
-    """
-
-    unit: int
-    units: int | None
-    frame: int
-    frames: int | None
-    reason: str
-
-
 def decode_part(
     codec: UnitCodec, stream: Stream, start: AccessPoint | None, wanted: range
 ) -> Iterator[tuple[Packet | Lost, Iterable[Planes]]]:
@@ -756,21 +823,49 @@ def decode_concealing(
 ) -> Iterator[tuple[Packet | Lost, Iterable[Planes]]]:
     """As `decode`, but goes on after a unit that cannot be decoded.
 
-    Decoding resumes at the next random-access unit; behind damage of the container, at the next one
-    that the index lists. Units in between come as one `Lost` with the last decoded picture repeated
-    for each of their frames; mid-grey if there was none yet. No exception for bad data.
+    Only units that refer to it are lost with it, if it is at least clear where it ends; otherwise,
+    decoding resumes at the next random-access unit that the index lists. Frames in a row that are
+    lost for the same reason come as one `Lost` with the picture before repeated for each of them;
+    mid-grey if there was none yet. No exception for bad data.
     """
-    header, last = stream.header, _grey(codec)
-    unit = frame = 0  # the first unit that was not decoded, the first frame not handed out
-    reason = None  # why
+    picture, loss = _grey(codec), None
+    for unit, pictures in _salvage(codec, stream):
+        if isinstance(unit, Lost):
+            if loss and unit.unit == loss.unit and None not in (loss.units, unit.units):
+                unit = loss._replace(
+                    units=loss.units + unit.units, frames=loss.frames + unit.frames
+                )
+            elif loss:
+                yield loss, repeat(picture, loss.frames or 0)
+            loss = unit
+        else:
+            if loss:
+                yield loss, repeat(picture, loss.frames or 0)
+            yield unit, pictures
+            picture, loss = pictures[-1], None
+    if loss:
+        yield loss, repeat(picture, loss.frames or 0)
+
+
+def _salvage(codec: UnitCodec, stream: Stream) -> Iterator[tuple[Packet | Lost, list[Planes]]]:
+    """All frames of a stream in display order, as far as anything is known of them."""
+    order = stream.header.schedule
+    frame = 0  # the first that was not handed out
+    stuck, reason = 0, None  # the unit at which there is no going on, and why
     start, broken = None, None
 
     def packets():
         nonlocal read_units, read_frames
-        for number, packet in stream.packets(start):
+        for number, packet in stream.packets(start, salvage=True):
             read_units = number + 1
             read_frames += len(packet.frames)
             yield number, packet
+
+    def lost_before(next_unit, next_frame):
+        frames = max(next_frame - frame, 0)
+        # In layers, some of the units in between are of frames that were or will be decoded.
+        units = frames if schedules.in_layers(order) else max(next_unit - stuck, 0)
+        return Lost(stuck, units, frame, frames, reason), []
 
     while True:
         read_units, read_frames = (start.unit, start.frame) if start else (0, 0)
@@ -779,45 +874,40 @@ def decode_concealing(
             for number, packet in numbered:
                 if reason:
                     first, last_frame = packet.frames[0], max(packet.frames)
-                    known = stream.frame_count or read_frames + header.schedule.gop
-                    possible = frame <= first <= last_frame < known
+                    known = stream.frame_count or read_frames + order.gop
+                    possible = frame <= first <= last_frame < known and not packet.damage
                     if not (packet.random_access and possible):
                         continue
-                    yield _lost(unit, number, frame, first, reason, last)
-                    unit, frame, reason = number, first, None
+                    yield lost_before(number, first)
+                    frame, reason = first, None
                 run = chain([(number, packet)], numbered)
+                wanted = range(frame, _OPEN_END)
+                outcomes = _outcomes(codec, order, run, frame, wanted)
                 try:
-                    for decoded, pictures in _decode_run(codec, header, run, frame):
-                        frame, last = frame + len(pictures), pictures[-1]
-                        yield decoded, pictures
-                    unit = read_units
+                    for unit, pictures in _in_display_order(outcomes, wanted, fill_gaps=True):
+                        frame += unit.frames if isinstance(unit, Lost) else len(pictures)
+                        yield unit, pictures
                 except BrokenStream:
-                    unit = read_units
                     raise
                 except StreamError as e:
-                    reason, unit = str(e), read_units - 1
+                    stuck, reason = read_units - 1, str(e)
             break
         except BrokenStream as e:
             broken = str(e)
-            reason = reason or broken
+            if not reason:
+                stuck, reason = read_units, broken
             start = stream.next_access_point(read_units)
             if start is None:
                 break
     if stream.index:
         read_units, read_frames, *_ = stream.index
-    elif broken and not read_units > unit:
+    elif broken and not read_units > stuck:
         reason = None  # nothing was read of what follows
     if reason:
-        yield _lost(unit, read_units, frame, read_frames, reason, last)
+        yield lost_before(read_units, read_frames)
         frame = max(frame, read_frames)
     if broken and not stream.index:
-        yield Lost(read_units, None, frame, None, broken), ()
-
-
-def _lost(unit, next_unit, frame, next_frame, reason, picture) -> tuple[Lost, Iterable[Planes]]:
-    frames = max(next_frame - frame, 0)
-    lost = Lost(unit, max(next_unit - unit, 0), frame, frames, reason)
-    return lost, repeat(picture, frames)
+        yield Lost(read_units, None, frame, None, broken), []
 
 
 def _grey(codec: UnitCodec) -> Planes:

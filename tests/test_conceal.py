@@ -147,13 +147,14 @@ def test_damage_of_the_container(coded, decode, unit, lost, inside):
 
 
 def test_damage_in_many_places(coded, decode):
-    """A mismatch, then damage before the next access point, and damage of that one."""
+    """A mismatch, then damage of a unit that refers to it, and of one where decoding can start."""
     offsets = write(coded, (0, 7))
     damage(offsets[1] + 30, offsets[2] + 30, offsets[5] + 30)
     _, complaint, result, pictures = decode("--conceal")
-    assert "lost in 3 places" in complaint
+    assert "lost in 4 places" in complaint
     assert_same_pictures(pictures, concealed(coded[2], {0, 1, 2, 3, 5, 7}))
-    assert [(loss["unit"], loss["units"]) for loss in result["losses"]] == [(0, 4), (5, 1), (7, 1)]
+    losses = [(loss["unit"], loss["units"]) for loss in result["losses"]]
+    assert losses == [(0, 2), (2, 2), (5, 1), (7, 1)]
     assert "checksum of its symbols" in result["losses"][0]["reason"]
 
 
@@ -184,9 +185,14 @@ def test_a_mismatch_in_a_file_that_was_cut_off(coded, decode):
 
 
 def test_damage_of_a_unit_and_of_the_index(coded, decode):
-    """Nothing says where decoding could go on."""
+    """Without an index, only a unit's own beginning says where the next one is."""
     offsets = write(coded)
     damage(offsets[3] + 30, offsets[-1] + 3)
+    status, complaint, _, pictures = decode("--conceal")
+    assert status == 2 and "damaged at unit 3" in complaint
+    assert_same_pictures(pictures, concealed(coded[2], {3}))
+    offsets = write(coded)
+    damage(offsets[3] + 2, offsets[-1] + 3)
     status, complaint, _, pictures = decode("--conceal")
     assert status == 2 and "damaged at unit 3" in complaint
     assert_same_pictures(pictures, coded[2][:6])

@@ -190,30 +190,39 @@ def test_layers_and_places_between_references_matter(unit_codec):
         assert (changed.pictures[0].y != encoded.pictures[0].y).any()
 
 
-def test_a_damaged_unit_costs_frames_up_to_the_next_intra_frame(unit_codec, tmp_path):
+# Groups of 4: frames in coding order 0, 4, 2, 1, 3, 8, 6, 5, 7, 12, 10, 9, 11.
+@pytest.mark.parametrize(
+    "inside, broken, lost",
+    [
+        # The payload: what refers to the unit is lost with it, and nothing else.
+        (30, 6, [5, 6, 7]),
+        (30, 7, [5]),
+        (30, 5, [5, 6, 7, 8, 9, 10, 11]),
+        # Its length: what was decoded already stays, and decoding goes on at frame 12.
+        (0, 7, [5, 7, 9, 10, 11]),
+    ],
+)
+def test_a_damaged_unit_costs_what_refers_to_it(unit_codec, tmp_path, inside, broken, lost):
     path = tmp_path / "a.nvc"
     pictures, units = coded(unit_codec, path, schedule.hierarchical(4), 13)
     sizes = [unit["bytes"] for unit in bitstream.stream_info(path)["units"]]
     data = bytearray(path.read_bytes())
     first = data.index(units[0].packet.payload) - (sizes[0] - len(units[0].packet.payload) - 4)
-    broken = 6  # frame 6, the first B-frame of the second group
-    assert units[broken].packet.frames == (6,)
-    data[first + sum(sizes[:broken]) + 30] ^= 255
+    data[first + sum(sizes[:broken]) + inside] ^= 255
     path.write_bytes(data)
+    frames, losses = [], 0
     with bitstream.open_stream(path) as stream:
-        runs = list(codec.decode_concealing(unit_codec, stream))
-    frames = []
-    for unit, shown in runs:
-        shown = list(shown)
-        if isinstance(unit, codec.Lost):
-            assert unit.frame == len(frames)
-            frames += [None] * len(shown)
-        else:
+        for unit, shown in codec.decode_concealing(unit_codec, stream):
+            shown = list(shown)
+            if isinstance(unit, codec.Lost):
+                assert (unit.unit, unit.frame, unit.frames) == (broken, len(frames), len(shown))
+                assert unit.units == unit.frames and "damaged at unit" in unit.reason
+                losses += len(shown)
+                shown = [None] * len(shown)
             frames += shown
-    assert len(frames) == 13
-    intact = [number for number, picture in enumerate(frames) if picture is not None]
-    assert set(range(5)) | {12} <= set(intact)
-    assert not {5, 6, 7} & set(intact)
+    assert len(frames) == 13 and losses == len(lost)
+    assert [number for number, picture in enumerate(frames) if picture is None] == lost
+    intact = [number for number in range(13) if number not in lost]
     assert_same_pictures([frames[i] for i in intact], [pictures[i] for i in intact])
 
 
