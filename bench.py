@@ -6,6 +6,7 @@ python bench.py complexity [--json FILE]
 python bench.py train [--config FILE] [--folder DIR] [--stage N] [--steps N] [--json FILE]
 python bench.py platforms --clips CLIP... [--model NAME] [--qp Q...] [--json FILE]
 python bench.py calibration --clips CLIP... [--models NAME...] [--qp Q...] [--json FILE]
+python bench.py spans --clips CLIP... --models NAME... [--qp Q...] [--plot FILE] [--json FILE]
 """
 
 from nvc_jax.launch import setup
@@ -57,6 +58,16 @@ def calibration(args: argparse.Namespace) -> dict:
     return benchmark(
         args.clips, args.models, args.qp, args.frames, args.size, args.margins, args.skip_scales
     )
+
+
+def spans(args: argparse.Namespace) -> dict:
+    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
+    from nvc_jax.benchmarks.spans import benchmark, plot
+
+    results = benchmark(args.clips, args.models, args.qp, args.frames, args.size)
+    if args.plot:
+        plot(results["rows"], args.plot)
+    return results
 
 
 def train(args: argparse.Namespace) -> dict:
@@ -134,6 +145,14 @@ def main() -> int:
                    default=[0, 0.13, 0.15, 0.2, 0.25, 0.3, 0.4],
                    help="scales below which nothing is coded")  # fmt: skip
     p.set_defaults(run=calibration)
+    p = commands.add_parser("spans", help="bits of B-frames against their references' distance")
+    p.add_argument("--clips", nargs="+", required=True)
+    p.add_argument("--models", nargs="+", required=True, help="compared with the first")
+    p.add_argument("--qp", type=int, nargs="+", default=[8, 24, 40, 56], help="four or more")
+    p.add_argument("--frames", type=positive, default=33)
+    p.add_argument("--size", type=picture_size, default=(352, 288), help="clips are cut to it")
+    p.add_argument("--plot", help="draw it into this file: .png, .svg or .pdf")
+    p.set_defaults(run=spans)
     for p in commands.choices.values():
         p.add_argument("--json", help="write the results to this file")
     args = parser.parse_args()
