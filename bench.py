@@ -62,8 +62,10 @@ def calibration(args: argparse.Namespace) -> dict:
 
 def spans(args: argparse.Namespace) -> dict:
     os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
-    from nvc_jax.benchmarks.spans import benchmark, plot
+    from nvc_jax.benchmarks.spans import benchmark, check_plot, plot
 
+    if args.plot:
+        check_plot(args.plot)
     results = benchmark(args.clips, args.models, args.qp, args.frames, args.size)
     if args.plot:
         plot(results["rows"], args.plot)

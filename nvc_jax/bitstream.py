@@ -414,6 +414,7 @@ class Stream:
         source = self._source
         first, next_frame, offset = start or AccessPoint(0, 0, self._first)
         unit, frames = first, 0
+        intact_units = intact_frames = 0
         try:
             while True:
                 place = f"unit {unit}"
@@ -427,10 +428,12 @@ class Stream:
                 end = following.offset if following else source.size
                 try:
                     packet = _read_packet(source, self.header, tag, unit, next_frame, end)
+                    intact_units += 1
+                    intact_frames += len(packet.frames)
                 except _DamagedPayload as error:
-                    if not (salvage and _packet_or_index_begins(source)):
+                    if not (salvage and self._goes_on_behind(error, unit, following)):
                         raise
-                    reason = self._complaint(error, place, unit - first, frames)
+                    reason = self._complaint(error, place, intact_units, intact_frames)
                     packet = replace(error.packet, damage=reason)
                     source.seek(error.end)
                 size = source.tell() - offset
@@ -451,8 +454,27 @@ class Stream:
                     f"the index speaks of {index.units} units with {index.frames} frames", offset
                 )
         except _Unreadable as error:
-            reason = self._complaint(error, place, unit - first, frames)
-            raise BrokenStream(reason, unit - first, frames) from None
+            reason = self._complaint(error, place, intact_units, intact_frames)
+            raise BrokenStream(reason, intact_units, intact_frames) from None
+
+    def _goes_on_behind(
+        self, damaged: _DamagedPayload, unit: int, following: AccessPoint | None
+    ) -> bool:
+        """Whether it makes sense to read on: eight bits alone vouch for a head's size and frames.
+
+        Args:
+            following: the next access point that the index lists, if any.
+        """
+        source = self._source
+        if following and following.unit == unit + 1 and following.offset != damaged.end:
+            return False
+        if self.index and max(damaged.packet.frames) >= self.index.frames:
+            return False
+        if damaged.end == source.size:
+            return False
+        source.seek(damaged.end)
+        tag = source.read(1)[0]
+        return tag & _PACKET_MASK == _PACKET or tag == _INDEX
 
     def _complaint(self, error: _Unreadable, place: str, units: int, frames: int) -> str:
         what = "cut off" if error.truncated else "damaged"
@@ -675,11 +697,6 @@ def _read_packet(
     if source.u32() != _packet_crc(unit, frames[0], head, payload):
         raise _DamagedPayload(replace(packet, payload=b""), start, source.tell())
     return packet
-
-
-def _packet_or_index_begins(source: _Source) -> bool:
-    tag = source.read(1)[0]
-    return tag & _PACKET_MASK == _PACKET or tag == _INDEX
 
 
 def _find_index(source: _Source, first_offset: int) -> Index | None:

@@ -438,7 +438,8 @@ class EncodedUnit(NamedTuple):
     Attributes:
       packet: for the container.
       pictures: the originals.
-      recons: the decoder's pictures; None unless rendered.
+      recons: the decoder's pictures; None unless rendered, which units that a later one needs the
+        picture of always are.
       coded: what the program left.
       ideal_bits: code length of the symbols under the integer tables.
     """
@@ -561,7 +562,9 @@ def check_model(header: Header, model: Released) -> None:
             f"{header.fingerprint.hex()}; the model at hand is '{model.name}', weights "
             f"{model.fingerprint.hex()}. Give the file of the right weights with --model."
         )
-    if header.schedule.name.removesuffix("_closed") != model.module.schedule:
+    own = model.module.schedule
+    name = header.schedule.name.removesuffix("_closed")
+    if name not in (own, own.removesuffix("_refresh")):
         raise StreamError(
             f"the stream's schedule '{header.schedule.name}' is not that of its model "
             f"'{header.model}'; the header is damaged"
@@ -852,6 +855,7 @@ def _salvage(codec: UnitCodec, stream: Stream) -> Iterator[tuple[Packet | Lost, 
     order = stream.header.schedule
     frame = 0  # the first that was not handed out
     stuck, reason = 0, None  # the unit at which there is no going on, and why
+    blamed = set()  # units that losses were put down to
     start, broken = None, None
 
     def packets():
@@ -885,7 +889,10 @@ def _salvage(codec: UnitCodec, stream: Stream) -> Iterator[tuple[Packet | Lost, 
                 outcomes = _outcomes(codec, order, run, frame, wanted)
                 try:
                     for unit, pictures in _in_display_order(outcomes, wanted, fill_gaps=True):
-                        frame += unit.frames if isinstance(unit, Lost) else len(pictures)
+                        if isinstance(unit, Lost):
+                            blamed.add(unit.unit)
+                            frame += unit.frames
+                        frame += len(pictures)
                         yield unit, pictures
                 except BrokenStream:
                     raise
@@ -903,7 +910,7 @@ def _salvage(codec: UnitCodec, stream: Stream) -> Iterator[tuple[Packet | Lost, 
         read_units, read_frames, *_ = stream.index
     elif broken and not read_units > stuck:
         reason = None  # nothing was read of what follows
-    if reason:
+    if reason and (read_frames > frame or stuck not in blamed):
         yield lost_before(read_units, read_frames)
         frame = max(frame, read_frames)
     if broken and not stream.index:

@@ -47,7 +47,7 @@ class Unit(NamedTuple):
     qp_offset: tuple[int, ...]
     release: tuple[int, ...]
     ratio: float = 0.5
-    picture_only: bool = False  # reads the picture that its reference shows, not its features
+    picture_only: bool = False  # reads the picture of its reference, not its feature
     shown: bool = False  # a later unit reads its picture: also the encoder has to make it
 
 

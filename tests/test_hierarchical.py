@@ -200,6 +200,7 @@ def test_layers_and_places_between_references_matter(unit_codec):
         (30, 5, [5, 6, 7, 8, 9, 10, 11]),
         # Its length: what was decoded already stays, and decoding goes on at frame 12.
         (0, 7, [5, 7, 9, 10, 11]),
+        (0, 11, [9, 11]),
     ],
 )
 def test_a_damaged_unit_costs_what_refers_to_it(unit_codec, tmp_path, inside, broken, lost):

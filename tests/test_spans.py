@@ -45,5 +45,6 @@ def test_command(model_files, prepare_once, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [*command, "--models", str(model_files["intra"])])
     assert bench.main() == 2
     assert "'tiny-intra' has no B-frames" in capsys.readouterr().err
-    with pytest.raises(NvcError, match=r"spans\.txt: Format 'txt' is not supported"):
-        spans.plot(rows, str(tmp_path / "spans.txt"))
+    for name, words in (("a.txt", "kinds .*png"), ("no/a.png", "no such folder")):
+        with pytest.raises(NvcError, match=words):
+            spans.check_plot(str(tmp_path / name))

@@ -39,7 +39,7 @@ def benchmark(
       frames, size: of a clip at most, which is cut to them.
 
     Raises:
-      NvcError: a model without B-frames, or a clip or model that cannot be read.
+      NvcError: a model or clips without B-frames, or a clip or model that cannot be read.
     """
     curves: Curves = {}
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
@@ -52,11 +52,14 @@ def benchmark(
             model = released.load(name)
             if not schedules.in_layers(coding.schedule_for(model)):
                 raise NvcError(f"'{model.name}' has no B-frames")
-            by_span = curves.setdefault(model.name, defaultdict(lambda: defaultdict(list)))
+            by_span = curves.setdefault(name, defaultdict(lambda: defaultdict(list)))
+            codecs = {}  # by picture size: compiled once
             for clip in clips:
                 pictures = clip_pictures(clip, size, frames)
                 height, width = pictures[0].y.shape
-                codec = coding.prepare(model, width, height)
+                if (width, height) not in codecs:
+                    codecs[width, height] = coding.prepare(model, width, height)
+                codec = codecs[width, height]
                 fps = open_video(clip)[0].fps
                 for qp in qps:
                     bar.update(task, description=f"{model.name}, {Path(clip).name}, qp {qp}")
@@ -66,8 +69,10 @@ def benchmark(
                         by_span[span][clip].append(point)
                     bar.advance(task)
     rows = summarise(curves)
+    if not rows:
+        raise NvcError(f"{frames} frames have no B-frames among them; give more")
     _print(rows)
-    return {"rows": rows, "clips": clips, "qps": qps, "frames": frames}
+    return {"rows": rows, "clips": clips, "qps": qps, "frames": frames, "size": size}
 
 
 def _points(codec, pictures, fps, qp: int, path: Path) -> dict[int, tuple[float, float]]:
@@ -125,16 +130,23 @@ def _print(rows: list[dict[str, Any]]) -> None:
         print(f"{row['model']:{width}} {row['span']:5} {row['bpp_at_equal_psnr']:18.4f} {shown:>9}")
 
 
-def plot(rows: list[dict[str, Any]], path: str) -> None:
-    """Draws rates and BD-rates against spans into a picture file.
-
-    Raises:
-      NvcError: matplotlib is not installed, or does not know the kind of file.
-    """
+def check_plot(path: str) -> None:
+    """Raises NvcError if `plot` could not draw into a file of this name."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise NvcError("--plot needs matplotlib: pip install matplotlib") from None
+    known = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix[1:] not in known:
+        raise NvcError(f"{path}: plots are files of the kinds {', '.join(sorted(known))}")
+    if not Path(path).absolute().parent.is_dir():
+        raise NvcError(f"{path}: there is no such folder")
+
+
+def plot(rows: list[dict[str, Any]], path: str) -> None:
+    """Draws rates and BD-rates against spans into a picture file."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     bits, rates = figure.subplots(1, 2)
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -154,7 +166,4 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
         axes.grid(alpha=0.3)
     bits.set_yscale("log")
     bits.legend()
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as e:
-        raise NvcError(f"{path}: {e}") from None
+    figure.savefig(path, dpi=150)

@@ -97,7 +97,7 @@ SIZES = {
 
 
 class Ref(NamedTuple):
-    """What a slot of the decoded picture buffer holds: a frame *or* a feature.
+    """What a slot of the decoded picture buffer holds. Where there is a feature, it counts.
 
     Attributes:
       frame: float32 [batch, height, width, 3] in [0, 1], or None.

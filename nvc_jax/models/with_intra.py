@@ -84,6 +84,8 @@ class WithIntra(nn.Module):
         """
         if refs:
             recon, (ref,) = self.inter(frames, refs, qp, bottleneck)
-            return recon, (ref._replace(frame=jnp.clip(recon[:, 0], 0, 1)),)
+            if ref.frame is None:
+                ref = ref._replace(frame=jnp.clip(recon[:, 0], 0, 1))
+            return recon, (ref,)
         recon, _ = self.intra(frames, (), jnp.minimum(qp, self.intra.qp_rows - 1), bottleneck)
         return recon, (self.inter.start(jnp.clip(recon[:, 0], 0, 1)),)

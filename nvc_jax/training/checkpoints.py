@@ -130,28 +130,30 @@ def fresh(
         params = transform_start(config.model.name, model.cfg, params)
     if config.init_from:
         loaded = released.load(config.init_from)
-        intra_only = isinstance(model, WithIntra) and not isinstance(loaded.module, WithIntra)
-        params = (_with_intra_of if intra_only else _with_weights_of)(loaded, model, params)
+        if isinstance(model, WithIntra) and not isinstance(loaded.module, WithIntra):
+            params = _with_intra_of(config.init_from, loaded, model, params)
+        else:
+            params = _with_weights_of(config.init_from, loaded, params)
         logging.info("starting from the weights of %s", config.init_from)
     params = jax.tree.map(jnp.asarray, params)
     return put(mesh, training.init_state(registry.entry(config.model.name), model, stage, params))
 
 
-def _with_weights_of(loaded: released.Released, model: nn.Module, params: dict) -> dict:
-    """`params` with a released model's. Raises NvcError if they do not fit."""
+def _with_weights_of(name: str, loaded: released.Released, params: dict) -> dict:
+    """`params` with those of a released model. Raises NvcError if they do not fit."""
     result = params | released.trainable_params(loaded)
     if jax.tree.map(jnp.shape, result) != jax.tree.map(jnp.shape, params):
-        raise NvcError(f"{loaded.name}: its weights do not fit this config's model")
+        raise NvcError(f"{name}: its weights do not fit this config's model")
     return result
 
 
-def _with_intra_of(loaded: released.Released, model: WithIntra, params: dict) -> dict:
-    """`params` with a released intra codec's. Raises NvcError if it is another codec."""
+def _with_intra_of(name: str, loaded: released.Released, model: WithIntra, params: dict) -> dict:
+    """`params` with those of a released intra codec. Raises NvcError if it is another codec."""
     module, weights = loaded.module, released.trainable_params(loaded)
     if "scale_head" in weights:
         module, weights = released.without_scale_head(module, weights)
     if module.cfg != model.cfg.intra:
-        raise NvcError(f"{loaded.name}: not the intra codec of this config's model")
+        raise NvcError(f"{name}: not the intra codec of this config's model")
     return params | {"intra": weights}
 
 
@@ -185,9 +187,7 @@ def save_teacher(workdir: str, number: int, stage: stages.Stage, state) -> None:
         checkpointer.save(folder, state.average, force=True)
 
 
-def load_teacher(
-    workdir: str, number: int, stage: stages.Stage, model: nn.Module, state, mesh: Mesh
-) -> dict | None:
+def load_teacher(workdir: str, number: int, stage: stages.Stage, state, mesh: Mesh) -> dict | None:
     """Parameters that a stage learns from, None if there are none.
 
     Raises:
@@ -196,8 +196,8 @@ def load_teacher(
     if not stage.teacher:
         return None
     if stage.teacher.weights != "previous":
-        teacher = released.load(stage.teacher.weights)
-        params = _with_weights_of(teacher, model, state.average)
+        name = stage.teacher.weights
+        params = _with_weights_of(name, released.load(name), state.average)
         everywhere = parallel.replicated(mesh)
         return jax.jit(lambda x: x, out_shardings=everywhere)(params)
     folder = _teacher_folder(workdir, number)

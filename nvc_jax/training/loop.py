@@ -148,7 +148,7 @@ def _train(
         if step == start:
             checkpoints.save_teacher(workdir, number, stage, state)
         parallel.together(lambda: checkpoints.check_teacher(workdir, number, stage))  # noqa: B023
-        teacher = checkpoints.load_teacher(workdir, number, stage, model, state, mesh)
+        teacher = checkpoints.load_teacher(workdir, number, stage, state, mesh)
         window = Window(work)
         with closing(work.clips(sources[repr(stage.data)], step)) as clips:
             while step < ends[number]:
