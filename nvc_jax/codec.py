@@ -591,7 +591,7 @@ def decode(
     first_frame = start.frame if start else 0
     wanted = range(first_frame, _OPEN_END) if wanted is None else wanted
     packets = stream.packets(start)
-    outcomes = _outcomes(codec, stream.header.schedule, packets, first_frame, wanted)
+    outcomes = _outcomes(codec, stream.header.schedule, packets, first_frame, wanted, {})
     return _in_display_order(_unless_lost(outcomes), wanted)
 
 
@@ -632,26 +632,34 @@ def _outcomes(
     numbered: Iterable[tuple[int, Packet]],
     first_frame: int,
     wanted: range,
+    slots: dict[int, tuple | Lost],
+    missing: Lost | None = None,
 ) -> Iterator[_Outcome]:
     """Decodes units in a row, in coding order; the first of them must read no reference.
 
-    Where it stands inside a group, the group's frames before it refer to what came earlier, and are
-    left out. Units that cannot be decoded, and all that refer to them, come as `Lost`, of which
-    `unit` and `reason` are those of the unit to blame.
+    Units that cannot be decoded, and all that refer to them, come as `Lost`, of which `unit` and
+    `reason` are those of the unit to blame.
+
+    Args:
+      first_frame: of the first unit. Where it stands inside a group, the group's frames before it
+        refer to what came earlier; they are usually not wanted.
+      slots: what is left of earlier units; gets what these leave.
+      missing: what to blame if a slot is empty.
 
     Raises:
-      StreamError: the packets themselves cannot be read, or not in the schedule's order.
+      StreamError: the packets themselves cannot be read, or not in the schedule's order, or a slot
+        is empty and nothing to blame.
     """
-    slots: dict[int, tuple | Lost] = {}
     for unit, number, packet, needed in _planned(order, numbered, first_frame, wanted):
         if needed:
-            if any(slot not in slots for slot in unit.refs):
+            found = [slots.get(slot, missing) for slot in unit.refs]
+            if any(left is None for left in found):
                 raise StreamError(
                     f"{_place(number, packet)} refers to a unit before the point where decoding "
                     "began; decode the whole file"
                 )
             frames = [frame for frame in unit.frames if frame in wanted]
-            lost = next((slots[s] for s in unit.refs if isinstance(slots[s], Lost)), None)
+            lost = next((left for left in found if isinstance(left, Lost)), None)
             if lost is None:
                 try:
                     refs = references(unit, slots)
@@ -856,6 +864,7 @@ def _salvage(codec: UnitCodec, stream: Stream) -> Iterator[tuple[Packet | Lost, 
     frame = 0  # the first that was not handed out
     stuck, reason = 0, None  # the unit at which there is no going on, and why
     blamed = set()  # units that losses were put down to
+    first, slots, missing = 0, {}, None  # see `_outcomes`
     start, broken = None, None
 
     def packets():
@@ -882,11 +891,15 @@ def _salvage(codec: UnitCodec, stream: Stream) -> Iterator[tuple[Packet | Lost, 
                     possible = frame <= first <= last_frame < known and not packet.damage
                     if not (packet.random_access and possible):
                         continue
-                    yield lost_before(number, first)
-                    frame, reason = first, None
+                    # Frames that come after it but are shown before it may have their references.
+                    begin = max(frame, schedules.group_start(order, first))
+                    yield lost_before(number, begin)
+                    missing = Lost(stuck, 1, first, 1, reason)
+                    frame, reason = begin, None
+                    slots = {n: left for n, left in slots.items() if n >= number - order.gop}
                 run = chain([(number, packet)], numbered)
                 wanted = range(frame, _OPEN_END)
-                outcomes = _outcomes(codec, order, run, frame, wanted)
+                outcomes = _outcomes(codec, order, run, first, wanted, slots, missing)
                 try:
                     for unit, pictures in _in_display_order(outcomes, wanted, fill_gaps=True):
                         if isinstance(unit, Lost):

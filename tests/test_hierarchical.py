@@ -199,7 +199,9 @@ def test_layers_and_places_between_references_matter(unit_codec):
         (30, 7, [5]),
         (30, 5, [5, 6, 7, 8, 9, 10, 11]),
         # Its length: what was decoded already stays, and decoding goes on at frame 12.
-        (0, 7, [5, 7, 9, 10, 11]),
+        (0, 7, [5, 7]),
+        (0, 6, [5, 6, 7]),
+        (0, 5, [5, 6, 7, 8, 9, 10, 11]),
         (0, 11, [9, 11]),
     ],
 )
