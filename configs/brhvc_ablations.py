@@ -38,6 +38,8 @@ def get_config(name="base"):
         steps=1_000, units=1, spans=(2, 4, 8), batch=4, lr=1e-3, end_lr=8e-4, flow_loss=1.0
     )
     # Only with three units are there frames between two B-frames.
-    then = dict(steps=1_500, units=3, spans=(8, 16, 32), batch=2, lr=7e-4, end_lr=1e-5)
+    then = dict(
+        steps=1_500, units=3, spans=(8, 16, 32), batch=2, lr=7e-4, end_lr=1e-5, flow_loss=0.2
+    )
     c.stages = tuple(ConfigDict(s | dict(crop=128)) for s in (first, then))
     return c

@@ -1,6 +1,7 @@
 """Training of B-frames: paths through a hierarchy, and a run from end to end."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from nvc_jax.errors import NvcError
 from nvc_jax.models import brhvc, intra, registry, released, with_intra
 from nvc_jax.models.brhvc import LAYER_WEIGHTS, Between, Ref
 from nvc_jax.nn.blocks import depth_to_space, space_to_depth
-from nvc_jax.nn.flow import flow_error
+from nvc_jax.nn.flow import note_motion
 from nvc_jax.nn.hyperprior import FactorizedPrior
 from nvc_jax.training import checkpoints, loop, losses, stages
 from nvc_jax.training import step as training
@@ -65,7 +66,7 @@ class Toy(nn.Module):
     def __call__(self, frames, refs, qp, bottleneck):
         past, future, level, ratio = refs
         mean = (1 - ratio) * past.frame + ratio * future.frame
-        flow_error(self, frames[:, 0], mean)
+        note_motion(self, frames[:, 0], past.frame, mean)
         y = self.encoder(space_to_depth(frames[:, 0] - mean, 4))
         for ref in (past, future):
             if ref.y is not None:
@@ -183,7 +184,7 @@ def test_a_path_is_coded_as_its_units_one_by_one(tiny):
     for name, expected in bits.items():
         np.testing.assert_allclose(coded.bits[name], expected, rtol=1e-3)
     np.testing.assert_allclose(coded.distortion, distortion, rtol=1e-3)
-    assert (coded.flow_error > 0).all()
+    assert coded.motion.moved.shape == (len(frames),) and (coded.motion.moved > 0).all()
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +222,7 @@ def test_a_run_trains_b_frames_beside_a_frozen_intra_codec(intra_file, tmp_path)
     assert not still
     assert (tmp_path / "run" / "samples").is_dir()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 2 and all(json.loads(line)["motion_gain"] for line in lines)
     # The run becomes a model that codes B-frames.
     file = tmp_path / "config.py"
     file.write_text(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nvc_jax.nn.blocks import Conv3x3, Pointwise, depth_to_space, space_to_depth
-from nvc_jax.nn.flow import SpyNet, flow_error
+from nvc_jax.nn.flow import SpyNet, note_motion
 from nvc_jax.nn.hyperprior import FactorizedPrior, pad_to_multiple
 from nvc_jax.nn.residual import (
     DepthBlock,
@@ -49,9 +49,10 @@ class Config:
     light models: all networks work on patches of 2x2 pixels, motion included, at a quarter of the
     cost; "full size" below is then half of the picture's. `flow_halvings`: how often pictures are
     made half as large before motion is looked for in them; the cost of that falls to a quarter each
-    time. `family`: of the latents' distributions. `direct` (our addition, for short trainings)
-    makes decoded motion a correction of the guessed one, and the picture a correction of a weighted
-    mean of both references after motion, as in the direct mode of classical codecs.
+    time. `flow_contrast`: see `nvc_jax.nn.flow.SpyNet`. `family`: of the latents' distributions.
+    `direct` (our addition, for short trainings) makes decoded motion a correction of the guessed
+    one, and the picture a correction of a weighted mean of both references after motion, as in the
+    direct mode of classical codecs.
     `converge` and `weigh` False leave out what the paper is named after, to see what it is worth:
     motion is found and decoded at one scale, contexts are joined without predicted weights.
     """
@@ -69,6 +70,7 @@ class Config:
     flow_kernel: int = 7
     patch: int = 1
     flow_halvings: int = 0
+    flow_contrast: float = 0.0
     family: str = "laplace"
     direct: bool = False
     converge: bool = True
@@ -84,12 +86,13 @@ SIZES = {
     "full": Config(),
     "light": Config(
         widths=(16, 24, 48), y=96, motion=24, guess=24, tail=16, groups=8, unet=(16, 32, 64),
-        unet_blocks=2, flow=(16, 24, 16), patch=2, flow_halvings=1, family="gaussian", direct=True,
+        unet_blocks=2, flow=(16, 24, 16), patch=2, flow_halvings=1, flow_contrast=5.0,
+        family="gaussian", direct=True,
     ),
     "nano": Config(
         widths=(8, 16, 32), y=64, motion=16, guess=8, tail=8, groups=2, unet=(8, 16, 32),
-        unet_blocks=1, flow=(12, 12), flow_kernel=5, patch=2, flow_halvings=1, family="gaussian",
-        direct=True,
+        unet_blocks=1, flow=(16, 16, 12), flow_kernel=5, patch=2, flow_halvings=1,
+        flow_contrast=5.0, family="gaussian", direct=True,
     ),
 }  # fmt: skip
 
@@ -473,7 +476,7 @@ class BFrame(nn.Module):
     def setup(self):
         c = self.cfg
         w1, w2, w3 = c.widths
-        self.flow = SpyNet(c.flow, c.flow_kernel)
+        self.flow = SpyNet(c.flow, c.flow_kernel, c.flow_contrast)
         self.guess_feature = GuessNet((c.guess, c.motion))
         self.motion_encoder = MotionEncoder(c)
         self.motion_hyper_encoder = HyperEncoder(c.motion, (1, 1, 2, 1, 2))
@@ -655,8 +658,8 @@ class BFrame(nn.Module):
             seen_f, seen_b = moved_f, moved_b
         else:
             seen_f, seen_b = (depth_to_space(x, c.patch) for x in (warped_f, warped_b))
-        for moved in (seen_f, seen_b):
-            flow_error(self, frames[:, 0], moved)
+        for ref, moved in ((f, seen_f), (b, seen_b)):
+            note_motion(self, frames[:, 0], ref.frame, moved)
 
         def analysis(m):
             fused = m.encoder_fusion(frame, warped_f, warped_b, contexts_f, contexts_b)

@@ -1,5 +1,7 @@
 """Optical flow: SpyNet (Ranjan and Black 2017, arXiv 1611.00850) as the DCVC family uses it."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,14 +12,27 @@ from nvc_jax.nn.warp import double, halve, warp
 LEVELS = 4
 
 
-def flow_error(module: nn.Module, target: jax.Array, moved: jax.Array) -> None:
-    """Notes, for training, how far a picture after motion [b, h, w, 3] is from its target.
+class MotionErrors(NamedTuple):
+    """Squared errors [b] of a picture's reference: after motion, and as it is."""
 
-    The squared error [b] goes into the variable collection "losses"; nothing is computed where that
-    is not asked for.
+    moved: jax.Array
+    still: jax.Array
+
+
+def note_motion(module: nn.Module, target: jax.Array, still: jax.Array, moved: jax.Array) -> None:
+    """Notes, for training, how far a reference [b, h, w, 3] is from its target, `MotionErrors`.
+
+    They go into the variable collection "motion"; nothing is computed where that is not asked for.
     """
-    if module.is_mutable_collection("losses"):
-        module.sow("losses", "flow_error", ((target - moved) ** 2).mean((1, 2, 3)))
+    if module.is_mutable_collection("motion"):
+        errors = (((target - x) ** 2).mean((1, 2, 3)) for x in (moved, still))
+        module.sow("motion", "errors", MotionErrors(*errors))
+
+
+def noted_motion(noted: dict) -> MotionErrors:
+    """The mean of what was noted."""
+    found = jax.tree.leaves(noted, is_leaf=lambda x: isinstance(x, MotionErrors))
+    return jax.tree.map(lambda *errors: sum(errors) / len(errors), *found)
 
 
 class FlowLevel(nn.Module):
@@ -46,10 +61,15 @@ class SpyNet(nn.Module):
 
     `__call__(a, b)`: float32 [batch, height, width, 3] each, sides multiples of 8 -> [batch,
     height, width, 2]: where in `b` each pixel of `a` is found, see `nvc_jax.nn.warp`.
+
+    `contrast` (our addition): the networks see pictures less their mean, times this, as flows of
+    several pixels are out of reach for long if they have to come from differences of some
+    hundredths. 0: as they are, as published.
     """
 
     widths: tuple[int, ...] = (32, 64, 32, 16)
     kernel: int = 7
+    contrast: float = 0.0
 
     @nn.compact
     def __call__(self, a, b):
@@ -64,7 +84,11 @@ class SpyNet(nn.Module):
                 flow = 2 * double(flow)
                 moved = warp(b, flow)
             net = FlowLevel(self.widths, self.kernel, name=f"level{level}")
-            flow = flow + net(jnp.concatenate([a, moved, flow], -1))
-            if self.is_mutable_collection("losses"):
-                flow_error(self, a, warp(b, flow))
+            seen = a, moved
+            if self.contrast:
+                mean = a.mean((1, 2), keepdims=True)
+                seen = tuple(self.contrast * (x - mean) for x in seen)
+            flow = flow + net(jnp.concatenate([*seen, flow], -1))
+            if self.is_mutable_collection("motion"):
+                note_motion(self, a, b, warp(b, flow))
         return flow

@@ -22,6 +22,7 @@ from jax import lax
 from nvc_jax import colour, schedule
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.models.brhvc import Between, Ref
+from nvc_jax.nn.flow import MotionErrors, noted_motion
 from nvc_jax.training import losses
 
 ANCHORS = 2  # intra frames that a path starts from
@@ -92,14 +93,14 @@ class CodedPath(NamedTuple):
       distortion: [batch], likewise, of the layers' weights too.
       recon: [batch, units, height, width, 3], Y, U, V.
       penalty: [batch], of the scales.
-      flow_error: [batch], mean squared error after motion alone, mean over scales and units.
+      motion: [batch] each, of the references, mean over scales and units.
     """
 
     bits: dict[str, jax.Array]
     distortion: jax.Array
     recon: jax.Array
     penalty: jax.Array
-    flow_error: jax.Array
+    motion: MotionErrors
 
 
 def code_path(
@@ -134,11 +135,10 @@ def code_path(
     def code(params, frame, refs, key):
         bottleneck = Estimate(key, **options)
         (recon, (ref,)), noted = model.apply(
-            {"params": params}, frame[:, None], refs, qp[:, None], bottleneck, mutable=["losses"]
+            {"params": params}, frame[:, None], refs, qp[:, None], bottleneck, mutable=["motion"]
         )
-        errors = jax.tree.leaves(noted)
         recon = colour.from_codec(model, recon[:, 0])
-        return recon, ref, bottleneck.bits, bottleneck.penalty, sum(errors) / len(errors)
+        return recon, ref, bottleneck.bits, bottleneck.penalty, noted_motion(noted)
 
     if remat:
         code = jax.checkpoint(code)
@@ -159,19 +159,20 @@ def code_path(
         take = partial(lax.dynamic_index_in_dim, keepdims=False)
         past, future = (jax.tree.map(partial(take, index=slot), slots) for slot in refs)
         noise_key = None if key is None else jax.random.fold_in(key, number)
-        recon, ref, bits, penalty, error = code(
+        recon, ref, bits, penalty, motion = code(
             params, frame, Between(past, future, level, ratio), noise_key
         )
         ref = ref._replace(bare=jnp.bool_(False))
         put = partial(lax.dynamic_update_index_in_dim, index=ANCHORS + number, axis=0)
         slots = jax.tree.map(put, slots, ref)
         bits = {name: jnp.broadcast_to(b, (batch,)) for name, b in bits.items()}
-        return slots, (recon, bits, jnp.broadcast_to(penalty, (batch,)), error)
+        return slots, (recon, bits, jnp.broadcast_to(penalty, (batch,)), motion)
 
     inputs = jnp.arange(units), pictures.swapaxes(0, 1), path.refs, path.level, path.ratio
-    _, (recon, bits, penalty, error) = lax.scan(step, slots, inputs)
+    _, (recon, bits, penalty, motion) = lax.scan(step, slots, inputs)
     recon = recon.swapaxes(0, 1)
     layers = jnp.asarray(layer_weights)[jnp.clip(path.level, 0, len(layer_weights) - 1)]
     distortion = losses.distortion(recon, frames) @ (path.weight * layers)
     bits, penalty = jax.tree.map(lambda x: path.weight @ x, (bits, penalty))
-    return CodedPath(bits, distortion, recon, penalty, error.mean(0))
+    motion = jax.tree.map(lambda x: x.mean(0), motion)
+    return CodedPath(bits, distortion, recon, penalty, motion)

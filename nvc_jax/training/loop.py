@@ -435,10 +435,11 @@ class Window:
 
 def print_line(step: int, steps: int, values: dict[str, float]) -> None:
     eta = timedelta(seconds=int((steps - step) * values["seconds_per_step"]))
+    motion = f"motion {values['motion_gain']:+.2f} dB  " if values["motion_gain"] else ""
     print(
         f"step {step}/{steps}  loss {values['loss']:.4f}  bpp y {values['bpp_y']:.4f} "
         f"z {values['bpp_z']:.4f}  PSNR Y {values['psnr_y']:.2f} U {values['psnr_u']:.2f} "
-        f"V {values['psnr_v']:.2f}  |g| {values['grad_norm']:.3f}  skipped "
+        f"V {values['psnr_v']:.2f}  {motion}|g| {values['grad_norm']:.3f}  skipped "
         f"{values['skipped']:.0f}  {1 / values['seconds_per_step']:.1f} steps/s  ETA {eta}",
         flush=True,
     )

@@ -24,6 +24,7 @@ from nvc_jax.models import registry
 from nvc_jax.models.brhvc import Ref as BRef
 from nvc_jax.models.registry import Entry, Ref
 from nvc_jax.models.with_intra import WithIntra
+from nvc_jax.nn.flow import MotionErrors
 from nvc_jax.training import losses
 from nvc_jax.training.hierarchy import Path, code_path
 from nvc_jax.training.references import BLANK, degraded
@@ -76,6 +77,7 @@ class Clip(NamedTuple):
 class StepMetrics(metrics.Collection):
     """What a step reports; merged over steps, `compute()` gives means and the newest counts.
 
+    `motion_gain`: how many dB closer references are to a B-frame after motion; 0 for other codecs.
     A step that was skipped counts with the values it had, so not a number stays to be seen.
     """
 
@@ -88,6 +90,7 @@ class StepMetrics(metrics.Collection):
     psnr_y: metrics.Average.from_output("psnr_y")
     psnr_u: metrics.Average.from_output("psnr_u")
     psnr_v: metrics.Average.from_output("psnr_v")
+    motion_gain: metrics.Average.from_output("motion_gain")
     grad_norm: metrics.Average.from_output("grad_norm")
     lr: metrics.LastValue.from_output("lr")
     skipped: metrics.LastValue.from_output("skipped")
@@ -137,7 +140,7 @@ class Unrolled(NamedTuple):
       recon: like clip.frames.
       refs: what the next unit would refer to.
       penalty: [batch], of the scales, per pixel of one frame, summed over units.
-      flow_error: [batch], squared error after motion alone, mean over units; 0 without motion.
+      motion: of references, [batch] each, mean over units; None for codecs without motion.
     """
 
     bpp: dict[str, jax.Array]
@@ -145,7 +148,7 @@ class Unrolled(NamedTuple):
     recon: jax.Array
     refs: tuple
     penalty: jax.Array
-    flow_error: jax.Array
+    motion: MotionErrors | None
 
 
 def unroll(
@@ -184,7 +187,7 @@ def unroll(
         bpp, penalties = jax.tree.map(
             lambda x: x / math.prod(clip.frames.shape[2:4]), (coded.bits, coded.penalty)
         )
-        return Unrolled(bpp, coded.distortion, coded.recon, (), penalties, coded.flow_error)
+        return Unrolled(bpp, coded.distortion, coded.recon, (), penalties, coded.motion)
     _, count, height, width, _ = clip.frames.shape
     pictures = colour.for_codec(model, clip.frames)
     per_unit = model.frames_per_unit
@@ -215,8 +218,7 @@ def unroll(
         recons.append(recon)
     bpp = jax.tree.map(lambda b: b / (height * width), bits)
     penalties /= height * width
-    recon, flow_error = jnp.concatenate(recons, axis=1), jnp.zeros(len(recons[0]))
-    return Unrolled(bpp, distortion, recon, refs, penalties, flow_error)
+    return Unrolled(bpp, distortion, jnp.concatenate(recons, axis=1), refs, penalties, None)
 
 
 def first_refs(
@@ -318,7 +320,11 @@ def make_train_step(
         terms += bpp["z"] + shares[0] * bpp["y"] + shares[1] * bpp["y_float"]
         if penalty:
             terms += stage.penalty.beta * coded.penalty
-        terms += lam * stage.flow_loss * coded.flow_error
+        motion_gain = jnp.float32(0)
+        if coded.motion is not None:
+            terms += lam * stage.flow_loss * coded.motion.moved
+            still, moved = (jnp.maximum(errors.mean(), 1e-10) for errors in coded.motion[::-1])
+            motion_gain = 10 * jnp.log10(still / moved)
         if stage.teacher:
             terms += lam * _distance(codec, model, stage, clip, refs, coded, teacher)
         # Rates span two orders of magnitude over qp. Without a weight the high ones would drown
@@ -335,6 +341,7 @@ def make_train_step(
             "psnr_y": psnr[0],
             "psnr_u": psnr[1],
             "psnr_v": psnr[2],
+            "motion_gain": motion_gain,
         }
         return loss, (outputs, coded.refs)
 
