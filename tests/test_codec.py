@@ -246,6 +246,19 @@ def test_a_refresh_begins_anew_from_the_picture_before(prepared, tmp_path, monke
         assert (payload == packets[number].payload) == as_before
 
 
+def test_an_order_without_refreshes_is_still_decoded(prepared, tmp_path, monkeypatch):
+    """Files from before there were any."""
+    monkeypatch.setattr(schedules, "REFRESH_PERIOD", 2)
+    unit_codec = prepared("dcvc_rt", WIDTH, HEIGHT)
+    order = schedules.low_delay()
+    units = list(codec.encode(unit_codec, noise(WIDTH, HEIGHT, 5), 30, order, True))
+    header = codec.make_header(unit_codec, VideoInfo(WIDTH, HEIGHT, 25), order)
+    with bitstream.write_stream(tmp_path / "a.nvc", header) as out:
+        for unit in units:
+            out.write(unit.packet)
+    assert_same_pictures(decode(tmp_path / "a.nvc", unit_codec)[1], recons_of(units))
+
+
 def test_pairs_predict_from_the_pair_before(pairs):
     """A still clip: the second pair refers to the first and is not coded like it."""
     units = encode(pairs, [CLIPS["noise"][0]] * 4, 30)
