@@ -11,7 +11,7 @@ import os
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice, repeat
+from itertools import chain, groupby, islice, repeat
 from typing import Any, NamedTuple
 
 import jax
@@ -839,23 +839,25 @@ def decode_concealing(
     lost for the same reason come as one `Lost` with the picture before repeated for each of them;
     mid-grey if there was none yet. No exception for bad data.
     """
-    picture, loss = _grey(codec), None
-    for unit, pictures in _salvage(codec, stream):
-        if isinstance(unit, Lost):
-            if loss and unit.unit == loss.unit and None not in (loss.units, unit.units):
-                unit = loss._replace(
-                    units=loss.units + unit.units, frames=loss.frames + unit.frames
-                )
-            elif loss:
-                yield loss, repeat(picture, loss.frames or 0)
-            loss = unit
+    picture = _grey(codec)
+    for loss, run in groupby(_salvage(codec, stream), key=_one_loss):
+        if loss is None:
+            for unit, pictures in run:
+                yield unit, pictures
+                picture = pictures[-1]
         else:
-            if loss:
-                yield loss, repeat(picture, loss.frames or 0)
-            yield unit, pictures
-            picture, loss = pictures[-1], None
-    if loss:
-        yield loss, repeat(picture, loss.frames or 0)
+            lost = functools.reduce(_together, (unit for unit, _ in run))
+            yield lost, repeat(picture, lost.frames or 0)
+
+
+def _one_loss(found: tuple[Packet | Lost, list[Planes]]) -> tuple[int, bool] | None:
+    """What frames in a row that are lost for the same reason have in common."""
+    unit, _ = found
+    return (unit.unit, unit.frames is None) if isinstance(unit, Lost) else None
+
+
+def _together(a: Lost, b: Lost) -> Lost:
+    return a._replace(units=a.units + b.units, frames=a.frames + b.frames)
 
 
 def _salvage(codec: UnitCodec, stream: Stream) -> Iterator[tuple[Packet | Lost, list[Planes]]]:
