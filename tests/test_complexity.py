@@ -14,7 +14,8 @@ import pytest
 from nvc_jax.errors import NvcError
 from nvc_jax.models import registry
 from nvc_jax.models.complexity import coding_cost, macs, subnetworks, training_flop
-from nvc_jax.nn.blocks import depthwise3x3
+from nvc_jax.nn.attention import neighbourhood_attention
+from nvc_jax.nn.blocks import depthwise
 
 PADDED_1080P = 1088 / 1080
 
@@ -49,8 +50,11 @@ PROGRAMS = {
     "3x3, borders count": (conv, (X, array(3, 3, 8, 5)), 120 * 9 * 8 * 5),
     "3x3 stride 2": (lambda x, k: conv(x, k, 2), (X, array(3, 3, 8, 5)), 30 * 9 * 8 * 5),
     "grouped": (lambda x, k: conv(x, k, 1, 4), (X, array(3, 3, 2, 12)), 120 * 9 * 2 * 12),
-    "depth-wise": (depthwise3x3, (X, array(3, 3, 8)), 9 * 120 * 8),
-    "in a jit": (jax.jit(lambda x, k: depthwise3x3(x, k) @ jnp.ones((8, 3))),
+    "depth-wise": (depthwise, (X, array(3, 3, 8)), 9 * 120 * 8),
+    "depth-wise 5x5": (depthwise, (X, array(5, 5, 8)), 25 * 120 * 8),
+    "windows of 9": (neighbourhood_attention, (*[array(1, 6, 5, 2, 4)] * 3, array(2, 3, 3)),
+                     2 * 9 * 30 * 8),
+    "in a jit": (jax.jit(lambda x, k: depthwise(x, k) @ jnp.ones((8, 3))),
                  (X, array(3, 3, 8)), 9 * 120 * 8 + 120 * 8 * 3),
     "under remat": (jax.checkpoint(lambda x, w: jnp.sin(x) @ w), WEIGHTS, 120 * 8 * 16),
     "the dearer branch": (

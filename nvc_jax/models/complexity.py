@@ -1,8 +1,8 @@
 """Parameters and multiply-accumulates of the codecs, counted from what they really compute.
 
 A count is taken from a traced program (shapes only, nothing is computed), so it cannot disagree
-with the networks as a table kept by hand would. What is counted: matrix products, convolutions and
-the depth-wise 3x3 convolution. What is not: activations, additions, quality tables, likelihoods and
+with the networks as a table kept by hand would. What is counted: matrix products, convolutions, the
+depth-wise ones, and attention. What is not: activations, additions, quality tables, likelihoods and
 the prior of z, which cost nothing beside them. Positions of zero padding count like any other, as
 everywhere in the literature.
 
@@ -23,7 +23,8 @@ from nvc_jax.errors import NvcError
 from nvc_jax.models.brhvc import Between
 from nvc_jax.models.registry import has_scale_head, param_shapes
 from nvc_jax.models.with_intra import WithIntra
-from nvc_jax.nn.blocks import depthwise3x3
+from nvc_jax.nn.attention import neighbourhood_attention
+from nvc_jax.nn.blocks import depthwise
 
 # Any multiple of 64 gives the same counts per pixel: the hyper-latent is 64 times smaller.
 SIDE = 64
@@ -72,8 +73,13 @@ def _equation_macs(eqn) -> int:
         kernel = eqn.invars[1].aval.shape
         output_channels = kernel[params["dimension_numbers"].rhs_spec[0]]
         return out * math.prod(kernel) // output_channels
-    if name == "custom_vjp_call" and _is_depthwise(params["call_jaxpr"]):
-        return 9 * out
+    if name == "custom_vjp_call":
+        # Told by the name they were traced under.
+        traced = getattr(params["call_jaxpr"], "jaxpr", params["call_jaxpr"]).debug_info.func_name
+        if traced == depthwise.__name__:
+            return math.prod(eqn.invars[1].aval.shape[:2]) * out
+        if traced == neighbourhood_attention.__name__:
+            return 2 * math.prod(eqn.invars[3].aval.shape[1:]) * out
     if name == "cond":
         return max(_macs(branch) for branch in params["branches"])
     inner = sum(_macs(j) for j in _inner_programs(params))
@@ -82,11 +88,6 @@ def _equation_macs(eqn) -> int:
     if name == "while" and inner:
         raise NvcError("cannot count the products of a while loop: it may run any number of times")
     return inner
-
-
-def _is_depthwise(jaxpr) -> bool:
-    """Whether a program is the body of `depthwise3x3`, told by the name it was traced under."""
-    return getattr(jaxpr, "jaxpr", jaxpr).debug_info.func_name == depthwise3x3.__name__
 
 
 def _inner_programs(params):

@@ -14,6 +14,7 @@ Sources: DCVC-RT (arXiv 2502.20762) for the block and its resampling layers, DCV
 """
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import flax.linen as nn
@@ -53,43 +54,51 @@ def depth_to_space(x: jax.Array, block: int) -> jax.Array:
     return x.transpose(0, 1, 4, 2, 5, 3).reshape(b, h * block, w * block, c)
 
 
+def _zero_padded(x: jax.Array, size: int) -> jax.Array:
+    pad = size // 2
+    return jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+
 def _shifted_sum(x: jax.Array, kernel: jax.Array) -> jax.Array:
     h, w = x.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return sum(padded[:, i : i + h, j : j + w] * kernel[i, j] for i in range(3) for j in range(3))
+    size = len(kernel)
+    padded = _zero_padded(x, size)
+    places = product(range(size), repeat=2)
+    return sum(padded[:, i : i + h, j : j + w] * kernel[i, j] for i, j in places)
 
 
 @jax.custom_vjp
-def depthwise3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Depth-wise 3x3 convolution, zero padding 1.
+def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Depth-wise convolution, zero padding of half the kernel's size.
 
     Args:
       x: [batch, height, width, channels].
-      kernel: [3, 3, channels], same dtype as x.
+      kernel: [k, k, channels], k odd, same dtype as x.
 
     Returns:
       [batch, height, width, channels].
 
-    XLA's grouped convolution is some 60 times slower than this form on CPUs. The gradient is
+    XLA's grouped convolution is some 60 times slower than this form on CPUs (3x3). The gradient is
     written out because XLA would recompute the producers of x and of the cotangent for each of the
-    nine kernel sums, and sums over rows on one thread.
+    kernel's sums, and sums over rows on one thread.
     """
     return _shifted_sum(x, kernel)
 
 
-def _depthwise3x3_fwd(x, kernel):
+def _depthwise_fwd(x, kernel):
     return _shifted_sum(x, kernel), (x, kernel)
 
 
-def _depthwise3x3_bwd(residuals, g):
+def _depthwise_bwd(residuals, g):
     x, kernel = residuals
     g, x = lax.optimization_barrier((g, x))
     b, h, w, c = x.shape
+    size = len(kernel)
     grad_x = _shifted_sum(g, kernel[::-1, ::-1])
     # Fold the rows into bands first: a cheap fused sum; then one matrix product sums the rest.
     bands = next(k for k in (8, 4, 2, 1) if h % k == 0)
     rows = h // bands
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    padded = _zero_padded(x, size)
     ones = jnp.ones((1, b * rows * w), x.dtype)
 
     def kernel_sum(i, j):
@@ -100,11 +109,11 @@ def _depthwise3x3_bwd(residuals, g):
         )
         return jnp.dot(ones, bandsum.reshape(-1, c), precision=precision_of(x.dtype))[0]
 
-    grad_kernel = jnp.stack([jnp.stack([kernel_sum(i, j) for j in range(3)]) for i in range(3)])
-    return grad_x, grad_kernel
+    grad_kernel = jnp.stack([kernel_sum(i, j) for i, j in product(range(size), repeat=2)])
+    return grad_x, grad_kernel.reshape(kernel.shape)
 
 
-depthwise3x3.defvjp(_depthwise3x3_fwd, _depthwise3x3_bwd)
+depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)
 
 
 class Pointwise(nn.Module):
@@ -128,18 +137,19 @@ class Pointwise(nn.Module):
 
 
 class Depthwise(nn.Module):
-    """3x3 depth-wise convolution with bias, zero padding."""
+    """Depth-wise convolution with bias, zero padding; `size` of the kernel is odd."""
 
     dtype: Dtype = jnp.float32
+    size: int = 3
 
     @nn.compact
     def __call__(self, x):
-        c = x.shape[-1]
-        # Nine inputs per output: keeps the variance of the signal.
-        kernel = self.param("kernel", nn.initializers.normal(1 / 3), (3, 3, c))
+        c, size = x.shape[-1], self.size
+        # size^2 inputs per output: keeps the variance of the signal.
+        kernel = self.param("kernel", nn.initializers.normal(1 / size), (size, size, c))
         bias = self.param("bias", nn.initializers.zeros, (c,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return depthwise3x3(x, kernel) + bias
+        return depthwise(x, kernel) + bias
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
