@@ -451,11 +451,17 @@ class EncodedUnit(NamedTuple):
     ideal_bits: float
 
 
+def modes(model: Released) -> dict[str, str]:
+    """Name -> coding order, of codecs that know several."""
+    return getattr(model.module, "modes", {})
+
+
 def schedule_for(
     model: Released,
     intra_period: int | None = None,
     gop: int | None = None,
     closed: bool = False,
+    mode: str | None = None,
 ) -> schedules.Schedule:
     """The coding order of a model.
 
@@ -464,11 +470,15 @@ def schedule_for(
         default that, and for B-frames the group's size.
       gop, closed: of groups of B-frames, see `schedule.hierarchical`; by default 32 frames, or the
         intra period if that is shorter.
+      mode: of a codec that knows several.
 
     Raises:
       NvcError: there is no such order, or the model does not code in groups.
     """
-    name = model.module.schedule
+    if mode is not None and mode not in modes(model):
+        there = ", ".join(modes(model)) or "the one that it was made for"
+        raise NvcError(f"'{model.name}' has no mode '{mode}'; there is: {there}")
+    name = modes(model)[mode] if mode else model.module.schedule
     if name == "hierarchical":
         if gop is None:
             gop = min(intra_period, 32) if intra_period and intra_period > 1 else 32
@@ -563,8 +573,8 @@ def check_model(header: Header, model: Released) -> None:
             f"{model.fingerprint.hex()}. Give the file of the right weights with --model."
         )
     own = model.module.schedule
-    name = header.schedule.name.removesuffix("_closed")
-    if name not in (own, own.removesuffix("_refresh")):
+    known = modes(model).values() or (own, own.removesuffix("_refresh"))
+    if header.schedule.name.removesuffix("_closed") not in known:
         raise StreamError(
             f"the stream's schedule '{header.schedule.name}' is not that of its model "
             f"'{header.model}'; the header is damaged"

@@ -39,6 +39,9 @@ class Unit(NamedTuple):
     has one frame, and the codec repeats the picture. `qp_offset` has one entry per frame and is
     added to the qp of the clip; `level` is the layer of a hierarchy, 0 for a flat order, `ratio` a
     B-frame's place between its two references: its distance from the first as a share of theirs.
+    `distances`: how many frames behind the unit's first one each reference is displayed; negative
+    before it. `reliability`: how far each can be trusted, in the codec's levels, for codecs that
+    have them; the encoder finds it for every unit.
     """
 
     frames: tuple[int, ...]
@@ -47,6 +50,8 @@ class Unit(NamedTuple):
     qp_offset: tuple[int, ...]
     release: tuple[int, ...]
     ratio: float = 0.5
+    distances: tuple[int, ...] = ()
+    reliability: tuple[int, ...] = ()
     picture_only: bool = False  # reads the picture of its reference, not its feature
     shown: bool = False  # a later unit reads its picture: also the encoder has to make it
 
@@ -111,6 +116,11 @@ def low_delay(intra_period: int = 0) -> Schedule:
 def low_delay_refresh(intra_period: int = 0) -> Schedule:
     """Likewise, every 64th of them from nothing but the picture before it."""
     return Schedule("low_delay_refresh", 1, intra_period)
+
+
+def low_delay_long(intra_period: int = 0) -> Schedule:
+    """Likewise, from the one before it and the last one that was coded best before that."""
+    return Schedule("low_delay_long", 1, intra_period)
 
 
 def hierarchical(gop: int = 32, intra_period: int | None = None, closed: bool = False) -> Schedule:
@@ -194,7 +204,7 @@ def _in_a_row(schedule: Schedule, first_frame: int, count: int, first_unit: int)
     # that begins at that start.
     last = (first_unit,) if starts(first_frame + schedule.gop) else ()
     offsets = tuple(QP_OFFSETS[frame % len(QP_OFFSETS)] for frame in frames)
-    return [Unit(frames, refs, 0, offsets, refs + last)]
+    return [Unit(frames, refs, 0, offsets, refs + last, distances=(-1,) * len(refs))]
 
 
 def _refreshed(schedule: Schedule, first_frame: int, count: int, first_unit: int) -> list[Unit]:
@@ -205,6 +215,33 @@ def _refreshed(schedule: Schedule, first_frame: int, count: int, first_unit: int
 
     (unit,) = _in_a_row(schedule, first_frame, count, first_unit)
     return [unit._replace(picture_only=refreshes(first_frame), shown=refreshes(first_frame + 1))]
+
+
+def _long_term(schedule: Schedule, first_frame: int, count: int, first_unit: int) -> list[Unit]:
+    def since_intra(frame):
+        return frame % schedule.intra_period if schedule.intra_period else frame
+
+    def references(frame):
+        since = since_intra(frame)
+        if since < 2:
+            return (frame - 1,) * since
+        best = since - 2  # from here back to the last of 0, 1, 9, 17, ...
+        best -= (best - 1) % len(QP_OFFSETS) if best else 0
+        return frame - 1, frame - since + best
+
+    refs = references(first_frame)
+    slots = {frame: first_unit - first_frame + frame for frame in (*refs, first_frame)}
+    since = since_intra(first_frame)
+    return [
+        Unit(
+            (first_frame,),
+            tuple(slots[frame] for frame in refs),
+            0,
+            (QP_OFFSETS[since % len(QP_OFFSETS)] if since else max(QP_OFFSETS),),
+            tuple(slots[frame] for frame in slots if frame not in references(first_frame + 1)),
+            distances=tuple(frame - first_frame for frame in refs),
+        )
+    ]
 
 
 def _hierarchical(schedule: Schedule, first_frame: int, count: int, first_unit: int) -> list[Unit]:
@@ -295,6 +332,7 @@ def _numbered(
     return [
         unit._replace(
             refs=tuple(slots[frame] for frame in unit.refs),
+            distances=tuple(frame - unit.frames[0] for frame in unit.refs),
             release=tuple(slots[frame] for frame, use in last_use.items() if use == number),
         )
         for number, unit in enumerate(planned, first_unit)
@@ -307,6 +345,7 @@ SCHEDULES: dict[str, tuple[Sequence[int], Callable[[Schedule, int, int, int], li
     "two_frame": ((2,), _in_a_row),
     "low_delay": ((1,), _in_a_row),
     "low_delay_refresh": ((1,), _refreshed),
+    "low_delay_long": ((1,), _long_term),
     "hierarchical": (range(2, 65), _hierarchical),
     "hierarchical_closed": (range(2, 65), _hierarchical_closed),
 }

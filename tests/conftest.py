@@ -51,6 +51,11 @@ B_FRAMES = dict(  # of "brhvc"
         direct=False,
     ),
 )  # fmt: skip
+ANY_ORDER = dict(  # of "uni_lvc"
+    width=16, y=16, z=8, prior=16, spatial_width=16, encoder=2, decoder=2, fusion=1, spatial=1,
+    feature=16, tokens=16, heads=2, groups=2, window=3, temporal=16, judge=8, form="uf2",
+    scale_head=16,
+)  # fmt: skip
 PREDICTED = dict(  # of "dcvc_rt"
     intra=B_FRAMES["intra"], inter=SIZES["ui2c"] | dict(frames=1, scale_head=0)
 )
@@ -107,13 +112,14 @@ def model_files(tmp_path_factory) -> dict[str, Path]:
     """Name -> file of a small released model with random weights: codecs of `SIZES`, and others.
 
     "single" is UI2C with one frame per unit, "brhvc" has B-frames, "dcvc_rt" predicted
-    frames after those of an intra codec.
+    frames after those of an intra codec, "uni_lvc" codes in any order.
     """
     folder = tmp_path_factory.mktemp("models")
     kinds = {name: (name, size) for name, size in SIZES.items()}
     kinds["single"] = ("ui2c", SIZES["ui2c"] | {"frames": 1})
     kinds["brhvc"] = ("brhvc", B_FRAMES)
     kinds["dcvc_rt"] = ("dcvc_rt", PREDICTED)
+    kinds["uni_lvc"] = ("uni_lvc", ANY_ORDER)
     files = {}
     for name, (codec_name, size) in kinds.items():
         module, files[name] = registry.build(codec_name, size), folder / f"tiny-{name}.safetensors"

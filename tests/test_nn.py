@@ -32,8 +32,10 @@ from nvc_jax.nn.blocks import (
 from nvc_jax.nn.hyperprior import (
     HyperDecoder,
     HyperEncoder,
-    pack_step,
     pad_to_multiple,
+)
+from nvc_jax.nn.spatial_prior import (
+    pack_step,
     step_groups,
     unpack_step,
 )

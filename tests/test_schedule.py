@@ -13,7 +13,9 @@ from nvc_jax.schedule import Schedule, Unit
 
 pairs = st.integers(0, 12).map(lambda pairs: schedule.two_frame(2 * pairs))
 singles = st.one_of(
-    st.integers(0, 24).map(schedule.low_delay), st.integers(0, 80).map(schedule.low_delay_refresh)
+    st.integers(0, 24).map(schedule.low_delay),
+    st.integers(0, 80).map(schedule.low_delay_refresh),
+    st.integers(0, 24).map(schedule.low_delay_long),
 )
 flats = st.one_of(st.just(schedule.all_intra()), pairs, singles)
 layered = st.builds(
@@ -75,12 +77,35 @@ def test_every_frame_is_coded_once_and_references_exist(order, length):
     planned = list(validate(schedule.plan(order, length)))
     assert sorted(flat(planned)) == list(range(length))
     assert all(len(unit.frames) == len(unit.qp_offset) for unit in planned)
+    for unit in planned:
+        read = [max(planned[slot].frames) for slot in unit.refs]
+        assert unit.distances == tuple(frame - unit.frames[0] for frame in read)
+
+
+def test_the_long_term_reference_is_the_last_of_the_best():
+    def read(order, length):
+        return {u.frames[0]: u.refs for u in schedule.plan(order, length)}
+
+    once = read(schedule.low_delay_long(), 20)
+    assert (once[0], once[1], once[2]) == ((), (0,), (1, 0))
+    assert all(once[n] == (n - 1, 1) for n in range(3, 11))
+    assert all(once[n] == (n - 1, 9) for n in range(11, 19))
+    assert once[19] == (18, 17)
+    # Every intra frame starts anew, at the quality of the best.
+    again = list(schedule.plan(schedule.low_delay_long(12), 24))
+    assert [(u.refs, u.qp_offset) for u in again[12:]] == [
+        (tuple(12 + r for r in u.refs), u.qp_offset) for u in again[:12]
+    ]
+    assert [u.qp_offset for u in again[:6]] == [(8,), (8,), (0,), (4,), (0,), (4,)]
 
 
 @given(schedules, lengths)
 def test_memory_stays_bounded(order, length):
-    """By one unit, or by the depth of the hierarchy and the anchors of a tail."""
-    limit = 2 + (order.gop - 1).bit_length() if schedule.in_layers(order) else 1
+    """By the references, or by the depth of the hierarchy and the anchors of a tail."""
+    if schedule.in_layers(order):
+        limit = 2 + (order.gop - 1).bit_length()
+    else:
+        limit = 2 if order.name == "low_delay_long" else 1
     held = set()
     for number, unit in enumerate(schedule.plan(order, length)):
         assert len(held | {number}) <= limit + 1  # itself

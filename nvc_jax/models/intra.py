@@ -27,10 +27,10 @@ from nvc_jax.nn.hyperprior import (
     HyperDecoder,
     HyperEncoder,
     ParameterNet,
-    code_in_steps,
     pad_to_multiple,
 )
 from nvc_jax.nn.integer import ScaleHead
+from nvc_jax.nn.spatial_prior import code_in_steps
 
 QP_ROWS = 64
 STEPS = 4

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from nvc_jax.entropy.bottleneck import Estimate, Step
 from nvc_jax.errors import NvcError
-from nvc_jax.models import brhvc, dcvc_dc, intra, ui2c, with_intra
+from nvc_jax.models import brhvc, dcvc_dc, intra, ui2c, uni_lvc, with_intra
 from nvc_jax.models.ui2c import Ref
 from nvc_jax.schedule import QP_OFFSETS, Unit
 
@@ -60,11 +60,12 @@ CODECS = {
         "video",
         layer_weights=brhvc.LAYER_WEIGHTS,
     ),
+    "uni_lvc": Entry(uni_lvc.UniLVC, uni_lvc.Config, uni_lvc.SIZES, "video"),
 }
 
 
 # Of no particular place in an order: what counts here is shapes.
-UNIT = Unit((0,), (), 0, (0,), ())
+UNIT = Unit((0,), (), 0, (0,), (), distances=(-1, 1))
 
 
 def entry(name: str) -> Entry:

@@ -35,10 +35,11 @@ from nvc_jax.nn.hyperprior import (
     HyperDecoder,
     HyperEncoder,
     ParameterNet,
-    code_in_steps,
+    leading_ones,
     pad_to_multiple,
 )
 from nvc_jax.nn.integer import ScaleHead, memory_channels
+from nvc_jax.nn.spatial_prior import code_in_steps
 
 QP_ROWS = 72  # 64 quality points and offsets of up to 8
 # Weights on the distortion by frame number modulo 8, in training; better-coded frames count more.
@@ -171,16 +172,6 @@ class ReconHead(nn.Module):
         return depth_to_space(Pointwise(192, self.dtype, name="pixels")(x * q), 8)
 
 
-def _leading_ones(count: int):
-    """Bias that starts the first `count` channels (step sizes, scales) at 1, the means at 0."""
-
-    def init(key, shape, dtype=jnp.float32):
-        del key
-        return jnp.zeros(shape, dtype).at[:count].set(1.0)
-
-    return init
-
-
 class UI2C(nn.Module):
     """The codec. `dtype` is the compute type of everything but the entropy path (float32).
 
@@ -214,8 +205,8 @@ class UI2C(nn.Module):
             self.q_latent = FrameTables(c.y, ramp=True)
         self.temporal_prior_encoder = Down(c.temporal, c.form)
         self.hyper_decoder = HyperDecoder(c.y, c.form)
-        self.prior_fusion = ParameterNet(3 * c.y, c.prior, c.fusion, c.form, _leading_ones(2 * c.y))
-        self.spatial_prior = ParameterNet(2 * c.y, c.prior, c.spatial, c.form, _leading_ones(c.y))
+        self.prior_fusion = ParameterNet(3 * c.y, c.prior, c.fusion, c.form, leading_ones(2 * c.y))
+        self.spatial_prior = ParameterNet(2 * c.y, c.prior, c.spatial, c.form, leading_ones(c.y))
         self.z_prior = FactorizedPrior(QP_ROWS, c.z)
         # ... to here: everything between decoded data and the scales.
         if c.scale_head:

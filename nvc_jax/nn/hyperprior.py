@@ -1,4 +1,4 @@
-"""The entropy model's networks: hyper-latent, spatial prior's masks, factorised prior.
+"""The entropy model's networks: hyper-latent, parameters, factorised prior.
 
 All of it runs in float32 (see `nvc_jax.nn.blocks`), because its output decides which integer
 probability table the coder uses, unless a model has integer scales (`nvc_jax.nn.integer`). Source:
@@ -55,6 +55,16 @@ class ParameterNet(nn.Module):
         return Pointwise(self.features, bias_init=self.bias_init, name="params")(x)
 
 
+def leading_ones(count: int):
+    """Bias that starts the first `count` channels (step sizes, scales) at 1, the means at 0."""
+
+    def init(key, shape, dtype=jnp.float32):
+        del key
+        return jnp.zeros(shape, dtype).at[:count].set(1.0)
+
+    return init
+
+
 def pad_to_multiple(x: jax.Array, multiple: int) -> jax.Array:
     """Replicate-pads height and width of [b, h, w, c] at the bottom and right."""
     h, w = x.shape[1:3]
@@ -84,76 +94,3 @@ def factorized_logits(chain: jax.Array, x: jax.Array) -> jax.Array:
         if i < 3:
             x = x + jnp.tanh(x) * jnp.tanh(a[..., i])
     return x
-
-
-def step_groups(height: int, width: int, steps: int) -> Callable[[int], jax.Array]:
-    """Which channel group is coded where, in each step of a two- or four-step spatial prior.
-
-    The channels are cut into `steps` groups. At every position each step codes one group, so that
-    after all steps everything is coded once and every step sees neighbours of all groups. With the
-    phase p of a position (its parity for two steps; 2*(row%2) + column%2 for four), step s codes
-    group p XOR c(s), c = 0, 1 or 0, 3, 2, 1: the tables of DCVC-RT in one line.
-
-    Returns:
-      A function step -> int32 [height, width] of group numbers.
-    """
-    rows, cols = jnp.arange(height)[:, None], jnp.arange(width)[None, :]
-    if steps == 2:
-        phase, code = (rows + cols) % 2, (0, 1)
-    else:
-        phase, code = 2 * (rows % 2) + cols % 2, (0, 3, 2, 1)
-    return lambda step: phase ^ code[step]
-
-
-def pack_step(x: jax.Array, group: jax.Array, steps: int) -> jax.Array:
-    """Keeps the active group of every position: [b, h, w, c] -> [b, h, w, c/steps]."""
-    parts = jnp.split(x, steps, axis=-1)
-    out = parts[0]
-    for g in range(1, steps):
-        out = jnp.where((group == g)[..., None], parts[g], out)
-    return out
-
-
-def unpack_step(x: jax.Array, group: jax.Array, steps: int) -> jax.Array:
-    """Puts a packed step back in place, zeros elsewhere: [b, h, w, c/steps] -> [b, h, w, c]."""
-    return jnp.concatenate(
-        [jnp.where((group == g)[..., None], x, 0) for g in range(steps)], axis=-1
-    )
-
-
-def code_in_steps(
-    y,
-    steps: int,
-    predict: Callable,
-    bottleneck,
-    levels: Callable | None = None,
-    family: str = "gaussian",
-):
-    """Codes a latent group by group, each step knowing what the ones before decoded to.
-
-    Args:
-      y: float32 [b, h, w, c]; ignored when decoding.
-      predict: (step, y_hat so far) -> (mean, scale), both [b, h, w, c].
-      bottleneck: see `nvc_jax.entropy.bottleneck`.
-      levels: (step, symbols so far) -> scale levels [b, h, w, c], which replace the scales.
-      family: of the distributions, "gaussian" or "laplace".
-
-    Returns:
-      (y_hat, symbols, levels), all [b, h, w, c]; levels are None if none were given.
-    """
-    group = step_groups(*y.shape[1:3], steps)
-    y_hat = symbols = jnp.zeros_like(y)
-    level_map = None
-    for s in range(steps):
-        mean, scale = (pack_step(p, group(s), steps) for p in predict(s, y_hat))
-        residual = pack_step(y, group(s), steps) - mean
-        if levels is None:
-            coded = getattr(bottleneck, family)(residual, scale)
-        else:
-            level = pack_step(levels(s, symbols), group(s), steps)
-            coded = bottleneck.leveled(residual, level, scale)
-            placed = unpack_step(level, group(s), steps)
-            level_map = placed if level_map is None else level_map + placed
-        symbols = symbols + unpack_step(coded, group(s), steps)
-        y_hat = y_hat + unpack_step(coded + mean, group(s), steps)
-    return y_hat, symbols, level_map

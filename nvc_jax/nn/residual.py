@@ -21,7 +21,7 @@ from nvc_jax.nn.blocks import (
     quality_ramp,
     space_to_depth,
 )
-from nvc_jax.nn.hyperprior import code_in_steps
+from nvc_jax.nn.spatial_prior import code_in_steps
 
 Dtype = Any
 STEPS = 4  # of the spatial prior

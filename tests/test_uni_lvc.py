@@ -1,0 +1,115 @@
+"""Uni-LVC: what references may do, and what they may not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ANY_ORDER, assert_same_pictures, random_parameters
+
+from nvc_jax import bitstream, codec
+from nvc_jax.data.synthetic import moving_texture
+from nvc_jax.entropy.bottleneck import Estimate
+from nvc_jax.entropy.calibration import CALIBRATED, EXACT
+from nvc_jax.models import registry, uni_lvc
+from nvc_jax.schedule import Unit
+from nvc_jax.video import VideoInfo
+
+WIDTH, HEIGHT = 70, 50
+CLIP = moving_texture(WIDTH, HEIGHT, 7)
+INTRA = Unit((0,), (), 0, (0,), ())
+BETWEEN = Unit((4,), (0, 1), 0, (0,), (), distances=(-4, 2))
+MODEL = registry.build("uni_lvc", ANY_ORDER)
+PARAMS = random_parameters(MODEL)
+QP = jnp.full((1, 1), 30)
+
+
+def frames_of(number):
+    planes = tuple(plane[None] for plane in CLIP[number])
+    return codec.planes_to_frames(planes, HEIGHT, WIDTH)
+
+
+@jax.jit
+def coded(params, frames, refs):
+    bottleneck = Estimate()
+    recon, (ref,) = MODEL.apply({"params": params}, frames, refs, QP, bottleneck)
+    return recon, ref, bottleneck.bits["y"]
+
+
+def references(unit, params=PARAMS, numbers=(0, 6)):
+    """The slots of a unit that refers to two frames of the clip."""
+    empty = MODEL.complete((), INTRA, 64, 80)
+    refs = [coded(params, frames_of(n), empty)[1] for n in numbers]
+    return MODEL.complete(refs, unit, 64, 80)
+
+
+def test_references_matter():
+    alone = coded(PARAMS, frames_of(4), MODEL.complete((), INTRA, 64, 80))
+    both = coded(PARAMS, frames_of(4), references(BETWEEN))
+    one = coded(PARAMS, frames_of(4), references(BETWEEN._replace(reliability=(3, 0))))
+    for other in (both, one):
+        assert np.abs(alone[0] - other[0]).max() > 1e-3 and alone[2] != other[2]
+    assert np.abs(one[0] - both[0]).max() > 1e-3
+
+
+def test_untrained_sites_change_nothing():
+    fresh = registry.random_params(MODEL, 0)
+    site = uni_lvc.Site(MODEL.cfg)
+    x, tokens = (jax.random.normal(jax.random.key(n), (1, 8, 10, 16)) for n in range(2))
+    slots = references(BETWEEN, fresh)
+    out = site.apply({"params": fresh["decoder"]["site0"]}, x, slots, [tokens, tokens])
+    np.testing.assert_array_equal(out, x)
+
+
+def test_references_in_the_other_order_are_the_same_to_the_networks():
+    """Their role and distance go with them."""
+    past, future = references(BETWEEN)
+    ours, theirs = (coded(PARAMS, frames_of(4), s) for s in ((past, future), (future, past)))
+    np.testing.assert_allclose(ours[0], theirs[0], atol=2e-3)
+    np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-2)
+
+
+def test_a_reference_that_is_named_twice_counts_once():
+    past, again = references(BETWEEN._replace(distances=(-4, -4)))
+    assert float(past.reliability[0]) == 1 and float(again.reliability[0]) == 0
+
+
+@pytest.mark.parametrize("mode", [CALIBRATED, EXACT])
+def test_without_trust_a_unit_is_an_intra_unit(prepared, mode):
+    """Bit for bit, whatever the references are."""
+    unit_codec = prepared("uni_lvc", WIDTH, HEIGHT, mode)
+    _, first = codec.encode_unit(unit_codec, CLIP[:1], (), (30,), False, INTRA)
+    _, last = codec.encode_unit(unit_codec, CLIP[6:], (), (30,), False, INTRA)
+    refs = (*first.refs, *last.refs)
+    nobody = BETWEEN._replace(reliability=(0, 0))
+    intra, coded_intra = codec.encode_unit(unit_codec, CLIP[3:4], (), (30,), True, INTRA)
+    inter, coded_inter = codec.encode_unit(unit_codec, CLIP[3:4], refs, (30,), True, nobody)
+    assert inter == intra
+    assert_same_pictures(coded_inter.pictures, coded_intra.pictures)
+    trusting, _ = codec.encode_unit(unit_codec, CLIP[3:4], refs, (30,), True, BETWEEN)
+    assert trusting != intra
+
+
+@pytest.mark.parametrize("mode", ["ai", "ld", "ra"])
+def test_all_modes_with_the_same_weights(prepared, tmp_path, mode):
+    unit_codec = prepared("uni_lvc", WIDTH, HEIGHT)
+    gop = 4 if mode == "ra" else None
+    order = codec.schedule_for(unit_codec.model, gop=gop, mode=mode)
+    header = codec.make_header(unit_codec, VideoInfo(WIDTH, HEIGHT, 25), order)
+    made = []
+    with bitstream.write_stream(tmp_path / "a.nvc", header) as out:
+        for unit in codec.encode(unit_codec, CLIP, 30, order, render=True):
+            out.write(unit.packet)
+            made += zip(unit.packet.frames, unit.recons, strict=True)
+    with bitstream.open_stream(tmp_path / "a.nvc") as stream:
+        codec.check_model(stream.header, unit_codec.model)
+        shown = [p for _, ps in codec.decode(unit_codec, stream) for p in ps]
+    assert_same_pictures(shown, [p for _, p in sorted(made, key=lambda item: item[0])])
+
+
+@pytest.mark.parametrize("left_out", ["near", "linear", "gate"])
+def test_parts_of_a_site_can_be_left_out(left_out):
+    less = registry.build("uni_lvc", ANY_ORDER | {left_out: False})
+    names = {"near": "align", "linear": "linear", "gate": "gate"}
+    lookup = registry.param_shapes(less)["decoder"]["site0"]["lookup"]
+    assert names[left_out] not in lookup
+    assert set(names.values()) - set(lookup) == {names[left_out]}
