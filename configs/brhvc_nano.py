@@ -31,6 +31,6 @@ def get_config():
         stage(1_500, 1, (2, 4, 8), batch=4, crop=128, lr=1e-3, end_lr=8e-4, flow_loss=1.0),
         # Only with three units are there frames between two B-frames. Motion still counts: it
         # would unlearn itself between anchors that are too far from each other for it.
-        stage(7_500, 3, (8, 16, 32), batch=2, crop=128, lr=7e-4, end_lr=1e-5, flow_loss=0.2),
+        stage(4_500, 3, (8, 16, 32), batch=2, crop=128, lr=7e-4, end_lr=1e-5, flow_loss=0.2),
     )
     return c

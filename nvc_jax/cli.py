@@ -72,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--intra-period", type=int,
                    help="frames between random-access points; 0: only one, the default but for "
                    "models with B-frames, where it is the group's size")  # fmt: skip
+    p.add_argument("--mode", choices=("ai", "ld", "ra"),
+                   help="all intra, low delay or random access, of models that know several "
+                   "(default: ra)")  # fmt: skip
     p.add_argument("--gop", type=int,
                    help="frames in a group, 2 to 64, of models with B-frames (default: 32, or the "
                    "intra period if that is shorter)")  # fmt: skip
@@ -212,7 +215,7 @@ def encode(args: argparse.Namespace) -> None:
     from nvc_jax.models import released
 
     model = released.load(args.model)
-    schedule = codec.schedule_for(model, args.intra_period, args.gop, args.closed_gop)
+    schedule = codec.schedule_for(model, args.intra_period, args.gop, args.closed_gop, args.mode)
     mode, margins = codec.default_mode(model), ()
     if args.calibration is not None:
         mode, margins = (CALIBRATED if args.calibration else FLOAT), args.calibration

@@ -82,6 +82,7 @@ class UnitCodec(NamedTuple):
       margins: their thresholds.
       steps: of units (without, with) references, see `registry.steps`.
       program: jitted, see `_unit_program`.
+      judge: jitted, of codecs that judge how reliable references are, see `_judge_program`.
     """
 
     model: Released
@@ -93,6 +94,7 @@ class UnitCodec(NamedTuple):
     margins: tuple[Margin, ...]
     steps: dict[bool, tuple[Step, ...]]
     program: Any
+    judge: Any = None
 
     def steps_of(self, refs: Any) -> tuple[Step, ...]:
         """The coding steps of a unit with references, or without if `refs` is empty or False."""
@@ -133,6 +135,9 @@ def prepare(
     tables = coder.prepare(model.tables)
     program = jax.jit(functools.partial(_unit_program, model, tables, width, height, mode))
     codec = UnitCodec(model, tables, width, height, mode, (), (), steps, program)
+    if _judges(codec):
+        judge = jax.jit(functools.partial(_judge_program, model, width, height))
+        codec = codec._replace(judge=judge)
     if mode == CALIBRATED:
         codec = with_margins(codec, margin_exponents or (MARGIN_EXPONENT,))
     return codec
@@ -180,6 +185,13 @@ def _unit_program(model, tables, width, height, mode, variables, planes, refs, q
     )
     b = bottleneck
     return pictures, new_refs, b.symbols, b.indices, b.flags, b.scales, b.state
+
+
+def _judge_program(model, width, height, variables, planes, refs, qp):
+    """Levels of reliability of a unit's references, int32 [references]."""
+    frames = planes_to_frames(planes, height, width, model.module.rgb)
+    logits = model.module.apply(variables, frames, refs, qp, method="reliability")
+    return jnp.argmax(logits[0], -1)
 
 
 def _pull_on_host(tables: coder.PreparedTables):
@@ -317,13 +329,52 @@ def encode_unit(
 
     Args:
       refs: what the units that are referred to left; () for none.
-      unit: of the schedule: its level and place between its references count.
+      unit: of the schedule: its level and place between its references count. If it does not say
+        how reliable these are, codecs that can judge that do so.
     """
     # What refers to a frame of a separate intra codec refers to its picture.
     render = render or unit.shown or (len(codec.steps) > 1 and not refs)
+    if refs and _judges(codec) and not unit.reliability:
+        unit = unit._replace(reliability=_judged(codec, refs, qps, unit, pictures))
     coded = _run(codec, refs, qps, FROM_PICTURE, render, unit, pictures=pictures)
     payload = coder.encode(list(zip(coded.symbols, coded.indices, strict=True)), codec.tables)
-    return _calibration_bytes(codec, coded) + payload, coded
+    return _reliability_byte(codec, refs, unit) + _calibration_bytes(codec, coded) + payload, coded
+
+
+def _judges(codec: UnitCodec) -> bool:
+    return hasattr(codec.model.module, "reliability")
+
+
+def _judged(codec, refs, qps, unit, pictures) -> tuple[int, ...]:
+    planes = tuple(np.stack(p) for p in zip(*pictures, strict=True))
+    slots = codec.model.module.complete(
+        refs, unit, _padded(codec.height), _padded(codec.width), codec.mode == EXACT
+    )
+    levels = codec.judge(codec.model.variables, planes, slots, np.array([qps], np.int32))
+    return tuple(np.asarray(levels)[: len(refs)].tolist())
+
+
+def _reliability_byte(codec: UnitCodec, refs: tuple, unit: schedules.Unit) -> bytes:
+    """Two bits for each reference, of codecs that judge them."""
+    if not refs or not _judges(codec):
+        return b""
+    return bytes([sum(level << 2 * i for i, level in enumerate(unit.reliability))])
+
+
+def read_reliability(
+    codec: UnitCodec, payload: bytes, refs: tuple, unit: schedules.Unit
+) -> tuple[schedules.Unit, bytes]:
+    """(a unit whose references count as they did for its encoder, the payload behind what says so).
+
+    Raises:
+      StreamError: the payload does not say it.
+    """
+    if not refs or not _judges(codec):
+        return unit, payload
+    if not payload or payload[0] >> 2 * len(refs):
+        raise StreamError("what the payload says about references is damaged")
+    levels = tuple(payload[0] >> 2 * i & 3 for i in range(len(refs)))
+    return unit._replace(reliability=levels), payload[1:]
 
 
 def _calibration_bytes(codec: UnitCodec, unit: CodedUnit) -> bytes:
@@ -371,6 +422,7 @@ def decode_unit(
     """
     if _xla_threads() < 2:
         return decode_unit_from_host(codec, payload, refs, qps, unit)
+    unit, payload = read_reliability(codec, payload, refs, unit)
     flags, payload = _split_payload(codec, payload, refs)
     with _ONE_AT_A_TIME:
         coded = _run(codec, refs, qps, FROM_STREAM, True, unit, payload=payload, flags=flags)
@@ -405,6 +457,7 @@ def decode_unit_from_host(
     indices of the next step. Slower, but needs nothing of the backend: a cross-check, and the way
     out where callbacks are not available.
     """
+    unit, payload = read_reliability(codec, payload, refs, unit)
     flags, payload = _split_payload(codec, payload, refs)
     buffer = np.frombuffer(payload, np.uint8)
     state = coder.begin_decode(buffer, len(payload))
@@ -442,6 +495,7 @@ class EncodedUnit(NamedTuple):
         picture of always are.
       coded: what the program left.
       ideal_bits: code length of the symbols under the integer tables.
+      reliability: see `nvc_jax.schedule.Unit`.
     """
 
     packet: Packet
@@ -449,6 +503,7 @@ class EncodedUnit(NamedTuple):
     recons: list[Planes] | None
     coded: CodedUnit
     ideal_bits: float
+    reliability: tuple[int, ...] = ()
 
 
 def modes(model: Released) -> dict[str, str]:
@@ -484,7 +539,8 @@ def schedule_for(
             gop = min(intra_period, 32) if intra_period and intra_period > 1 else 32
         return schedules.hierarchical(gop, intra_period, closed)
     if gop is not None or closed:
-        raise NvcError(f"'{model.name}' has no B-frames, so its groups cannot be chosen")
+        which = f"the mode '{mode}'" if mode else f"'{model.name}'"
+        raise NvcError(f"{which} has no B-frames, so its groups cannot be chosen")
     if name == "all_intra":
         return schedules.all_intra()
     return getattr(schedules, name)(intra_period or 0)
@@ -518,7 +574,8 @@ def encode(
 
     Args:
       layer_qp: added to the qp by layer of the hierarchy, lowest first; the last one counts for all
-        above, where the intra frames are. What leaves the range of qps is set to its end.
+        above, where the intra frames are. What leaves the range of qps is set to its end. By
+        default those of the codec.
 
     Raises:
       NvcError: qp out of range, or layers where there are none.
@@ -527,6 +584,8 @@ def encode(
         raise NvcError(f"schedule {schedule.name} has no layers whose qp could differ")
     if not 0 <= qp <= MAX_QP:
         raise NvcError(f"qp {qp} is out of range; give 0 (smallest file) to {MAX_QP} (best)")
+    if schedules.in_layers(schedule):
+        layer_qp = layer_qp or registry.entry(codec.model.codec).layer_qp
     pictures = iter(pictures)
     slots, frame, number = {}, 0, 0
     while group := list(islice(pictures, schedules.group_size(schedule, frame))):
@@ -549,7 +608,8 @@ def encode(
             packet = Packet(unit.frames, qps, payload, crc, not unit.refs, short)
             short = None  # said by the first packet of the group
             bits = coder.code_length_bits(steps, codec.tables)
-            yield EncodedUnit(packet, originals, coded.pictures, coded, bits)
+            trusted = read_reliability(codec, payload, refs, unit)[0].reliability
+            yield EncodedUnit(packet, originals, coded.pictures, coded, bits, trusted)
             number += 1
         frame += len(group)
 

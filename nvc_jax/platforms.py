@@ -27,7 +27,7 @@ from nvc_jax.files import replacing, writing
 from nvc_jax.machine import cores, processor
 from nvc_jax.video import Planes
 
-FORMAT = "nvc-record-2"
+FORMAT = "nvc-record-3"
 SAFETY = 4  # margins are at least this many times the largest difference seen
 
 
@@ -36,11 +36,13 @@ class Unit(NamedTuple):
 
     Attributes:
       qps: of its frames.
+      reliability: see `nvc_jax.schedule.Unit`.
       symbols: int16 [total], all steps in coding order.
       scales: float32 [elements], of all steps that have them.
     """
 
     qps: tuple[int, ...]
+    reliability: tuple[int, ...]
     symbols: np.ndarray
     scales: np.ndarray
 
@@ -115,7 +117,7 @@ def make_record(
     for unit in coding.encode(codec, pictures, qp, schedule):
         packet, found = unit.packet, unit.coded
         symbols = np.concatenate(found.symbols)
-        units.append(Unit(packet.qps, symbols, _scales(found)))
+        units.append(Unit(packet.qps, unit.reliability, symbols, _scales(found)))
         frames += len(packet.frames)
     if not units:
         raise NvcError("nothing to record: the clip has no frames")
@@ -156,7 +158,8 @@ def replay(codec: UnitCodec, record: Record) -> Iterator[tuple[schedules.Unit, c
     plan = schedules.plan(record.schedule, record.frames)
     for number, (unit, recorded) in enumerate(zip(plan, record.units, strict=True)):
         refs = coding.references(unit, slots)
-        coded = coding.replay_unit(codec, recorded.symbols, refs, recorded.qps, unit)
+        known = unit._replace(reliability=recorded.reliability)
+        coded = coding.replay_unit(codec, recorded.symbols, refs, recorded.qps, known)
         slots[number] = coded.refs
         for slot in unit.release:
             del slots[slot]
@@ -200,6 +203,7 @@ def save(path: str | Path, record: Record) -> None:
         "schedule": list(record.schedule.__dict__.values()),
         "machine": record.machine,
         "qps": [unit.qps for unit in record.units],
+        "reliability": [unit.reliability for unit in record.units],
     }
     arrays = {"facts": np.array(json.dumps(facts))}
     for number, unit in enumerate(record.units):
@@ -216,8 +220,10 @@ def load(path: str | Path) -> Record:
             if facts["format"] != FORMAT:
                 raise ValueError(f"format {facts['format']}, not {FORMAT}")
             units = tuple(
-                Unit(tuple(qps), arrays[f"symbols{number}"], arrays[f"scales{number}"])
-                for number, qps in enumerate(facts["qps"])
+                Unit(tuple(qps), tuple(trusted), arrays[f"symbols{n}"], arrays[f"scales{n}"])
+                for n, (qps, trusted) in enumerate(
+                    zip(facts["qps"], facts["reliability"], strict=True)
+                )
             )
         return Record(
             bytes.fromhex(facts["fingerprint"]), facts["width"], facts["height"], facts["frames"],

@@ -231,13 +231,12 @@ def _long_term(schedule: Schedule, first_frame: int, count: int, first_unit: int
 
     refs = references(first_frame)
     slots = {frame: first_unit - first_frame + frame for frame in (*refs, first_frame)}
-    since = since_intra(first_frame)
     return [
         Unit(
             (first_frame,),
             tuple(slots[frame] for frame in refs),
             0,
-            (QP_OFFSETS[since % len(QP_OFFSETS)] if since else max(QP_OFFSETS),),
+            (QP_OFFSETS[since_intra(first_frame) % len(QP_OFFSETS)] if refs else max(QP_OFFSETS),),
             tuple(slots[frame] for frame in slots if frame not in references(first_frame + 1)),
             distances=tuple(frame - first_frame for frame in refs),
         )

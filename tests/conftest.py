@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,30 +108,54 @@ def assert_same_pictures(some, others) -> None:
             np.testing.assert_array_equal(a, b, err_msg=f"picture {number}, plane {plane}")
 
 
-@pytest.fixture(scope="session")
-def model_files(tmp_path_factory) -> dict[str, Path]:
-    """Name -> file of a small released model with random weights: codecs of `SIZES`, and others.
+# Name of a small model -> (codec, size): codecs of `SIZES`, and others. "single" is UI2C with one
+# frame per unit, "brhvc" has B-frames, "dcvc_rt" predicted frames after those of an intra codec,
+# "uni_lvc" codes in any order.
+MODELS = {name: (name, size) for name, size in SIZES.items()} | {
+    "single": ("ui2c", SIZES["ui2c"] | {"frames": 1}),
+    "brhvc": ("brhvc", B_FRAMES),
+    "dcvc_rt": ("dcvc_rt", PREDICTED),
+    "uni_lvc": ("uni_lvc", ANY_ORDER),
+}
 
-    "single" is UI2C with one frame per unit, "brhvc" has B-frames, "dcvc_rt" predicted
-    frames after those of an intra codec, "uni_lvc" codes in any order.
-    """
-    folder = tmp_path_factory.mktemp("models")
-    kinds = {name: (name, size) for name, size in SIZES.items()}
-    kinds["single"] = ("ui2c", SIZES["ui2c"] | {"frames": 1})
-    kinds["brhvc"] = ("brhvc", B_FRAMES)
-    kinds["dcvc_rt"] = ("dcvc_rt", PREDICTED)
-    kinds["uni_lvc"] = ("uni_lvc", ANY_ORDER)
-    files = {}
-    for name, (codec_name, size) in kinds.items():
-        module, files[name] = registry.build(codec_name, size), folder / f"tiny-{name}.safetensors"
-        frozen = released.freeze(f"tiny-{name}", codec_name, module, random_parameters(module))
-        released.save(files[name], *frozen)
-    return files
+
+class ModelFiles(Mapping):
+    """Name in `MODELS` -> file of a released model with random weights, made when asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __getitem__(self, name: str) -> Path:
+        codec_name, size = MODELS[name]
+        path = self.folder / f"tiny-{name}.safetensors"
+        if not path.exists():
+            module = registry.build(codec_name, size)
+            frozen = released.freeze(f"tiny-{name}", codec_name, module, random_parameters(module))
+            released.save(path, *frozen)
+        return path
+
+    def __iter__(self):
+        return iter(MODELS)
+
+    def __len__(self):
+        return len(MODELS)
+
+
+@pytest.fixture(scope="session")
+def model_files(tmp_path_factory) -> ModelFiles:
+    return ModelFiles(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def small_models_shipped(model_files, monkeypatch):
+    """The package ships the small models "ui2c" and "intra" instead of its own."""
+    monkeypatch.setattr(released, "SHIPPED", model_files["ui2c"].parent)
+    assert model_files["intra"].parent == released.SHIPPED
 
 
 @pytest.fixture(scope="session")
 def prepared(model_files):
-    """prepared(name in `model_files`, width, height, ...): as `codec.prepare`, compiled once.
+    """prepared(name in `MODELS`, width, height, ...): as `codec.prepare`, compiled once.
 
     Margins are inputs of a program, so that codecs that differ in nothing else share one.
     """

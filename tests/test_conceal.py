@@ -12,7 +12,6 @@ from conftest import assert_same_pictures, noise
 
 from nvc_jax import bitstream, cli, codec
 from nvc_jax.entropy.calibration import FLOAT
-from nvc_jax.models import released
 from nvc_jax.video import VideoInfo, open_video
 
 WIDTH, HEIGHT, UNITS = 37, 23, 8
@@ -31,9 +30,8 @@ def coded(prepared):
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch, model_files):
+def folder(tmp_path, monkeypatch, small_models_shipped):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(released, "SHIPPED", next(iter(model_files.values())).parent)
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from nvc_jax import bitstream, cli, codec, schedule
 from nvc_jax.entropy.calibration import CALIBRATED
 from nvc_jax.errors import NvcError
-from nvc_jax.models import released
 from nvc_jax.video import WRITABLE, Colour, VideoInfo, open_video, write_video
 
 WIDTH, HEIGHT = 37, 23
@@ -148,9 +147,8 @@ def stream(prepared):
 
 
 @pytest.fixture
-def outcome(prepare_once, tmp_path, monkeypatch, model_files, capsys):
+def outcome(prepare_once, tmp_path, monkeypatch, small_models_shipped, capsys):
     """outcome(data, name of the output, options...) decodes and returns (status, frames)."""
-    monkeypatch.setattr(released, "SHIPPED", next(iter(model_files.values())).parent)
     monkeypatch.chdir(tmp_path)
 
     def decode(data, output, *options):

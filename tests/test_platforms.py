@@ -5,6 +5,7 @@ in a program as another order of additions would, only more; processes with othe
 compiler are tested too, but slowly.
 """
 
+import itertools
 import json
 import platform
 
@@ -104,6 +105,19 @@ def test_one_machine_agrees_with_itself(prepared, tmp_path):
         np.testing.assert_array_equal(a.scales, b.scales)
     difference = platforms.compare(here, again)
     assert difference == {0: platforms.Difference(3, 0.0, 0, 20)}
+
+
+def test_records_keep_how_far_references_were_trusted(prepared, monkeypatch, tmp_path):
+    """Uni-LVC's encoder judges them; whoever goes through its symbols must see them alike."""
+    here = prepared("uni_lvc", WIDTH, HEIGHT, CALIBRATED)
+    levels = itertools.cycle([(3, 1), (0, 2), (1, 0)])
+    monkeypatch.setattr(codec, "_judged", lambda *args: next(levels)[: len(args[1])])
+    order = codec.schedule_for(here.model, mode="ld")
+    record = platforms.make_record(here, CLIP[:5], 30, order)
+    assert [unit.reliability for unit in record.units] == [(), (3,), (0, 2), (1, 0), (3, 1)]
+    platforms.save(tmp_path / "a.npz", record)
+    difference = platforms.compare(here, platforms.load(tmp_path / "a.npz"))
+    assert difference == {0: platforms.Difference(5, 0.0, 0, 20)}
 
 
 def test_records_of_other_models_and_other_files_are_refused(prepared, tmp_path):

@@ -91,7 +91,7 @@ def test_the_long_term_reference_is_the_last_of_the_best():
     assert all(once[n] == (n - 1, 1) for n in range(3, 11))
     assert all(once[n] == (n - 1, 9) for n in range(11, 19))
     assert once[19] == (18, 17)
-    # Every intra frame starts anew, at the quality of the best.
+    # Every intra frame starts anew.
     again = list(schedule.plan(schedule.low_delay_long(12), 24))
     assert [(u.refs, u.qp_offset) for u in again[12:]] == [
         (tuple(12 + r for r in u.refs), u.qp_offset) for u in again[:12]
@@ -189,8 +189,8 @@ def test_two_frame_starts_afresh_every_intra_period(half_period, length):
 def test_two_frame_pairs_chain_and_vary_quality():
     assert list(schedule.plan(schedule.two_frame(), 5)) == [
         Unit((0, 1), (), 0, (0, 8), ()),
-        Unit((2, 3), (0,), 0, (0, 4), (0,)),
-        Unit((4,), (1,), 0, (0,), (1,)),
+        Unit((2, 3), (0,), 0, (0, 4), (0,), distances=(-1,)),
+        Unit((4,), (1,), 0, (0,), (1,), distances=(-1,)),
     ]
     offsets = [unit.qp_offset for unit in schedule.plan(schedule.two_frame(), 12)]
     assert offsets == [(0, 8), (0, 4), (0, 4), (0, 4), (0, 8), (0, 4)]
@@ -199,9 +199,9 @@ def test_two_frame_pairs_chain_and_vary_quality():
 def test_low_delay_frames_chain_and_vary_quality():
     assert list(schedule.plan(schedule.low_delay(2), 4)) == [
         Unit((0,), (), 0, (0,), ()),
-        Unit((1,), (0,), 0, (8,), (0, 1)),
+        Unit((1,), (0,), 0, (8,), (0, 1), distances=(-1,)),
         Unit((2,), (), 0, (0,), ()),
-        Unit((3,), (2,), 0, (4,), (2, 3)),
+        Unit((3,), (2,), 0, (4,), (2, 3), distances=(-1,)),
     ]
 
 

@@ -10,6 +10,7 @@ from nvc_jax import bitstream, codec
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT
+from nvc_jax.errors import StreamError
 from nvc_jax.models import registry, uni_lvc
 from nvc_jax.schedule import Unit
 from nvc_jax.video import VideoInfo
@@ -56,8 +57,17 @@ def test_untrained_sites_change_nothing():
     site = uni_lvc.Site(MODEL.cfg)
     x, tokens = (jax.random.normal(jax.random.key(n), (1, 8, 10, 16)) for n in range(2))
     slots = references(BETWEEN, fresh)
-    out = site.apply({"params": fresh["decoder"]["site0"]}, x, slots, [tokens, tokens])
+    out = site.apply({"params": fresh["sites_0"]}, x, slots, [tokens, tokens])
     np.testing.assert_array_equal(out, x)
+
+
+def test_where_nothing_is_found_nothing_is_added():
+    site = uni_lvc.Site(MODEL.cfg)
+    x, tokens = (jax.random.normal(jax.random.key(n), (1, 8, 10, 16)) for n in range(2))
+    for levels, same in (((3, 0), False), ((0, 0), True)):
+        slots = references(BETWEEN._replace(reliability=levels))
+        out = site.apply({"params": PARAMS["sites_0"]}, x, slots, [tokens, tokens])
+        assert np.array_equal(out, x) == same
 
 
 def test_references_in_the_other_order_are_the_same_to_the_networks():
@@ -83,10 +93,21 @@ def test_without_trust_a_unit_is_an_intra_unit(prepared, mode):
     nobody = BETWEEN._replace(reliability=(0, 0))
     intra, coded_intra = codec.encode_unit(unit_codec, CLIP[3:4], (), (30,), True, INTRA)
     inter, coded_inter = codec.encode_unit(unit_codec, CLIP[3:4], refs, (30,), True, nobody)
-    assert inter == intra
+    assert inter == b"\0" + intra
     assert_same_pictures(coded_inter.pictures, coded_intra.pictures)
-    trusting, _ = codec.encode_unit(unit_codec, CLIP[3:4], refs, (30,), True, BETWEEN)
-    assert trusting != intra
+    full = BETWEEN._replace(reliability=(3, 3))
+    trusting, _ = codec.encode_unit(unit_codec, CLIP[3:4], refs, (30,), True, full)
+    assert trusting[:1] == b"\x0f" and trusting[1:] != intra
+
+
+def test_damaged_reliabilities_are_refused(prepared):
+    unit_codec = prepared("uni_lvc", WIDTH, HEIGHT)
+    _, first = codec.encode_unit(unit_codec, CLIP[:1], (), (30,), False, INTRA)
+    unit = BETWEEN._replace(refs=(0,), distances=(-1,))
+    payload, _ = codec.encode_unit(unit_codec, CLIP[3:4], first.refs, (30,), False, unit)
+    for wrong in (b"", b"\x04" + payload[1:], b"\xf0" + payload[1:]):
+        with pytest.raises(StreamError, match="references is damaged"):
+            codec.decode_unit(unit_codec, wrong, first.refs, (30,), unit)
 
 
 @pytest.mark.parametrize("mode", ["ai", "ld", "ra"])
@@ -110,6 +131,6 @@ def test_all_modes_with_the_same_weights(prepared, tmp_path, mode):
 def test_parts_of_a_site_can_be_left_out(left_out):
     less = registry.build("uni_lvc", ANY_ORDER | {left_out: False})
     names = {"near": "align", "linear": "linear", "gate": "gate"}
-    lookup = registry.param_shapes(less)["decoder"]["site0"]["lookup"]
+    lookup = registry.param_shapes(less)["sites_0"]["lookup"]
     assert names[left_out] not in lookup
     assert set(names.values()) - set(lookup) == {names[left_out]}

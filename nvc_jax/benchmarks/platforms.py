@@ -189,6 +189,7 @@ def run_decode(job: dict) -> None:
                     wrong = True
                 failed.append(wrong)
                 if wrong:
+                    unit, _ = coding.read_reliability(codec, packet.payload, refs, unit)
                     decoded = coding.replay_unit(codec, symbols[number], refs, packet.qps, unit)
                 slots[number] = decoded.refs
                 for slot in unit.release:

@@ -39,7 +39,7 @@ def as_plain_convolutions(next_fun, args, kwargs, context):
         params, size, groups = params["dense"], (1, 1), 1
         kernel = params["kernel"][None, None]
     else:
-        size, groups = (3, 3), x.shape[-1]
+        size, groups = params["kernel"].shape[:2], x.shape[-1]
         kernel = params["kernel"][:, :, None]
     conv = nn.Conv(
         kernel.shape[-1], size, padding=size[0] // 2, feature_group_count=groups,

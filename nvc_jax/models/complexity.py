@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from nvc_jax.errors import NvcError
 from nvc_jax.models.brhvc import Between
-from nvc_jax.models.registry import has_scale_head, param_shapes
+from nvc_jax.models.registry import UNIT, has_scale_head, param_shapes
 from nvc_jax.models.with_intra import WithIntra
 from nvc_jax.nn.attention import neighbourhood_attention
 from nvc_jax.nn.blocks import depthwise
@@ -159,7 +159,11 @@ def _units(model: nn.Module) -> _Units:
 
     def left_by(refs):
         left = jax.eval_shape(_forward(model, bottleneck), params, frames, refs, qp)[1]
-        return Between(*left, *left, 0, 0.5) if model.references == 2 else left
+        if model.references < 2:
+            return left
+        if isinstance(model, WithIntra):
+            return Between(*left, *left, 0, 0.5)
+        return model.complete(2 * left, UNIT, SIDE, SIDE, bottleneck.exact)
 
     kinds = [(), left_by(())]
     if isinstance(model, WithIntra):  # the second refers to intra frames, the third no more
@@ -170,6 +174,15 @@ def _units(model: nn.Module) -> _Units:
 def _forward(model, bottleneck):
     return lambda params, frames, refs, qp: model.apply(
         {"params": params}, frames, refs, qp, bottleneck
+    )
+
+
+def _judgement(model):
+    """What an encoder computes before it codes a unit that has references; None for nothing."""
+    if not hasattr(model, "reliability"):
+        return None
+    return lambda params, frames, refs, qp: model.apply(
+        {"params": params}, frames, refs, qp, method="reliability"
     )
 
 
@@ -216,7 +229,10 @@ def _macs_by_subnetwork(model: nn.Module, units: _Units, refs: tuple) -> dict[st
 
     with nn.intercept_methods(record):
         bottleneck = _Everything(has_scale_head(model))
-        jax.eval_shape(_forward(model, bottleneck), units.params, units.frames, refs, units.qp)
+        args = units.params, units.frames, refs, units.qp
+        jax.eval_shape(_forward(model, bottleneck), *args)
+        if refs and _judgement(model):
+            jax.eval_shape(_judgement(model), *args)
 
     totals, params = {}, _by_subnetwork(model, units.params)
     for name, network, method, shapes, merge in calls:
@@ -277,12 +293,13 @@ def coding_cost(model: nn.Module) -> dict[str, float]:
     """
     units, exact = _units(model), has_scale_head(model)
 
-    def cost(bottleneck):
+    def cost(forward):
         args = units.params, units.frames, units.kinds[-1], units.qp
-        pixels = model.frames_per_unit * SIDE * SIDE
-        return macs(_forward(model, bottleneck), *args) / (1000 * pixels)
+        return macs(forward, *args) / (1000 * model.frames_per_unit * SIDE * SIDE)
 
+    judgement = _judgement(model)
     return {
-        "encode_kmac_per_pixel": cost(_Encode(exact)),
-        "decode_kmac_per_pixel": cost(_Decode(exact)),
+        "encode_kmac_per_pixel": cost(_forward(model, _Encode(exact)))
+        + (cost(judgement) if judgement else 0),
+        "decode_kmac_per_pixel": cost(_forward(model, _Decode(exact))),
     }

@@ -30,6 +30,7 @@ class Entry(NamedTuple):
       qp_offsets, frame_weights: by frame number modulo their length, what is added to the qp, and
         the weight of the frame's distortion in training.
       layer_weights: the latter by layer, for codecs of B-frames.
+      layer_qp: likewise what is added to the qp; the last one also for the layers above.
     """
 
     module: type[nn.Module]
@@ -39,6 +40,7 @@ class Entry(NamedTuple):
     qp_offsets: tuple[int, ...] = (0,)
     frame_weights: tuple[float, ...] = (1.0,)
     layer_weights: tuple[float, ...] = (1.0,)
+    layer_qp: tuple[int, ...] = ()
 
 
 CODECS = {
@@ -60,7 +62,14 @@ CODECS = {
         "video",
         layer_weights=brhvc.LAYER_WEIGHTS,
     ),
-    "uni_lvc": Entry(uni_lvc.UniLVC, uni_lvc.Config, uni_lvc.SIZES, "video"),
+    "uni_lvc": Entry(
+        uni_lvc.UniLVC,
+        uni_lvc.Config,
+        uni_lvc.SIZES,
+        "video",
+        layer_weights=uni_lvc.LAYER_WEIGHTS,
+        layer_qp=uni_lvc.LAYER_QP,
+    ),
 }
 
 
@@ -123,6 +132,11 @@ def size_as_dict(model: nn.Module) -> dict:
 def has_scale_head(model: nn.Module) -> bool:
     """Whether the codec can find its scales by integer arithmetic, see `nvc_jax.nn.integer`."""
     return getattr(model.cfg, "scale_head", 0) > 0
+
+
+def in_any_order(model: nn.Module) -> bool:
+    """Whether the codec's pictures may have any references, or none."""
+    return hasattr(model, "modes")
 
 
 def networks(model: nn.Module, params: dict) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from nvc_jax.nn.blocks import (
     QpTable,
     Up,
     depth_to_space,
+    precision_of,
     space_to_depth,
     wsilu,
 )
@@ -49,7 +50,12 @@ from nvc_jax.nn.warp import halve, warp_groups
 QP_ROWS = 72  # 64 quality points and offsets of up to 8
 STEPS = 4  # of the spatial prior
 REACH = 64.0  # pixels that motion may span in an adaptation site
-RELIABILITIES = 4  # levels, from "not at all" to "fully"
+RELIABILITIES = 4  # levels, from "not at all" to "fully"; a stream has two bits for them
+# By layer of the hierarchy in random access, from frames between neighbours up to anchors.
+LAYER_QP = (0, 0, 2, 4, 6, 8)
+# On the distortion, in training; likewise by layer, and of pictures on their own.
+LAYER_WEIGHTS = (0.4, 0.5, 0.7, 0.9, 1.2, 1.5)
+ALONE_WEIGHT = 1.5
 NEAR_PAST, FAR_PAST, FUTURE = range(3)  # what a reference is to the picture
 
 
@@ -128,12 +134,21 @@ class Slot(NamedTuple):
       role: int32 [b], NEAR_PAST, FAR_PAST or FUTURE.
       distance: float32 [b], in frames, positive.
       reliability: float32 [b], 0 to 1: how much it counts. 0 also where there is no reference.
+      looked_at: bool [b], False for a reference that surely does not count: if it is one for all of
+        a batch, nothing is computed for it. In training also those that count 0 are looked at, or
+        nothing could teach that they should count.
     """
 
     ref: Ref
     role: jax.Array
     distance: jax.Array
     reliability: jax.Array
+    looked_at: jax.Array
+
+
+def role(number: int, distance: int) -> int:
+    """What the reference of this number is, so many frames behind the picture (before: below 0)."""
+    return FUTURE if distance > 0 else FAR_PAST if number else NEAR_PAST
 
 
 class Tokens(nn.Module):
@@ -142,9 +157,9 @@ class Tokens(nn.Module):
     cfg: Config
 
     @nn.compact
-    def __call__(self, slot):
+    def __call__(self, feature, slot):
         c = self.cfg
-        x = slot.ref.feature
+        x = feature
         for i in range(2):
             x = DepthConvBlock(c.tokens, c.form, name=f"block{i}")(x)
         roles = self.param("roles", nn.initializers.normal(0.1), (3, c.tokens))
@@ -164,13 +179,14 @@ class Alignment(nn.Module):
 
     groups: int
     reach: float
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, query, tokens):
         """query, tokens [b, h, w, c] -> [b, h, w, c]."""
         b, h, w, c = tokens.shape
-        x = Pointwise(c, name="join")(jnp.concatenate([query, tokens], -1))
-        x = wsilu(Depthwise(size=5, name="depth")(x))
+        x = Pointwise(c, self.dtype, name="join")(jnp.concatenate([query, tokens], -1))
+        x = wsilu(Depthwise(self.dtype, size=5, name="depth")(x))
         flow = Pointwise(2 * self.groups, kernel_init=nn.initializers.zeros, name="flow")(x)
         flow = self.reach * jnp.tanh(flow).reshape(b, h, w, self.groups, 2)
         grouped = tokens.reshape(b, h, w, self.groups, c // self.groups)
@@ -181,25 +197,61 @@ class Global(nn.Module):
     """Linear attention to the whole reference, at half of the resolution of the features."""
 
     cfg: Config
+    dtype: Any
 
     @nn.compact
     def __call__(self, query, tokens):
         c = self.cfg
-        x = Pointwise(c.tokens, name="query_patch")(space_to_depth(query, 2))
-        t = Pointwise(c.tokens, name="token_patch")(space_to_depth(tokens, 2))
-        q, gate = jnp.split(Pointwise(2 * c.tokens, name="query")(x), 2, -1)
-        k, v = jnp.split(Pointwise(2 * c.tokens, name="key_value")(t), 2, -1)
+        dense = partial(Pointwise, dtype=self.dtype)
+        x = dense(c.tokens, name="query_patch")(space_to_depth(query, 2))
+        t = dense(c.tokens, name="token_patch")(space_to_depth(tokens, 2))
+        q, gate = jnp.split(dense(2 * c.tokens, name="query")(x), 2, -1)
+        k, v = jnp.split(dense(2 * c.tokens, name="key_value")(t), 2, -1)
         # Positions tell themselves apart by their surroundings, at any size of picture.
-        k = k + Depthwise(name="place")(k)
+        k = k + Depthwise(self.dtype, name="place")(k)
         unit = jax.nn.softplus(self.param("temperature", nn.initializers.zeros, (c.tokens,)))
         heads = (c.heads, c.tokens // c.heads)
         power = 1 + 4 * jax.nn.sigmoid(self.param("power", nn.initializers.zeros, heads))
         b, h, w, _ = x.shape
-        out = polarity_attention(
-            *(a.reshape(b, h * w, *heads) for a in (q / unit, k / unit, v)), power
-        ).reshape(b, h, w, -1)
-        out = (out + Depthwise(size=5, name="near")(v)) * gate
-        return depth_to_space(Pointwise(4 * c.tokens, name="subpixel")(out), 2)
+        # In float32: sums over whole pictures. At unit size: what is raised to powers stays finite.
+        parts = (a.astype(jnp.float32).reshape(b, h * w, *heads) for a in (q / unit, k / unit, v))
+        q, k, values = parts
+        out = polarity_attention(_normal(q), _normal(k), values, power)
+        out = out.reshape(b, h, w, -1).astype(v.dtype)
+        out = (out + Depthwise(self.dtype, size=5, name="near")(v)) * gate
+        return depth_to_space(dense(4 * c.tokens, name="subpixel")(out), 2)
+
+
+def _normal(x):
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+
+
+class ReferenceLookup(nn.Module):
+    """What a query finds in one reference: [b, h, w, tokens]."""
+
+    cfg: Config
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, query, tokens):
+        c = self.cfg
+        b, h, w, _ = query.shape
+        heads = (b, h, w, c.heads, c.tokens // c.heads)
+        tokens = tokens.astype(self.dtype)
+        found = jnp.zeros_like(query)
+        if c.near:
+            moved = Alignment(c.groups, REACH / 8, self.dtype, name="align")(query, tokens)
+            k, v = jnp.split(Pointwise(2 * c.tokens, self.dtype, name="key_value")(moved), 2, -1)
+            bias = self.param("bias", nn.initializers.zeros, (c.heads, c.window, c.window))
+            parts = (a.reshape(heads) for a in (query, k, v))
+            found += neighbourhood_attention(*parts, bias).reshape(query.shape)
+        if c.linear:
+            found += Global(c, self.dtype, name="linear")(query, tokens)
+        if c.gate:
+            both = jnp.concatenate([query, found], -1)
+            gate = jax.nn.sigmoid(Pointwise(c.heads, self.dtype, name="gate")(both))
+            found = (found.reshape(heads) * gate[..., None]).reshape(query.shape)
+        return found
 
 
 class Site(nn.Module):
@@ -209,55 +261,39 @@ class Site(nn.Module):
     """
 
     cfg: Config
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x, slots, tokens):
         c = self.cfg
-        query = Pointwise(c.tokens, name="query")(x)
-        find = _Lookup(c, name="lookup")
+        query = Pointwise(c.tokens, self.dtype, name="query")(x)
+        lookup = ReferenceLookup(c, self.dtype, name="lookup")
         found = sum(
-            _if_reliable(find, slot, query.shape, query, t)
+            _if_looked_at(lookup, slot, query.shape, query, t) * _share(slot).astype(query.dtype)
             for slot, t in zip(slots, tokens, strict=True)
         )
-        zeros = nn.initializers.zeros
-        return x + Pointwise(x.shape[-1], kernel_init=zeros, name="out")(found)
+        # Without a bias: of nothing found nothing is added.
+        out = nn.Dense(
+            x.shape[-1], use_bias=False, dtype=self.dtype, precision=precision_of(self.dtype),
+            kernel_init=nn.initializers.zeros, name="out",
+        )  # fmt: skip
+        return x + out(found)
 
 
-class _Lookup(nn.Module):
-    """What a query finds in one reference: [b, h, w, tokens]."""
-
-    cfg: Config
-
-    @nn.compact
-    def __call__(self, query, tokens):
-        c = self.cfg
-        b, h, w, _ = query.shape
-        heads = (b, h, w, c.heads, c.tokens // c.heads)
-        found = jnp.zeros_like(query)
-        if c.near:
-            moved = Alignment(c.groups, REACH / 8, name="align")(query, tokens)
-            k, v = jnp.split(Pointwise(2 * c.tokens, name="key_value")(moved), 2, -1)
-            bias = self.param("bias", nn.initializers.zeros, (c.heads, c.window, c.window))
-            found += neighbourhood_attention(
-                *(a.reshape(heads) for a in (query, k, v)), bias
-            ).reshape(query.shape)
-        if c.linear:
-            found += Global(c, name="linear")(query, tokens)
-        if c.gate:
-            gate = Pointwise(c.heads, name="gate")(jnp.concatenate([query, found], -1))
-            found = (found.reshape(heads) * jax.nn.sigmoid(gate)[..., None]).reshape(query.shape)
-        return found
+def _share(slot):
+    return slot.reliability[:, None, None, None]
 
 
-def _if_reliable(module, slot, shape, *args):
-    """module(*args) [b, ...] of this shape, times the slot's reliability; not computed for 0."""
-
-    def look(m):
-        return m(*args) * slot.reliability.reshape(-1, *[1] * (len(shape) - 1))
-
+def _if_looked_at(module, slot, shape, *args):
+    """module(*args), which has this shape; zeros, for nothing, if the reference does not count."""
     if module.is_initializing():
-        return look(module)
-    return nn.cond(jnp.any(slot.reliability > 0), look, lambda m: jnp.zeros(shape), module)
+        return module(*args)
+    dtype = args[0].dtype
+
+    def nothing(m):
+        return jnp.zeros(shape, dtype)
+
+    return nn.cond(jnp.any(slot.looked_at), lambda m: m(*args), nothing, module)
 
 
 class TemporalPrior(nn.Module):
@@ -269,17 +305,20 @@ class TemporalPrior(nn.Module):
     def __call__(self, hyper, slots, tokens):
         c = self.cfg
         query = Pointwise(c.tokens, name="query")(hyper)
-        look = _PriorLookup(c, name="lookup")
+        lookup = PriorLookup(c, name="lookup")
         shape = (*query.shape[:3], c.temporal)
         total = sum(
-            _if_reliable(look, slot, shape, query, t) for slot, t in zip(slots, tokens, strict=True)
+            _if_looked_at(lookup, slot, shape, query, t) * _share(slot)
+            for slot, t in zip(slots, tokens, strict=True)
         )
         nothing = self.param("nothing", nn.initializers.normal(0.1), (c.temporal,))
         most = jnp.stack([slot.reliability for slot in slots]).max(0)
         return total + (1 - most)[:, None, None, None] * nothing
 
 
-class _PriorLookup(nn.Module):
+class PriorLookup(nn.Module):
+    """What the hyper-latent's parameters find in one reference: [b, h/16, w/16, temporal]."""
+
     cfg: Config
 
     @nn.compact
@@ -288,45 +327,6 @@ class _PriorLookup(nn.Module):
         x = Pointwise(c.tokens, name="patch")(space_to_depth(tokens, 2))
         x = Alignment(c.groups, REACH / 16, name="align")(query, x)
         return DepthConvBlock(c.temporal, c.form, name="block")(x)
-
-
-class Encoder(nn.Module):
-    cfg: Config
-    dtype: Any
-
-    def setup(self):
-        c = self.cfg
-        blocks = partial(Blocks, c.width, form=c.form, dtype=self.dtype)
-        self.patch = DepthConvBlock(c.width, c.form, dtype=self.dtype)
-        self.early, self.late = blocks(c.encoder // 2), blocks(c.encoder - c.encoder // 2)
-        self.sites = [Site(c) for _ in range(2)]
-        self.latent = Conv3x3(c.y, 2, self.dtype)
-
-    def begin(self, frame, q):
-        return self.patch(space_to_depth(frame, 8)) * q
-
-    def __call__(self, frame, q, slots, tokens):
-        x = self.sites[0](self.begin(frame, q), slots, tokens)
-        x = self.sites[1](self.early(x), slots, tokens)
-        return self.latent(self.late(x))
-
-
-class Decoder(nn.Module):
-    """Latent -> (features of the picture, what is kept for later pictures)."""
-
-    cfg: Config
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, y_hat, slots, tokens):
-        c = self.cfg
-        blocks = partial(Blocks, c.width, form=c.form, dtype=self.dtype)
-        x = Up(c.width, c.form, self.dtype, name="up")(y_hat)
-        x = Site(c, name="site0")(x, slots, tokens)
-        x = blocks(c.decoder // 2, name="early")(x)
-        x = Site(c, name="site1")(x, slots, tokens)
-        x = blocks(c.decoder - c.decoder // 2, name="late")(x)
-        return x, Pointwise(c.feature, self.dtype, name="kept")(x)
 
 
 class Judge(nn.Module):
@@ -346,7 +346,15 @@ class Judge(nn.Module):
             x = DepthConvBlock(c.judge, c.form, name=f"block{i}")(x)
         facts = jnp.stack([jnp.log2(slot.distance), qp / 63, slot.ref.qp / 63], -1)
         x = jnp.concatenate([x.mean((1, 2)), x.max((1, 2)), facts], -1)
-        return Pointwise(RELIABILITIES, name="levels")(wsilu(Pointwise(c.judge, name="hidden")(x)))
+        x = wsilu(Pointwise(c.judge, name="hidden")(x))
+        # Untrained, it trusts everything.
+        levels = partial(Pointwise, RELIABILITIES, kernel_init=nn.initializers.zeros)
+        return levels(bias_init=_trusting, name="levels")(x)
+
+
+def _trusting(key, shape, dtype=jnp.float32):
+    del key
+    return jnp.zeros(shape, dtype).at[-1].set(4.0)
 
 
 class UniLVC(nn.Module):
@@ -366,7 +374,14 @@ class UniLVC(nn.Module):
         c = self.cfg
         self.tokens = Tokens(c)
         self.judge = Judge(c)
-        self.encoder = Encoder(c, self.dtype)
+        blocks = partial(Blocks, c.width, form=c.form, dtype=self.dtype)
+        self.sites = [
+            Site(c, self.dtype) for _ in range(4)
+        ]  # two in the encoder, two in the decoder
+        self.patch = DepthConvBlock(c.width, c.form, dtype=self.dtype)
+        self.encoder_early = blocks(c.encoder // 2)
+        self.encoder_late = blocks(c.encoder - c.encoder // 2)
+        self.latent = Conv3x3(c.y, 2, self.dtype)
         self.q_encoder = QpTable(QP_ROWS, c.width, self.dtype)
         self.q_latent = QpTable(QP_ROWS, c.y, ramp=True)
         self.hyper_encoder = HyperEncoder(c.z, c.form)
@@ -381,7 +396,10 @@ class UniLVC(nn.Module):
         self.spatial_prior = ParameterNet(c.y, c.spatial_width, c.spatial, c.form)
         if c.scale_head:
             self.scale_head = ScaleHead(c.y, c.scale_head, steps=1, references=2)
-        self.decoder = Decoder(c, self.dtype)
+        self.up = Up(c.width, c.form, self.dtype)
+        self.decoder_early = blocks(c.decoder // 2)
+        self.decoder_late = blocks(c.decoder - c.decoder // 2)
+        self.kept = Pointwise(c.feature, self.dtype)
         self.q_decoder = QpTable(QP_ROWS, c.width, self.dtype)
         self.pixels = DepthConvBlock(192, c.form, dtype=self.dtype)
 
@@ -389,31 +407,28 @@ class UniLVC(nn.Module):
         """See `nvc_jax.models.ui2c.UI2C.complete`. Always two slots, of which some are empty."""
         slots = []
         for i in range(2):
-            slot = self._empty(1, height, width, exact)
+            slot = self._empty(1, height, width)
+            if exact:
+                shape = (1, height // 16, width // 16, memory_channels(self.cfg.y))
+                slot = slot._replace(ref=slot.ref._replace(memory=jnp.zeros(shape, jnp.int8)))
             # A reference that is named twice counts once.
             if i < len(refs) and unit.distances[i] not in unit.distances[:i]:
-                distance = unit.distances[i]
-                role = FUTURE if distance > 0 else FAR_PAST if i else NEAR_PAST
                 highest = RELIABILITIES - 1
                 level = unit.reliability[i] if unit.reliability else highest
                 slot = Slot(
                     refs[i],
-                    np.array([role], np.int32),
-                    np.array([abs(distance)], np.float32),
+                    np.array([role(i, unit.distances[i])], np.int32),
+                    np.array([abs(unit.distances[i])], np.float32),
                     np.array([level / highest], np.float32),
+                    np.array([level > 0]),
                 )
             slots.append(slot)
         return tuple(slots)
 
-    def _empty(self, batch, height, width, exact):
-        c = self.cfg
-        feature = jnp.zeros((batch, height // 8, width // 8, c.feature))
+    def _empty(self, batch, height, width):
+        feature = jnp.zeros((batch, height // 8, width // 8, self.cfg.feature))
         numbers, ones = np.zeros(batch, np.int32), np.ones(batch, np.float32)
-        memory = None
-        if exact:
-            shape = (batch, height // 16, width // 16, memory_channels(c.y))
-            memory = jnp.zeros(shape, jnp.int8)
-        return Slot(Ref(feature, numbers, memory), numbers, ones, 0 * ones)
+        return Slot(Ref(feature, numbers), numbers, ones, 0 * ones, ones == 0)
 
     def reliability(self, frames, refs, qp):
         """Logits of how reliable the references are, [b, 2, levels]; for encoders.
@@ -421,9 +436,25 @@ class UniLVC(nn.Module):
         Arguments as those of `__call__`.
         """
         qp = qp[:, 0]
+        features = self._features(frames, qp).astype(jnp.float32)
+        tokens = self._tokens(refs)
+        return jnp.stack(
+            [self.judge(features, *of, qp) for of in zip(refs, tokens, strict=True)], 1
+        )
+
+    def _tokens(self, slots):
+        c = self.cfg
+        features = [slot.ref.feature for slot in slots]
+        shape = (*features[0].shape[:3], c.tokens)
+        return [
+            _if_looked_at(self.tokens, slot, shape, feature, slot)
+            for slot, feature in zip(slots, features, strict=True)
+        ]
+
+    def _features(self, frames, qp):
+        """What encoder and classifier know of the picture."""
         frame = (frames[:, 0] - 0.5).astype(self.dtype)
-        features = self.encoder.begin(frame, self.q_encoder(qp)).astype(jnp.float32)
-        return jnp.stack([self.judge(features, slot, self.tokens(slot), qp) for slot in refs], 1)
+        return self.patch(space_to_depth(frame, 8)) * self.q_encoder(qp)
 
     def __call__(self, frames, refs, qp, bottleneck):
         """Codes one picture.
@@ -442,15 +473,16 @@ class UniLVC(nn.Module):
         c = self.cfg
         batch, _, height, width, _ = frames.shape
         first_qp, h, w = qp[:, 0], height // 16, width // 16
-        refs = refs or 2 * (self._empty(batch, height, width, bottleneck.exact),)
+        refs = refs or 2 * (self._empty(batch, height, width),)
         gain = self.q_latent(first_qp)
-        tokens = [self.tokens(slot) for slot in refs]
+        tokens = self._tokens(refs)
         if self.is_initializing():
             self.reliability(frames, refs, qp)
 
         def analysis(m):
-            frame = (frames[:, 0] - 0.5).astype(m.dtype)
-            y = m.encoder(frame, m.q_encoder(first_qp), refs, tokens).astype(jnp.float32) * gain
+            x = m.sites[0](m._features(frames, first_qp), refs, tokens)
+            x = m.sites[1](m.encoder_early(x), refs, tokens)
+            y = m.latent(m.encoder_late(x)).astype(jnp.float32) * gain
             return y, m.hyper_encoder(pad_to_multiple(y, 4))
 
         latent = jax.ShapeDtypeStruct((batch, h, w, c.y), jnp.float32)
@@ -480,7 +512,8 @@ class UniLVC(nn.Module):
             memory = self.scale_head.remember(hidden, symbols, level)
         y_hat = y_hat * step_size / gain
 
-        x, kept = self.decoder(y_hat.astype(self.dtype), refs, tokens)
+        x = self.sites[2](self.up(y_hat.astype(self.dtype)), refs, tokens)
+        x = self.decoder_late(self.sites[3](self.decoder_early(x), refs, tokens))
 
         def render(m):
             recon = depth_to_space(m.pixels(x * m.q_decoder(first_qp)), 8)
@@ -489,7 +522,7 @@ class UniLVC(nn.Module):
         (recon,) = bottleneck.decoder_only(
             self, render, jax.ShapeDtypeStruct(frames.shape, jnp.float32)
         )
-        return recon, (Ref(kept.astype(jnp.float32), first_qp, memory),)
+        return recon, (Ref(self.kept(x).astype(jnp.float32), first_qp, memory),)
 
 
 def _believed(slot):
