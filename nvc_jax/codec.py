@@ -58,6 +58,7 @@ class CodedUnit(NamedTuple):
       flags: bool arrays, one per coding step with scales; none unless in calibrated mode.
       scales: float32 arrays likewise, on the device; none in exact mode.
       coder_state: of the host coder, uint32.
+      reliability: of the references, see `nvc_jax.schedule.Unit`.
     """
 
     pictures: list[Planes] | None
@@ -67,6 +68,7 @@ class CodedUnit(NamedTuple):
     flags: list[np.ndarray]
     scales: list[jax.Array]
     coder_state: np.ndarray
+    reliability: tuple[int, ...] = ()
 
 
 class UnitCodec(NamedTuple):
@@ -82,7 +84,7 @@ class UnitCodec(NamedTuple):
       margins: their thresholds.
       steps: of units (without, with) references, see `registry.steps`.
       program: jitted, see `_unit_program`.
-      judge: jitted, of codecs that judge how reliable references are, see `_judge_program`.
+      judge: jitted, see `_judge_program`; None for codecs that do not judge their references.
     """
 
     model: Released
@@ -134,10 +136,10 @@ def prepare(
     steps = registry.steps(module, variables, _padded(height), _padded(width), mode == EXACT)
     tables = coder.prepare(model.tables)
     program = jax.jit(functools.partial(_unit_program, model, tables, width, height, mode))
-    codec = UnitCodec(model, tables, width, height, mode, (), (), steps, program)
-    if _judges(codec):
+    judge = None
+    if hasattr(module, "reliability"):
         judge = jax.jit(functools.partial(_judge_program, model, width, height))
-        codec = codec._replace(judge=judge)
+    codec = UnitCodec(model, tables, width, height, mode, (), (), steps, program, judge)
     if mode == CALIBRATED:
         codec = with_margins(codec, margin_exponents or (MARGIN_EXPONENT,))
     return codec
@@ -263,7 +265,7 @@ def _run(
     padded_qps = [*qps, *qps[-1:] * n][:n]
     if pictures:
         repeated = [*pictures, *[pictures[-1]] * n][:n]
-        planes = tuple(np.stack(p) for p in zip(*repeated, strict=True))
+        planes = _stacked(repeated)
     else:
         chroma = (n, -(-codec.height // 2), -(-codec.width // 2))
         shapes = (n, codec.height, codec.width), chroma, chroma
@@ -271,9 +273,7 @@ def _run(
     buffer = np.zeros(_capacity(codec, refs), np.uint8)
     buffer[: len(payload)] = np.frombuffer(payload, np.uint8)
     symbols = sum(step.size for step in codec.steps_of(refs))
-    refs = codec.model.module.complete(
-        refs, unit, _padded(codec.height), _padded(codec.width), codec.mode == EXACT
-    )
+    refs = _completed(codec, refs, unit)
     if given is None:
         given = np.zeros(symbols, np.int16)
     margin = None
@@ -297,7 +297,20 @@ def _run(
     if render:
         out = jax.device_get(out)
         out = [Planes(*(plane[i] for plane in out)) for i in range(len(qps))]
-    return CodedUnit(out if render else None, refs, symbols, indices, flags, scales, state)
+    return CodedUnit(
+        out if render else None, refs, symbols, indices, flags, scales, state, unit.reliability
+    )
+
+
+def _stacked(pictures: Sequence[Planes]) -> tuple[np.ndarray, ...]:
+    """Pictures as the programs take them."""
+    return tuple(np.stack(planes) for planes in zip(*pictures, strict=True))
+
+
+def _completed(codec: UnitCodec, refs: tuple, unit: schedules.Unit) -> Any:
+    """References as the programs take them."""
+    height, width = _padded(codec.height), _padded(codec.width)
+    return codec.model.module.complete(refs, unit, height, width, codec.mode == EXACT)
 
 
 def _capacity(codec: UnitCodec, refs: tuple) -> int:
@@ -334,29 +347,22 @@ def encode_unit(
     """
     # What refers to a frame of a separate intra codec refers to its picture.
     render = render or unit.shown or (len(codec.steps) > 1 and not refs)
-    if refs and _judges(codec) and not unit.reliability:
+    if refs and codec.judge and not unit.reliability:
         unit = unit._replace(reliability=_judged(codec, refs, qps, unit, pictures))
     coded = _run(codec, refs, qps, FROM_PICTURE, render, unit, pictures=pictures)
     payload = coder.encode(list(zip(coded.symbols, coded.indices, strict=True)), codec.tables)
     return _reliability_byte(codec, refs, unit) + _calibration_bytes(codec, coded) + payload, coded
 
 
-def _judges(codec: UnitCodec) -> bool:
-    return hasattr(codec.model.module, "reliability")
-
-
 def _judged(codec, refs, qps, unit, pictures) -> tuple[int, ...]:
-    planes = tuple(np.stack(p) for p in zip(*pictures, strict=True))
-    slots = codec.model.module.complete(
-        refs, unit, _padded(codec.height), _padded(codec.width), codec.mode == EXACT
-    )
+    slots, planes = _completed(codec, refs, unit), _stacked(pictures)
     levels = codec.judge(codec.model.variables, planes, slots, np.array([qps], np.int32))
     return tuple(np.asarray(levels)[: len(refs)].tolist())
 
 
 def _reliability_byte(codec: UnitCodec, refs: tuple, unit: schedules.Unit) -> bytes:
     """Two bits for each reference, of codecs that judge them."""
-    if not refs or not _judges(codec):
+    if not refs or not codec.judge:
         return b""
     return bytes([sum(level << 2 * i for i, level in enumerate(unit.reliability))])
 
@@ -369,7 +375,7 @@ def read_reliability(
     Raises:
       StreamError: the payload does not say it.
     """
-    if not refs or not _judges(codec):
+    if not refs or not codec.judge:
         return unit, payload
     if not payload or payload[0] >> 2 * len(refs):
         raise StreamError("what the payload says about references is damaged")
@@ -495,7 +501,6 @@ class EncodedUnit(NamedTuple):
         picture of always are.
       coded: what the program left.
       ideal_bits: code length of the symbols under the integer tables.
-      reliability: see `nvc_jax.schedule.Unit`.
     """
 
     packet: Packet
@@ -503,7 +508,6 @@ class EncodedUnit(NamedTuple):
     recons: list[Planes] | None
     coded: CodedUnit
     ideal_bits: float
-    reliability: tuple[int, ...] = ()
 
 
 def modes(model: Released) -> dict[str, str]:
@@ -608,8 +612,7 @@ def encode(
             packet = Packet(unit.frames, qps, payload, crc, not unit.refs, short)
             short = None  # said by the first packet of the group
             bits = coder.code_length_bits(steps, codec.tables)
-            trusted = read_reliability(codec, payload, refs, unit)[0].reliability
-            yield EncodedUnit(packet, originals, coded.pictures, coded, bits, trusted)
+            yield EncodedUnit(packet, originals, coded.pictures, coded, bits)
             number += 1
         frame += len(group)
 

@@ -117,7 +117,7 @@ def make_record(
     for unit in coding.encode(codec, pictures, qp, schedule):
         packet, found = unit.packet, unit.coded
         symbols = np.concatenate(found.symbols)
-        units.append(Unit(packet.qps, unit.reliability, symbols, _scales(found)))
+        units.append(Unit(packet.qps, found.reliability, symbols, _scales(found)))
         frames += len(packet.frames)
     if not units:
         raise NvcError("nothing to record: the clip has no frames")

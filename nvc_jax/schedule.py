@@ -194,9 +194,14 @@ def _all_intra(schedule: Schedule, first_frame: int, count: int, first_unit: int
     return [Unit((first_frame,), (), 0, (0,), (first_unit,))]
 
 
+def _since_intra(schedule: Schedule, frame: int) -> int:
+    """Frames since the last one without references, in a flat order."""
+    return frame % schedule.intra_period if schedule.intra_period else frame
+
+
 def _in_a_row(schedule: Schedule, first_frame: int, count: int, first_unit: int) -> list[Unit]:
     def starts(frame):
-        return frame % schedule.intra_period == 0 if schedule.intra_period else frame == 0
+        return _since_intra(schedule, frame) == 0
 
     frames = tuple(range(first_frame, first_frame + count))
     refs = () if starts(first_frame) else (first_unit - 1,)
@@ -209,7 +214,7 @@ def _in_a_row(schedule: Schedule, first_frame: int, count: int, first_unit: int)
 
 def _refreshed(schedule: Schedule, first_frame: int, count: int, first_unit: int) -> list[Unit]:
     def refreshes(frame):
-        since = frame % schedule.intra_period if schedule.intra_period else frame
+        since = _since_intra(schedule, frame)
         # An intra frame leaves nothing but its picture anyway.
         return since > 1 and since % REFRESH_PERIOD == 1
 
@@ -218,11 +223,8 @@ def _refreshed(schedule: Schedule, first_frame: int, count: int, first_unit: int
 
 
 def _long_term(schedule: Schedule, first_frame: int, count: int, first_unit: int) -> list[Unit]:
-    def since_intra(frame):
-        return frame % schedule.intra_period if schedule.intra_period else frame
-
     def references(frame):
-        since = since_intra(frame)
+        since = _since_intra(schedule, frame)
         if since < 2:
             return (frame - 1,) * since
         best = since - 2  # from here back to the last of 0, 1, 9, 17, ...
@@ -231,12 +233,13 @@ def _long_term(schedule: Schedule, first_frame: int, count: int, first_unit: int
 
     refs = references(first_frame)
     slots = {frame: first_unit - first_frame + frame for frame in (*refs, first_frame)}
+    since = _since_intra(schedule, first_frame)
     return [
         Unit(
             (first_frame,),
             tuple(slots[frame] for frame in refs),
             0,
-            (QP_OFFSETS[since_intra(first_frame) % len(QP_OFFSETS)] if refs else max(QP_OFFSETS),),
+            (QP_OFFSETS[since % len(QP_OFFSETS)] if refs else max(QP_OFFSETS),),
             tuple(slots[frame] for frame in slots if frame not in references(first_frame + 1)),
             distances=tuple(frame - first_frame for frame in refs),
         )

@@ -188,8 +188,7 @@ def _convolution_bwd(stride, precision, residuals, g):
     def by_products(x, kernel, g):
         """A matrix product for each element of the kernel, and a convolution as when going on."""
         (b, h, w, i), (k, _, _, o) = x.shape, kernel.shape
-        pad = k // 2
-        padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        padded = _zero_padded(x, k)
         rows = g.reshape(-1, o)
 
         def kernel_sum(down, across):

@@ -112,28 +112,25 @@ def code_at_once(
     """
     group = step_groups(*y.shape[1:3], steps)
 
-    def walk(m, symbols_of):
+    def walk(m, residual_of):
         residual = y_hat = jnp.zeros_like(y)
         for s in range(steps):
             mean = pack_step(predict(m, s, y_hat), group(s), steps)
-            own, coded = symbols_of(s, mean)
+            own = residual_of(s, mean)
             residual = residual + unpack_step(own, group(s), steps)
-            y_hat = y_hat + unpack_step(coded + mean, group(s), steps)
+            y_hat = y_hat + unpack_step(round_straight_through(own) + mean, group(s), steps)
         return residual, y_hat
 
-    def from_picture(s, mean):
-        own = pack_step(y, group(s), steps) - mean
-        return own, round_straight_through(own)
+    def of_picture(s, mean):
+        return pack_step(y, group(s), steps) - mean
 
-    def from_symbols(s, mean):
-        del mean
-        known = pack_step(symbols, group(s), steps)
-        return known, known
+    def of_symbols(s, mean):
+        return pack_step(symbols, group(s), steps)
 
     shape = jax.ShapeDtypeStruct(y.shape, y.dtype)
-    (residual,) = bottleneck.encoder_only(module, lambda m: walk(m, from_picture)[:1], shape)
+    (residual,) = bottleneck.encoder_only(module, lambda m: walk(m, of_picture)[:1], shape)
     if level is None:
         symbols = bottleneck.gaussian(residual, scale)
     else:
         symbols = bottleneck.leveled(residual, level, scale)
-    return walk(module, from_symbols)[1], symbols
+    return walk(module, of_symbols)[1], symbols
