@@ -73,7 +73,7 @@ def random_parameters(module, seed: int = 0) -> dict:
             spread = 0.06 if path[-2:] == ("dense", "kernel") and path[-3][-4:] == "_out" else 1.0
             spread *= 2 / (leaf.shape[-1] + np.prod(leaf.shape[:-1]))
             value = rng.normal(0, spread**0.5, leaf.shape)
-            louder = {"latent": 4.0, "params": 0.3, "pixels": 0.15, "feature": 0.5}
+            louder = {"latent": 4.0, "params": 0.3, "pixels": 0.15, "feature": 0.5, "kept": 0.2}
             value *= np.prod([louder.get(part, 1.0) for part in path])
         elif path[-1] == "table":
             value = rng.uniform(0.8, 1.2, leaf.shape)

@@ -28,6 +28,7 @@ from nvc_jax.models import complexity, registry
 from nvc_jax.training import checkpoints, losses, stages
 from nvc_jax.training import step as training
 from nvc_jax.training.hierarchy import ANCHORS, draw_path
+from nvc_jax.training.orders import draw_run
 from nvc_jax.training.writers import MetricWriter, SilentWriter
 
 FIRST_UNITS = 64  # clips begin at one of these; a multiple of every pattern of qualities
@@ -273,6 +274,12 @@ def host_clips(
         qp = rng.integers(losses.QP_COUNT, size=stage.batch, dtype=np.int32)
         unit = rng.integers(FIRST_UNITS, size=stage.batch, dtype=np.int32)
         mine = slice(process * len(frames), (process + 1) * len(frames))
+        if registry.in_any_order(model):
+            begin, end = stage.temperature
+            temperature = begin + (end - begin) * min(number / stage.steps, 1)
+            places, run = draw_run(rng, stage.units, stage.spans, stage.orders, temperature)
+            yield training.Clip(frames[:, :1], frames[:, places], qp[mine], unit[mine], run), False
+            continue
         if in_layers:
             places, path = draw_path(rng, stage.units, stage.spans, stage.tail_share)
             chosen = frames[:, places]
@@ -435,11 +442,12 @@ class Window:
 
 def print_line(step: int, steps: int, values: dict[str, float]) -> None:
     eta = timedelta(seconds=int((steps - step) * values["seconds_per_step"]))
-    motion = f"motion {values['motion_gain']:+.2f} dB  " if values["motion_gain"] else ""
+    special = f"motion {values['motion_gain']:+.2f} dB  " if values["motion_gain"] else ""
+    special += f"misjudged {values['misjudged']:.2f}  " if values["misjudged"] else ""
     print(
         f"step {step}/{steps}  loss {values['loss']:.4f}  bpp y {values['bpp_y']:.4f} "
         f"z {values['bpp_z']:.4f}  PSNR Y {values['psnr_y']:.2f} U {values['psnr_u']:.2f} "
-        f"V {values['psnr_v']:.2f}  {motion}|g| {values['grad_norm']:.3f}  skipped "
+        f"V {values['psnr_v']:.2f}  {special}|g| {values['grad_norm']:.3f}  skipped "
         f"{values['skipped']:.0f}  {1 / values['seconds_per_step']:.1f} steps/s  ETA {eta}",
         flush=True,
     )
@@ -450,7 +458,9 @@ def make_sampler(codec, model: nn.Module, mesh: Mesh) -> Callable[[Any, training
 
     @partial(jax.jit, out_shardings=parallel.replicated(mesh))
     def reconstruct(state, clip):
-        clip = training.as_floats(clip._replace(frames=clip.frames[:, :SAMPLE_FRAMES]))
+        path = jax.tree.map(lambda x: x[:SAMPLE_FRAMES], clip.path)
+        frames = clip.frames[:, :SAMPLE_FRAMES]
+        clip = training.as_floats(clip._replace(frames=frames, path=path))
         refs = training.as_refs(model, clip.reference)
         recon = training.unroll(codec, model, state.average, clip, refs, None).recon
         both = jnp.concatenate([clip.frames, recon], axis=2)[:4]  # one above the other

@@ -28,6 +28,7 @@ RUN_DEFAULTS = {
 INHERITED = ("data", "weight_decay", "clip_norm", "rate_balance", "average_decay")
 SCHEDULES = ("cosine", "linear", "constant")
 REFERENCES = ("blank", "true", "degraded", "coded")
+ORDERS = ("ai", "ld", "ra")
 MAX_SPAN = 64
 PENALTY_FIELDS = {"variant", "eta", "delta", "beta"}
 NOTHING = FrozenConfigDict()
@@ -61,6 +62,12 @@ class Stage:
         both anchors. {} for a third of each but the last, or "coded" beside an intra codec.
       spans, tail_share: for B-frames, distances of anchors to draw from, and the share of paths
         that begin behind their anchors.
+      orders: shares of "ai", "ld" and "ra" in what codecs that code in any order learn, see
+        `nvc_jax.training.orders`; {} for a third of each. `spans` are those of "ra".
+      spoil: share of references that are made worse, for such codecs to learn to do without.
+      judged: whether their reliability classifier decides how far references count; else fully.
+      judge_loss: weight of its cross-entropy against what is known of them.
+      temperature: of its decisions, when the stage starts and when it ends.
       flow_loss: weight, beside that of the distortion, of what motion alone leaves of a picture.
       cut_share: of clips whose first reference comes from elsewhere.
       exact: whether scales come from the integer scale head.
@@ -97,6 +104,11 @@ class Stage:
     references: dict[str, float] = field(default_factory=dict)
     spans: tuple[int, ...] = (32,)
     tail_share: float = 0.1
+    orders: dict[str, float] = field(default_factory=dict)
+    spoil: float = 0.0
+    judged: bool = False
+    judge_loss: float = 0.0
+    temperature: tuple[float, float] = (1.0, 0.3)
     flow_loss: float = 0.0
     cut_share: float = 0.05
     exact: bool = False
@@ -112,6 +124,8 @@ class Stage:
             return False
         if name == "scale_head" and not self.exact:
             return False  # no gradient reaches it, and weight decay alone would wear it down
+        if name == "judge" and not self.judged:
+            return False
         return not self.trainable or name in self.trainable
 
 
@@ -202,7 +216,9 @@ def read(config: ConfigDict) -> tuple[Stage, ...]:
             for name in ("penalty", "teacher"):
                 values[name] = FrozenConfigDict(dict(values.get(name) or {}))
             values["references"] = dict(values.get("references") or _references(model))
+            values["temperature"] = tuple(values.get("temperature", (1.0, 0.3)))
             values["spans"] = tuple(values.get("spans", (32,)))
+            values["orders"] = dict(values.get("orders") or dict.fromkeys(ORDERS, 1 / 3))
             values["lr_scale"] = tuple(dict(values.get("lr_scale", ())).items())
             stage = Stage(**values)
             _check(stage, where, networks, model)
@@ -259,7 +275,9 @@ def _check(stage: Stage, where: str, networks: list[str], model: nn.Module) -> N
         raise NvcError(f"{where}.references: no first frame of this codec is without a reference")
     if stage.walk > 1 and not model.references:
         raise NvcError(f"{where}.walk is {stage.walk}; a codec without references cannot walk")
-    if model.references == 2:
+    if registry.in_any_order(model):
+        _check_orders(stage, where)
+    elif model.references == 2:
         _check_hierarchy(stage, where)
     if stage.exact and not registry.has_scale_head(model):
         raise NvcError(f"{where}.exact needs a model with a scale head")
@@ -280,17 +298,48 @@ def _check(stage: Stage, where: str, networks: list[str], model: nn.Module) -> N
 
 
 def _check_hierarchy(stage: Stage, where: str) -> None:
+    _check_spans(stage, where, stage.units)
+    if not 0 <= stage.tail_share <= 1:
+        raise NvcError(f"{where}: tail_share must be from 0 to 1")
+
+
+def _check_spans(stage: Stage, where: str, halvings: int) -> None:
+    """halvings: how often what lies between two anchors is cut in halves."""
     if stage.walk > 1:
         raise NvcError(f"{where}.walk is {stage.walk}; paths through B-frames do not go on")
-    if not all(isinstance(s, int) and 2**stage.units <= s <= MAX_SPAN for s in stage.spans):
+    least = 2**halvings
+    if not all(isinstance(s, int) and least <= s <= MAX_SPAN for s in stage.spans):
         raise NvcError(
             f"{where}.spans is {stage.spans}; a path of {stage.units} units needs spans of "
-            f"{2**stage.units} to {MAX_SPAN} frames"
+            f"{least} to {MAX_SPAN} frames"
         )
-    if not stage.spans or not 0 <= stage.tail_share <= 1:
-        raise NvcError(f"{where}: spans must not be empty, and tail_share be from 0 to 1")
+    if not stage.spans:
+        raise NvcError(f"{where}.spans must not be empty")
     if "refs" in stage.teacher:
         raise NvcError(f"{where}.teacher.refs: there are none behind a path of B-frames")
+
+
+def _check_orders(stage: Stage, where: str) -> None:
+    if unknown := sorted(set(stage.orders) - set(ORDERS)):
+        raise NvcError(f"{where}.orders: {unknown[0]!r} is none of {_listed(ORDERS)}")
+    if min(stage.orders.values()) < 0 or not sum(stage.orders.values()) > 0:
+        raise NvcError(f"{where}.orders: no share may be below 0, and one must be above")
+    _check_spans(stage, where, 0)
+    if stage.orders.get("ra"):
+        if stage.units < 3:
+            raise NvcError(f"{where}.units is {stage.units}; 'ra' needs two anchors and more")
+        _check_spans(stage, where, stage.units - 2)
+    if stage.units > 1 + max(stage.spans):
+        raise NvcError(f"{where}.spans: {stage.units} units need more than {max(stage.spans)}")
+    if not 0 <= stage.spoil <= 1 or min(stage.temperature) <= 0:
+        raise NvcError(f"{where}: spoil must be from 0 to 1, and temperatures above 0")
+    if stage.spoil and stage.batch == stage.accumulate:
+        raise NvcError(f"{where}.spoil needs other clips in the batch, or in each part of it")
+    if stage.judge_loss and stage.cut_share:
+        raise NvcError(
+            f"{where}.judge_loss: nothing is known of first pictures from elsewhere; set cut_share "
+            "to 0"
+        )
 
 
 def _listed(names: tuple[str, ...]) -> str:

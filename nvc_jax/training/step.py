@@ -27,6 +27,7 @@ from nvc_jax.models.with_intra import WithIntra
 from nvc_jax.nn.flow import MotionErrors
 from nvc_jax.training import losses
 from nvc_jax.training.hierarchy import Path, code_path
+from nvc_jax.training.orders import Run, code_run
 from nvc_jax.training.references import BLANK, degraded
 from nvc_jax.training.stages import Stage
 
@@ -63,14 +64,15 @@ class Clip(NamedTuple):
       frames: [batch, frames, height, width, 3], the pictures to code in coding order, likewise.
       qp: int32 [batch], base quality index.
       phase: int32 [batch], number of the first coded frame.
-      path: of B-frames, see `nvc_jax.training.hierarchy`; else None.
+      path: of B-frames, see `nvc_jax.training.hierarchy`, or a `Run` of a codec that codes in any
+        order, whose `reference` does not count; else None.
     """
 
     reference: jax.Array
     frames: jax.Array
     qp: jax.Array
     phase: jax.Array
-    path: Path | None = None
+    path: Path | Run | None = None
 
 
 @flax.struct.dataclass
@@ -78,6 +80,7 @@ class StepMetrics(metrics.Collection):
     """What a step reports; merged over steps, `compute()` gives means and the newest counts.
 
     `motion_gain`: how many dB closer references are to a B-frame after motion; 0 for other codecs.
+    `misjudged`: see `nvc_jax.training.orders.CodedRun`; 0 for other codecs.
     A step that was skipped counts with the values it had, so not a number stays to be seen.
     """
 
@@ -91,6 +94,7 @@ class StepMetrics(metrics.Collection):
     psnr_u: metrics.Average.from_output("psnr_u")
     psnr_v: metrics.Average.from_output("psnr_v")
     motion_gain: metrics.Average.from_output("motion_gain")
+    misjudged: metrics.Average.from_output("misjudged")
     grad_norm: metrics.Average.from_output("grad_norm")
     lr: metrics.LastValue.from_output("lr")
     skipped: metrics.LastValue.from_output("skipped")
@@ -141,6 +145,7 @@ class Unrolled(NamedTuple):
       refs: what the next unit would refer to.
       penalty: [batch], of the scales, per pixel of one frame, summed over units.
       motion: of references, [batch] each, mean over units; None for codecs without motion.
+      misjudged: [batch], see `nvc_jax.training.orders.CodedRun`; 0 for other codecs.
     """
 
     bpp: dict[str, jax.Array]
@@ -149,6 +154,7 @@ class Unrolled(NamedTuple):
     refs: tuple
     penalty: jax.Array
     motion: MotionErrors | None
+    misjudged: jax.Array | float = 0.0
 
 
 def unroll(
@@ -163,6 +169,9 @@ def unroll(
     detached: bool = False,
     penalty: Callable | None = None,
     remat: bool = False,
+    draws: jax.Array | None = None,
+    spoil: float = 0.0,
+    judge: bool = False,
 ) -> Unrolled:
     """Codes a clip as the codec would and adds up rate and distortion.
 
@@ -175,19 +184,29 @@ def unroll(
       key: of the noise that stands for rounding in the rate; None to round.
       exact, detached, penalty: see `nvc_jax.entropy.bottleneck.Estimate`.
       remat: whether activations are computed again for the gradients.
+      draws, spoil, judge: see `nvc_jax.training.orders.code_run`.
     """
     options = dict(exact=exact, detached=detached, penalty=penalty)
     if clip.path is not None:
-        anchors = jnp.stack([ref.frame for ref in refs], 1)
-        weights = codec.layer_weights
-        coded = code_path(
-            model, params, clip.path, weights, clip.frames, anchors, clip.qp, key, remat=remat,
-            **options,
-        )  # fmt: skip
+        frames, motion, misjudged = clip.frames, None, 0.0
+        if isinstance(clip.path, Run):
+            coded = code_run(
+                model, params, clip.path, frames, clip.qp, key, draws=draws, spoil=spoil,
+                judge=judge, remat=remat, **options,
+            )  # fmt: skip
+            misjudged = coded.misjudged
+        else:
+            anchors = jnp.stack([ref.frame for ref in refs], 1)
+            weights = codec.layer_weights
+            coded = code_path(
+                model, params, clip.path, weights, frames, anchors, clip.qp, key, remat=remat,
+                **options,
+            )  # fmt: skip
+            motion = coded.motion
         bpp, penalties = jax.tree.map(
-            lambda x: x / math.prod(clip.frames.shape[2:4]), (coded.bits, coded.penalty)
+            lambda x: x / math.prod(frames.shape[2:4]), (coded.bits, coded.penalty)
         )
-        return Unrolled(bpp, coded.distortion, coded.recon, (), penalties, coded.motion)
+        return Unrolled(bpp, coded.distortion, coded.recon, (), penalties, motion, misjudged)
     _, count, height, width, _ = clip.frames.shape
     pictures = colour.for_codec(model, clip.frames)
     per_unit = model.frames_per_unit
@@ -225,7 +244,7 @@ def first_refs(
     codec: Entry, model: nn.Module, params: Any, stage: Stage, clip: Clip, key: jax.Array
 ) -> tuple:
     """References of a clip's first unit: pictures drawn by the stage's shares."""
-    if not model.references:
+    if not model.references or registry.in_any_order(model):
         return ()
     kind_key, degraded_key, coded_key = jax.random.split(key, 3)
     batch, count = clip.reference.shape[:2]
@@ -247,7 +266,12 @@ def first_refs(
 
 
 def as_refs(model: nn.Module, pictures: jax.Array) -> tuple:
-    """References that are but pictures, [batch, n, height, width, 3] of Y, U, V; () if none."""
+    """References that are but pictures, [batch, n, height, width, 3] of Y, U, V; () if none.
+
+    Codecs that code in any order have none: what they refer to they code themselves.
+    """
+    if registry.in_any_order(model):
+        return ()
     if model.rgb:
         pictures = jnp.clip(colour.to_rgb(pictures), 0, 1)
     kind = BRef if model.references == 2 else Ref
@@ -313,6 +337,7 @@ def make_train_step(
         coded = unroll(
             codec, model, params, clip, refs, key if stage.noise else None,
             exact=stage.exact, detached=stage.detached, penalty=penalty, remat=stage.remat,
+            draws=jax.random.fold_in(key, 1), spoil=stage.spoil, judge=stage.judged,
         )  # fmt: skip
         bpp, lam = coded.bpp, losses.lambda_of_qp(clip.qp, codec.content)
         shares = (1, 1) if stage.detached else (1 - stage.float_share, stage.float_share)
@@ -325,6 +350,7 @@ def make_train_step(
             terms += lam * stage.flow_loss * coded.motion.moved
             still, moved = (jnp.maximum(errors.mean(), 1e-10) for errors in coded.motion[::-1])
             motion_gain = 10 * jnp.log10(still / moved)
+        terms += stage.judge_loss * coded.misjudged
         if stage.teacher:
             terms += lam * _distance(codec, model, stage, clip, refs, coded, teacher)
         # Rates span two orders of magnitude over qp. Without a weight the high ones would drown
@@ -342,6 +368,7 @@ def make_train_step(
             "psnr_u": psnr[1],
             "psnr_v": psnr[2],
             "motion_gain": motion_gain,
+            "misjudged": jnp.mean(coded.misjudged),
         }
         return loss, (outputs, coded.refs)
 
@@ -435,13 +462,21 @@ def _in_parts(gradients: Callable, batch: Any, parts: int) -> tuple:
 def _distance(codec, model, stage, clip, refs, coded: Unrolled, teacher: Any) -> jax.Array:
     """Knowledge replay, [batch]: how far pictures and references are from a teacher's.
 
-    The teacher codes the same clip from the same references, with its own symbols.
+    The teacher codes the same clip from the same references, with its own symbols. Of codecs that
+    code in any order only pictures on their own count: the others may become better.
     """
+    alone = None
+    if isinstance(clip.path, Run):  # the others need not know their references
+        alone = clip.path.alone
+        clip = clip._replace(path=clip.path._replace(there=0 * clip.path.there))
     taught = unroll(codec, model, teacher, clip, refs, None, exact=stage.exact)
     taught = lax.stop_gradient(taught)
     result = jnp.zeros(len(clip.frames))
     if "recon" in stage.teacher:
-        result += stage.teacher.recon * losses.distortion(coded.recon, taught.recon).sum(1)
+        distances = losses.distortion(coded.recon, taught.recon)
+        if alone is not None:
+            distances *= alone
+        result += stage.teacher.recon * distances.sum(1)
     if "refs" in stage.teacher:
         for mine, other in zip(coded.refs, taught.refs, strict=True):
             squares = (mine.feature - other.feature) ** 2

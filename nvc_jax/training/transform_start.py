@@ -18,7 +18,7 @@ from nvc_jax.errors import NvcError
 
 RANDOM_SHARE = 0.03
 RESIDUAL_SHARE = 0.1
-PIXEL_PATH = ("feature_adaptor", "encoder", "decoder", "recon_head")
+PIXEL_PATH = ("feature_adaptor", "patch", "encoder", "up", "decoder", "recon_head", "pixels")
 # How fast expected energy falls along the axes, as penalties on the order of coefficients.
 CHROMA_PENALTY, DIFFERENCE_PENALTY = 4.0, 3.0
 
@@ -138,17 +138,22 @@ def _ui2c_kernels(cfg) -> dict[str, np.ndarray]:
     return kernels
 
 
-def _intra_kernels(cfg) -> dict[str, np.ndarray]:
+def _uni_lvc_kernels(cfg) -> dict[str, np.ndarray]:
     atoms = _atoms(cfg.width, temporal=False)
     down, up = _latent_kernels(atoms, cfg.y)
     # But for the half-width form, the block after the sub-pixels adds its input twice.
     gain = 1.0 if cfg.form == "uf2" else 0.5
     return {
-        "encoder/patch/adaptor/dense": _analysis(atoms, 1),
-        "encoder/latent/conv": down,
-        "decoder/up/subpixel/dense": up * gain,
-        "decoder/pixels/adaptor/dense": _analysis(atoms, 1).T,
+        "patch/adaptor/dense": _analysis(atoms, 1),
+        "latent/conv": down,
+        "up/subpixel/dense": up * gain,
+        "pixels/adaptor/dense": _analysis(atoms, 1).T,
     }
+
+
+def _intra_kernels(cfg) -> dict[str, np.ndarray]:
+    sides = {"patch": "encoder", "latent": "encoder", "up": "decoder", "pixels": "decoder"}
+    return {f"{sides[n.split('/')[0]]}/{n}": k for n, k in _uni_lvc_kernels(cfg).items()}
 
 
 def _small_atoms(count: int, side: int) -> list[Atom]:
@@ -203,7 +208,12 @@ def _brhvc_kernels(config) -> dict[str, np.ndarray]:
     return kernels
 
 
-KERNELS = {"ui2c": _ui2c_kernels, "intra": _intra_kernels, "brhvc": _brhvc_kernels}
+KERNELS = {
+    "ui2c": _ui2c_kernels,
+    "intra": _intra_kernels,
+    "brhvc": _brhvc_kernels,
+    "uni_lvc": _uni_lvc_kernels,
+}
 # Beside the pixel path: a decoded flow starts close to the guessed one.
 QUIET = re.compile(
     r"inter/((en|de)coder/(res\d/conv1/conv|.*(mix/point_out|ffn/project)/dense)"

@@ -1,0 +1,299 @@
+"""Training of codecs that code in any order: short runs of pictures, alone or with references.
+
+Every picture of a run is coded by the codec itself, those that others refer to as well, with
+gradients through all of them. What orders they come in is drawn for every step: pictures on their
+own, low delay, or a way down a hierarchy as in `nvc_jax.training.hierarchy`. All share one program.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from nvc_jax import schedule
+from nvc_jax.entropy.bottleneck import Estimate
+from nvc_jax.models import uni_lvc
+from nvc_jax.models.ui2c import FRAME_WEIGHTS
+from nvc_jax.training import losses
+from nvc_jax.training.stages import ORDERS
+
+STRIDES = (1, 1, 1, 2, 4)  # between frames of low delay: also what moves fast is to be learned
+PREDICTED = 0.25  # share of hierarchies whose second anchor refers to the first
+FAR = 16  # frames from which on also a good reference is not to be trusted fully
+
+
+class Run(NamedTuple):
+    """What a step codes, the same for all samples of its batch. Slots: one for each unit.
+
+    Attributes:
+      refs: int32 [units, 2], slots of the references; any where there is none.
+      role, distance: int32 and float32 [units, 2], see `nvc_jax.models.uni_lvc.Slot`.
+      there: float32 [units, 2], whether there is a reference.
+      qp_offset: int32 [units], added to the clip's qp.
+      weight: float32 [units], how many frames a unit stands for; 1 on average.
+      quality: float32 [units], weight on the distortion beside that.
+      temperature: float32 [units], of the choice between levels of reliability; all the same.
+    """
+
+    refs: np.ndarray
+    role: np.ndarray
+    distance: np.ndarray
+    there: np.ndarray
+    qp_offset: np.ndarray
+    weight: np.ndarray
+    quality: np.ndarray
+    temperature: np.ndarray
+
+    @property
+    def alone(self):
+        """bool [units], whether a unit has no reference."""
+        return self.there.sum(-1) == 0
+
+
+def draw_run(
+    rng: np.random.Generator,
+    units: int,
+    spans: tuple[int, ...],
+    shares: dict[str, float],
+    temperature: float = 1.0,
+) -> tuple[list[int], Run]:
+    """Units in one of the orders.
+
+    Args:
+      units: coded one after the other, at least 3 if there is to be a hierarchy.
+      spans: distances of its anchors to draw from, each at least 2^(units - 2); the largest also
+        limits how far other units lie apart.
+      shares: of the orders.
+      temperature: see `Run`.
+
+    Returns:
+      (display positions of the units, in 0..max(spans); the run).
+    """
+    names = [name for name in ORDERS if shares.get(name)]
+    total = sum(shares[name] for name in names)
+    order = rng.choice(names, p=[shares[name] / total for name in names])
+    weight, quality = np.ones(units), np.ones(units)
+    if order == "ai":
+        places = rng.choice(1 + max(spans), units, replace=False)
+        # Half of them as the first pictures of the other orders are coded.
+        offsets = rng.integers(1, 1 + max(schedule.QP_OFFSETS), units) * (rng.random(units) < 0.5)
+        planned = [
+            _alone((int(place),), int(offset))
+            for place, offset in zip(places, offsets, strict=True)
+        ]
+    elif order == "ld":
+        stride = int(rng.choice([s for s in STRIDES if s * (units - 1) <= max(spans)] or [1]))
+        planned = [
+            unit._replace(
+                frames=(stride * unit.frames[0],),
+                distances=tuple(stride * distance for distance in unit.distances),
+            )
+            for unit in schedule.plan(schedule.low_delay_long(), units)
+        ]
+        quality[1:] = [FRAME_WEIGHTS[n % len(FRAME_WEIGHTS)] for n in range(1, units)]
+        weight[0] = 0.25  # clips are longer
+    else:
+        planned = _way_down(rng, units, int(rng.choice(spans)))
+        # Of two anchors one belongs to the group; below them every layer has twice as many frames.
+        weight = np.array([0.5, 0.5, *2.0 ** np.arange(units - 2)])
+        layers = [min(unit.level, len(uni_lvc.LAYER_WEIGHTS) - 1) for unit in planned]
+        quality = np.array([uni_lvc.LAYER_WEIGHTS[layer] for layer in layers])
+    for number, unit in enumerate(planned):
+        if not unit.refs:
+            # By its row of the tables alone, in all orders: so intra coding stays what it is.
+            higher = losses.lambda_of_qp(unit.qp_offset[0], "video") / losses.lambda_of_qp(
+                0, "video"
+            )
+            quality[number] = uni_lvc.ALONE_WEIGHT * higher
+    run = _as_run(planned, weight / weight.mean(), quality, temperature)
+    return [unit.frames[0] for unit in planned], run
+
+
+def _alone(frames, qp_offset):
+    return schedule.Unit(frames, (), 0, (qp_offset,), ())
+
+
+def _way_down(rng, units, span):
+    """Anchors, and from there frames in the middle of what is left; `refs` are slots."""
+
+    def unit(planned, refs, slots):
+        frame = planned.frames[0]
+        distances = tuple(ref - frame for ref in refs)
+        offset = uni_lvc.LAYER_QP[min(planned.level, len(uni_lvc.LAYER_QP) - 1)]
+        return planned._replace(refs=slots, distances=distances, qp_offset=(offset,))
+
+    planned = [_alone((0,), uni_lvc.LAYER_QP[-1])]
+    if rng.random() < PREDICTED:
+        planned.append(unit(schedule.predicted(0, 0, span), (0,), (0,)))
+    else:
+        planned.append(_alone((span,), uni_lvc.LAYER_QP[-1]))
+    low, high = (0, 0), (span, 1)  # (position, slot)
+    while len(planned) < units:
+        middle = unit(schedule.between(low[0], high[0]), (low[0], high[0]), (low[1], high[1]))
+        here = middle.frames[0], len(planned)
+        planned.append(middle)
+        low, high = (low, here) if rng.random() < 0.5 else (here, high)
+    return planned
+
+
+def _as_run(planned, weight, quality, temperature) -> Run:
+    count = len(planned)
+    run = Run(
+        refs=np.zeros((count, 2), np.int32),
+        role=np.zeros((count, 2), np.int32),
+        distance=np.ones((count, 2), np.float32),
+        there=np.zeros((count, 2), np.float32),
+        qp_offset=np.array([unit.qp_offset[0] for unit in planned], np.int32),
+        weight=np.float32(weight),
+        quality=np.float32(quality),
+        temperature=np.full(count, temperature, np.float32),
+    )
+    for number, unit in enumerate(planned):
+        for i, (slot, distance) in enumerate(zip(unit.refs, unit.distances, strict=True)):
+            run.refs[number, i], run.there[number, i] = slot, 1
+            run.role[number, i] = uni_lvc.role(i, distance)
+            run.distance[number, i] = abs(distance)
+    return run
+
+
+class CodedRun(NamedTuple):
+    """What `code_run` adds up.
+
+    Attributes:
+      bits: of "z", "y", "y_float", "side" (see `Estimate`), [batch], weighted sums over units.
+      distortion: [batch], likewise, of qualities too.
+      recon: [batch, units, height, width, 3], Y, U, V.
+      penalty: [batch], of the scales.
+      misjudged: [batch], cross-entropy of the reliability classifier, mean over references.
+    """
+
+    bits: dict[str, jax.Array]
+    distortion: jax.Array
+    recon: jax.Array
+    penalty: jax.Array
+    misjudged: jax.Array
+
+
+def _spoiled(key, slot: uni_lvc.Slot, share: float) -> tuple[uni_lvc.Slot, jax.Array]:
+    """Spoils some of a batch's references; also says how reliable each is, int32 [batch].
+
+    A third of the spoiled ones come from another clip, of which nothing is to be trusted; the
+    others get noise, half of it strong.
+    """
+    batch = len(slot.reliability)
+    keys = jax.random.split(key, 4)
+    spoiled = jax.random.uniform(keys[0], (batch,)) < share
+    kind = jax.random.randint(keys[1], (batch,), 0, 3)
+    feature = slot.ref.feature
+    other = lax.stop_gradient(jnp.roll(feature, 1, 0))
+    strength = jnp.where(kind == 1, 0.3, 1.0) * jax.random.uniform(keys[2], (batch,), minval=0.5)
+    spread = lax.stop_gradient(feature.std((1, 2, 3))) * strength
+    noise = jax.random.normal(keys[3], feature.shape) * spread[:, None, None, None]
+    changed = jnp.where((kind == 0)[:, None, None, None], other, feature + noise)
+    feature = jnp.where(spoiled[:, None, None, None], changed, feature)
+    good = jnp.where(slot.distance >= FAR, 2, 3)
+    # Weak noise takes one level, strong noise leaves one.
+    label = jnp.where(spoiled, jnp.array([0, 2, 1])[kind], good)
+    return slot._replace(ref=slot.ref._replace(feature=feature)), label
+
+
+def _chosen(key, logits: jax.Array, temperature) -> jax.Array:
+    """A level per row, 0..1: drawn, with the gradients of a softmax (Gumbel, straight-through)."""
+    levels = jnp.arange(uni_lvc.RELIABILITIES) / (uni_lvc.RELIABILITIES - 1)
+    drawn = logits + jax.random.gumbel(key, logits.shape)
+    soft = jax.nn.softmax(drawn / temperature) @ levels
+    return soft + lax.stop_gradient(levels[jnp.argmax(drawn, -1)] - soft)
+
+
+def code_run(
+    model: nn.Module,
+    params: Any,
+    run: Run,
+    frames: jax.Array,
+    qp: jax.Array,
+    key: jax.Array | None,
+    *,
+    draws: jax.Array | None = None,
+    spoil: float = 0.0,
+    judge: bool = False,
+    remat: bool = False,
+    **options: Any,
+) -> CodedRun:
+    """Codes the units of a run one after the other.
+
+    Args:
+      frames: float32 [batch, units, height, width, 3], Y, U, V, in coding order.
+      qp: int32 [batch].
+      key, options: of `nvc_jax.entropy.bottleneck.Estimate`.
+      draws: key of the following two; without it there is neither.
+      spoil: share of the references that are made worse.
+      judge: whether the reliability classifier says how far references count; else fully.
+      remat: whether activations are computed again for the gradients.
+    """
+    batch, units = frames.shape[:2]
+
+    def judged(params, frame, slots, row, key, run):
+        """(slots with reliabilities, cross-entropy [batch])"""
+        spoil_key, choice_key = jax.random.split(key)
+        if spoil or judge:
+            keys = jax.random.split(spoil_key)
+            slots, labels = zip(*map(partial(_spoiled, share=spoil), keys, slots), strict=True)
+        if not judge:
+            return slots, jnp.zeros(batch)
+        logits = model.apply({"params": params}, frame[:, None], slots, row, method="reliability")
+        chosen = _chosen(choice_key, logits, run.temperature)
+        slots = tuple(
+            slot._replace(reliability=slot.reliability * chosen[:, i])
+            for i, slot in enumerate(slots)
+        )
+        losses_of = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.stack(labels, 1))
+        return slots, losses_of @ run.there / jnp.maximum(run.there.sum(), 1)
+
+    def code(params, frame, slots, qp, key):
+        bottleneck = Estimate(key, **options)
+        recon, (ref,) = model.apply({"params": params}, frame[:, None], slots, qp, bottleneck)
+        return recon[:, 0], ref, bottleneck.bits, bottleneck.penalty
+
+    if remat:
+        code = jax.checkpoint(code)
+
+    def everywhere(x):
+        return jnp.broadcast_to(x, (batch,))
+
+    shapes = jax.eval_shape(code, params, frames[:, 0], (), qp[:, None], key)[1]
+    kept = jax.tree.map(lambda s: jnp.zeros((units, *s.shape), s.dtype), shapes)
+
+    def step(kept, unit):
+        number, frame, run = unit
+        slots = tuple(
+            uni_lvc.Slot(
+                jax.tree.map(lambda x, i=i: x[run.refs[i]], kept),
+                everywhere(run.role[i]),
+                everywhere(run.distance[i]),
+                everywhere(run.there[i]),
+                everywhere(run.there[i] > 0),
+            )
+            for i in range(2)
+        )
+        row = jnp.minimum(qp + run.qp_offset, model.qp_rows - 1)[:, None]
+        noise_key = None if key is None else jax.random.fold_in(key, number)
+        misjudged = jnp.zeros(batch)
+        if draws is not None:
+            own = jax.random.fold_in(draws, number)
+            slots, misjudged = judged(params, frame, slots, row, own, run)
+        recon, ref, bits, penalty = code(params, frame, slots, row, noise_key)
+        put = partial(lax.dynamic_update_index_in_dim, index=number, axis=0)
+        bits, penalty = jax.tree.map(everywhere, (bits, penalty))
+        return jax.tree.map(put, kept, ref), (recon, bits, penalty, misjudged)
+
+    inputs = jnp.arange(units), frames.swapaxes(0, 1), run
+    _, (recon, bits, penalty, misjudged) = lax.scan(step, kept, inputs)
+    recon = recon.swapaxes(0, 1)
+    distortion = losses.distortion(recon, frames) @ (run.weight * run.quality)
+    bits, penalty = jax.tree.map(lambda x: run.weight @ x, (bits, penalty))
+    return CodedRun(bits, distortion, recon, penalty, misjudged.mean(0))
