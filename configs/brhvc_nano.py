@@ -21,6 +21,9 @@ def stage(steps, units, spans, batch, crop, lr, end_lr, **special):
     return ConfigDict(common | dict(lr=lr, end_lr=end_lr) | special)
 
 
+MUON = dict(optimizer="muon", flow_loss=0.2)
+
+
 def get_config():
     c = recipes.on_a_cpu()
     c.model = ConfigDict(dict(name="brhvc", size="nano", dtype="float32"))
@@ -32,5 +35,7 @@ def get_config():
         # Only with three units are there frames between two B-frames. Motion still counts: it
         # would unlearn itself between anchors that are too far from each other for it.
         stage(4_500, 3, (8, 16, 32), batch=2, crop=128, lr=7e-4, end_lr=1e-5, flow_loss=0.2),
+        # A warm restart, with the optimiser that learns faster.
+        stage(3_400, 3, (8, 16, 32), batch=2, crop=128, lr=2e-3, end_lr=1e-5, **MUON),
     )
     return c

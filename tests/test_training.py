@@ -253,8 +253,9 @@ def stop_at(monkeypatch, *steps):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(folder, tmp_path, monkeypatch):
-    """Between two stages of different shapes, and in the middle of a walk through a clip."""
-    config = config_of(folder, stage(3), stage(5, units=2, walk=2, batch=1))
+    """Between two stages unlike each other, and in the middle of a walk through a clip."""
+    other = dict(units=2, walk=2, batch=1, optimizer="muon")
+    config = config_of(folder, stage(3), stage(5, **other))
     uninterrupted = loop.train(config, tmp_path / "whole")
 
     stop_at(monkeypatch, 4, 7)
@@ -268,7 +269,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(folder, tmp_path, monkeypat
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
     for ours, others in zip(logged(tmp_path / "parts"), logged(tmp_path / "whole"), strict=True):
         assert ours["loss"] == others["loss"] and ours["stage"] == others["stage"]
-    shortened = config_of(folder, stage(3), stage(2, units=2, walk=2, batch=1))
+    shortened = config_of(folder, stage(3), stage(2, **other))
     for complete in (config, shortened):  # nothing left to do
         assert_same_state(loop.train(complete, tmp_path / "parts"), uninterrupted)
 
@@ -442,6 +443,35 @@ def test_learning_rate_warms_up_and_falls_through_the_stages():
     np.testing.assert_allclose(training.learning_rate(constant, 0, 1)(9), 1.0)
 
 
+def test_muon_steps_along_all_directions_alike():
+    """Matrices by orthogonal steps, and everything else by those of Adam, whose first has no sizes.
+
+    An intra codec beside another one does not learn: no time for it.
+    """
+    (only,) = stages.read(stages.complete(config_of("", stage(1), optimizer="muon", clip_norm=1e3)))
+    rng = np.random.default_rng(0)
+    shapes = {
+        ("dense", "kernel"): (24, 16),
+        ("convolution", "kernel"): (3, 3, 4, 8),
+        ("convolution", "bias"): (8,),
+        ("depthwise", "kernel"): (3, 3, 1, 8),
+        ("intra", "dense", "kernel"): (16, 16),
+        ("gains", "table"): (4, 8),
+    }
+    slopes = {path: jnp.float32(rng.normal(size=shape)) for path, shape in shapes.items()}
+    params = traverse_util.unflatten_dict(jax.tree.map(jnp.zeros_like, slopes))
+    optimizer = training.make_optimizer(only)
+    slopes = traverse_util.unflatten_dict(slopes)
+    steps, _ = optimizer.update(slopes, optimizer.init(params), params)
+    for path, step in traverse_util.flatten_dict(steps).items():
+        if path in (("dense", "kernel"), ("convolution", "kernel")):
+            matrix = step.reshape(-1, step.shape[-1])
+            gains = np.linalg.svd(matrix, compute_uv=False) / (0.2 * max(matrix.shape) ** 0.5)
+            assert gains.min() > 0.6 and gains.max() < 1.3
+        else:
+            np.testing.assert_allclose(np.abs(step), np.abs(step).max(), rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     "change, complaint",
     [
@@ -457,6 +487,7 @@ def test_learning_rate_warms_up_and_falls_through_the_stages():
         ({"stages": (ConfigDict(dict(steps=2)),)}, r"stages\[0\].batch is missing"),
         ({"stages": (stage(2, batch=4, accumulate=3),)}, "it must divide the batch"),
         ({"stages": (stage(2, schedule="step"),)}, "give 'cosine', 'linear'"),
+        ({"optimizer": "sgd"}, "give 'adamw', 'muon'"),
         ({"stages": (stage(2, references={"black": 1.0}),)}, "'black' is none of 'blank'"),
         ({"stages": (stage(2, references={"blank": 0.0}),)}, "one must be above"),
         ({"stages": (stage(2, lr_scale=(("hyperr", 0.1),)),)}, "lr_scale names hyperr"),

@@ -145,7 +145,7 @@ def _train(
         number = int(np.searchsorted(ends, step, side="right"))
         stage, start = run[number], int(ends[number]) - run[number].steps
         work = Work(config, model, stage, number, start, mesh)
-        state = work.with_carry(state)
+        state = work.prepared(state)
         if step == start:
             checkpoints.save_teacher(workdir, number, stage, state)
         parallel.together(lambda: checkpoints.check_teacher(workdir, number, stage))  # noqa: B023
@@ -222,16 +222,27 @@ class Work:
             out_shardings=(self._places, parallel.replicated(mesh)),
         )  # fmt: skip
 
-    def with_carry(self, state: training.TrainState) -> training.TrainState:
-        """The state with room for the references that this stage hands on."""
-        empty = training.empty_carry(self.codec, self.model, self.stage)
-        if jax.tree.map(jnp.shape, state.carry) == jax.tree.map(jnp.shape, empty):
-            return state
-        make = jax.jit(
-            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty),
-            out_shardings=self._places.carry,
-        )
-        return state.replace(carry=make())
+    def prepared(self, state: training.TrainState) -> training.TrainState:
+        """The state with what this stage needs and the last did not have.
+
+        That is room for the references that steps hand on, and the moments of another optimiser.
+        """
+        wanted = training.state_shapes(self.codec, self.model, self.stage)
+
+        def refill(name, make):
+            shapes, held = getattr(wanted, name), getattr(state, name)
+            if jax.tree.map(jnp.shape, held) == jax.tree.map(jnp.shape, shapes):
+                return {}
+            place = getattr(self._places, name)
+            return {name: jax.jit(partial(make, shapes), out_shardings=place)()}
+
+        def zeros(shapes):
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        def first_moments(_):
+            return training.make_optimizer(self.stage).init(zeros(wanted.params))
+
+        return state.replace(**refill("carry", zeros), **refill("opt_state", first_moments))
 
     def clips(self, sources, step: int) -> Iterator[tuple[training.Clip, bool]]:
         """What the steps from `step` on train with, on the devices ahead of time."""

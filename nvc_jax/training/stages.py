@@ -21,11 +21,13 @@ RUN = {
 RUN_DEFAULTS = {
     "data_root": "",  # folder that relative paths of the data sections start from
     "mesh": {"space": 1},  # bands into which pictures are cut, see nvc_jax.parallel
+    "optimizer": "adamw",
     "workers": 0,  # processes that cut batches; 0: threads
     "checkpoint_every_steps": 0,  # beside those by the clock; 0: none
 }
 # What a stage has from the config if it does not say it itself.
-INHERITED = ("data", "weight_decay", "clip_norm", "rate_balance", "average_decay")
+INHERITED = ("data", "optimizer", "weight_decay", "clip_norm", "rate_balance", "average_decay")
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
 REFERENCES = ("blank", "true", "degraded", "coded")
 ORDERS = ("ai", "ld", "ra")
@@ -46,7 +48,9 @@ class Stage:
         B-frames, of one path through a hierarchy, see `nvc_jax.training.hierarchy`.
       lr, end_lr: learning rate when the stage starts and when it ends.
       data: sets to draw from, see `nvc_jax.data.pipeline.open_sets`.
-      weight_decay, clip_norm: of AdamW, and of the gradient's norm.
+      optimizer: "adamw" or "muon", see `nvc_jax.training.step.make_optimizer`. A stage with another
+        one than the stage before forgets its moments.
+      weight_decay, clip_norm: of the optimiser, and of the gradient's norm.
       rate_balance: exponent b of the weight lambda^-b on every sample's loss; 0 as published.
       average_decay: of the moving average of the weights, which is what gets released.
       schedule: "cosine", "linear" or "constant", from lr to end_lr.
@@ -91,6 +95,7 @@ class Stage:
     lr: float
     end_lr: float
     data: Any
+    optimizer: str
     weight_decay: float
     clip_norm: float
     rate_balance: float
@@ -258,6 +263,8 @@ def _check(stage: Stage, where: str, networks: list[str], model: nn.Module) -> N
         )
     if stage.schedule not in SCHEDULES:
         raise NvcError(f"{where}.schedule is {stage.schedule!r}; give {_listed(SCHEDULES)}")
+    if stage.optimizer not in OPTIMIZERS:
+        raise NvcError(f"{where}.optimizer is {stage.optimizer!r}; give {_listed(OPTIMIZERS)}")
     if isinstance(stage.trainable, str):
         raise NvcError(f"{where}.trainable must be a tuple of names")
     scaled = [name for name, _ in stage.lr_scale]
