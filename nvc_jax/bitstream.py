@@ -33,6 +33,7 @@ from nvc_jax.entropy.calibration import (
 )
 from nvc_jax.errors import NvcError, StreamError
 from nvc_jax.files import replacing, writing
+from nvc_jax.schedule import MODES as GROUP_MODES
 from nvc_jax.schedule import Schedule
 
 MAGIC = b"\x8bNVC"
@@ -48,7 +49,7 @@ MAX_LEVELS = 8  # of a schedule's hierarchy
 MAX_QP = 127  # a qp of 0..63 plus its offset
 MAX_ACCESS_POINTS = 2**20  # later ones are not listed; decoding then starts at the last one listed
 
-# Tag of a packet: 11gerfff with g = size of the group written out, e = display frames written out,
+# Tag of a packet: 11gerfff with g = the group is described, e = display frames written out,
 # r = random access point, fff = frames - 1. Nothing else but the index may stand where a packet
 # could.
 _PACKET, _PACKET_MASK, _GROUP, _EXPLICIT, _RANDOM_ACCESS = 0xC0, 0xC0, 0x20, 0x10, 0x08
@@ -149,6 +150,7 @@ class Packet:
         random_access: decoding can start at this unit.
         group: frames of the schedule's group that the unit begins, if fewer than the schedule
             says; else None.
+        mode: of that group, in "mixed" streams, see `nvc_jax.schedule.MODES`; else None.
         damage: what is wrong with the payload, if anything, for people; it is then empty.
     """
 
@@ -158,6 +160,7 @@ class Packet:
     symbols_crc: int
     random_access: bool = False
     group: int | None = None
+    mode: str | None = None
     damage: str | None = None
 
 
@@ -287,10 +290,11 @@ def _packet_bytes(packet: Packet, unit: int, next_frame: int, header: Header) ->
     if frames != tuple(range(next_frame, next_frame + len(frames))):
         tag |= _EXPLICIT
         explicit = b"".join(map(varint, frames))
-    if packet.group is not None:
-        _require(0 < packet.group < 256, f"unit {unit} begins a group of {packet.group} frames")
+    if packet.group is not None or packet.mode is not None:
+        size, mode = packet.group or 0, GROUP_MODES.index(packet.mode or GROUP_MODES[0])
+        _require(0 <= size < 64, f"unit {unit} begins a group of {size} frames")
         tag |= _GROUP
-        explicit = bytes([packet.group]) + explicit
+        explicit = bytes([size | mode << 6]) + explicit
     head = bytes([tag]) + explicit + bytes(qps) + varint(len(payload)) + _u32(packet.symbols_crc)
     head += bytes([_crc8(head)])
     return head + payload + _u32(_packet_crc(unit, frames[0], head, payload))
@@ -508,6 +512,7 @@ def stream_info(path: str | os.PathLike) -> dict:
                         "payload_bytes": len(packet.payload),
                         "random_access": packet.random_access,
                         "group": packet.group,
+                        "mode": packet.mode,
                         "symbols_crc": packet.symbols_crc,
                     }
                 )
@@ -678,7 +683,7 @@ def _read_packet(
     """The packet whose tag was read just now; it must end at byte `limit` at the latest."""
     start = source.tell() - 1
     count = (tag & 0b111) + 1
-    group = source.read(1)[0] if tag & _GROUP else None
+    group, mode = _read_group(source, header) if tag & _GROUP else (None, None)
     frames = tuple(range(next_frame, next_frame + count))
     if tag & _EXPLICIT:
         frames = tuple(source.varint(2**32 - 1) for _ in range(count))
@@ -693,10 +698,21 @@ def _read_packet(
     if limit < source.tell() + size + 4 <= source.size:
         raise _Unreadable(f"the unit goes beyond byte {limit}, where another begins", start)
     payload = source.read(size)
-    packet = Packet(frames, qps, payload, symbols_crc, bool(tag & _RANDOM_ACCESS), group)
+    packet = Packet(frames, qps, payload, symbols_crc, bool(tag & _RANDOM_ACCESS), group, mode)
     if source.u32() != _packet_crc(unit, frames[0], head, payload):
         raise _DamagedPayload(replace(packet, payload=b""), start, source.tell())
     return packet
+
+
+def _read_group(source: _Source, header: Header) -> tuple[int | None, str | None]:
+    """What a packet says about the group that it begins: (frames, mode)."""
+    (value,) = source.read(1)
+    size, mode = value & 0x3F or None, value >> 6
+    if header.schedule.name == "mixed" and mode < len(GROUP_MODES):
+        return size, GROUP_MODES[mode]
+    if mode or not size:
+        raise _Unreadable("a group cannot look like this", source.tell() - 1)
+    return size, None
 
 
 def _find_index(source: _Source, first_offset: int) -> Index | None:

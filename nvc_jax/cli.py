@@ -24,6 +24,7 @@ from nvc_jax.entropy.calibration import (
     MODES,
 )
 from nvc_jax.errors import NvcError, StreamError
+from nvc_jax.schedule import MODES as CODING_MODES
 from nvc_jax.schedule import in_layers
 
 DEFAULT_MODEL = "ui2c-nano"
@@ -72,9 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--intra-period", type=int,
                    help="frames between random-access points; 0: only one, the default but for "
                    "models with B-frames, where it is the group's size")  # fmt: skip
-    p.add_argument("--mode", choices=("ai", "ld", "ra"),
-                   help="all intra, low delay or random access, of models that know several "
-                   "(default: ra)")  # fmt: skip
+    p.add_argument("--mode", choices=(*CODING_MODES, "auto"),
+                   help="random access, low delay or all intra, of models that know several, or "
+                   "whichever of them is best for each group of frames (default: ra)")  # fmt: skip
     p.add_argument("--gop", type=int,
                    help="frames in a group, 2 to 64, of models with B-frames (default: 32, or the "
                    "intra period if that is shorter)")  # fmt: skip
@@ -118,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("input", help="a clip to make a record of, or a record to compare with")
     p.add_argument("record", nargs="?", help="the record to write (.npz); without, compare")
     p.add_argument("--model", default=DEFAULT_MODEL, help="name or file (default: %(default)s)")
+    p.add_argument("--mode", choices=CODING_MODES, help="as of `nvc encode`")
     p.add_argument("--qp", type=int, default=32, help="default: %(default)s")
     p.add_argument("--frames", type=positive, default=32, help="default: %(default)s")
     p.add_argument("--json", help="write machine-readable results to this file")
@@ -245,6 +247,7 @@ def encode(args: argparse.Namespace) -> None:
         task = bar.add_task("encoding", total=total, note="")
         ahead = stack.enter_context(closing(read_ahead(pictures, 4)))
         coded_bytes = shown = 0
+        choices: list[dict] = []  # of modes, for groups of frames
         waiting: dict[int, video.Planes] = {}  # coded before a frame that is shown earlier
         for unit in codec.encode(unit_codec, ahead, qp, schedule, bool(args.recon), args.layer_qp):
             size = stream.write(unit.packet)
@@ -253,6 +256,9 @@ def encode(args: argparse.Namespace) -> None:
                 while shown in waiting:
                     recon.write(waiting.pop(shown))
                     shown += 1
+            if unit.choice:
+                choices.append(_choice_facts(unit.packet.mode, unit.choice))
+                bar.console.print(_why(choices[-1]), soft_wrap=True, highlight=False)
             coded_bytes += size
             clock.tick(len(unit.packet.frames))
             units.append(
@@ -265,7 +271,7 @@ def encode(args: argparse.Namespace) -> None:
                     "listed_elements": sum(int(step.sum()) for step in unit.coded.flags),
                 }
             )
-            steps = unit_codec.steps_of(not unit.packet.random_access)
+            steps = unit_codec.steps_of(unit.plan.refs)
             latent = [i for i, s in zip(unit.coded.indices, steps, strict=True) if s.family]
             elements += sum(step.size for step in latent)
             skipped += sum(int((step == SKIP).sum()) for step in latent)
@@ -285,12 +291,30 @@ def encode(args: argparse.Namespace) -> None:
         "bpp": 8 * file_bytes / (clock.frames * pixels),
         **clock.results(),
         "units": units,
+        "choices": choices,
     }
     _finish(
         args.json,
         result,
         f"{args.output}: {clock.frames} frames, {file_bytes} bytes, {result['bpp']:.4f} bpp, "
         f"qp {qp}, {clock.summary()}",
+    )
+
+
+def _choice_facts(mode: str, choice) -> dict:
+    """The mode that was chosen for a group of frames, and what came out of all, best first."""
+    trials = sorted(choice.trials.items(), key=lambda item: item[1].cost)
+    trials = {name: trial._asdict() for name, trial in trials}
+    return {"first": choice.first, "last": choice.last, "mode": mode, "trials": trials}
+
+
+def _why(choice: dict) -> str:
+    costs = ", ".join(
+        f"{name} {trial['cost']:.4f} ({trial['bytes']} bytes, {trial['psnr']:.2f} dB)"
+        for name, trial in choice["trials"].items()
+    )
+    return (
+        f"frames {choice['first']} to {choice['last']}: {choice['mode']}, of lowest cost: {costs}"
     )
 
 
@@ -429,9 +453,8 @@ def calibrate(args: argparse.Namespace) -> None:
     model = released.load(args.model)
     if args.record:
         unit_codec = codec.prepare(model, info.width, info.height, CALIBRATED)
-        record = platforms.make_record(
-            unit_codec, islice(pictures, args.frames), args.qp, codec.schedule_for(model)
-        )
+        schedule = codec.schedule_for(model, mode=args.mode)
+        record = platforms.make_record(unit_codec, islice(pictures, args.frames), args.qp, schedule)
         platforms.save(args.record, record)
         result = {"machine": record.machine, "units": len(record.units), "frames": record.frames}
         line = (f"{args.record}: {record.frames} frames in {len(record.units)} units on "

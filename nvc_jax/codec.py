@@ -10,7 +10,8 @@ import functools
 import os
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, groupby, islice, repeat
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ from nvc_jax.errors import NvcError, OtherTables, StreamError, WeightsMismatch
 from nvc_jax.machine import cores
 from nvc_jax.models import registry, released
 from nvc_jax.models.released import Released
+from nvc_jax.training.losses import lambda_of_qp
 from nvc_jax.video import Planes, VideoInfo
 
 MAX_QP = 63
@@ -491,6 +493,28 @@ def replay_unit(
     return _run(codec, refs, qps, FROM_CALLER, True, unit, given=symbols)
 
 
+class Trial(NamedTuple):
+    """A group of frames coded in one of several modes.
+
+    Attributes:
+      bytes: of all its packets' payloads.
+      psnr: 6:1:1, mean over its frames, dB.
+      cost: bits per pixel of one frame, plus the distortion times lambda of the qp.
+    """
+
+    bytes: int
+    psnr: float
+    cost: float
+
+
+class Choice(NamedTuple):
+    """How the frames `first` to `last` came out in every mode; the cheapest was chosen."""
+
+    first: int
+    last: int
+    trials: dict[str, Trial]
+
+
 class EncodedUnit(NamedTuple):
     """What `encode` yields per unit.
 
@@ -499,15 +523,22 @@ class EncodedUnit(NamedTuple):
       pictures: the originals.
       recons: the decoder's pictures; None unless rendered, which units that a later one needs the
         picture of always are.
+      plan: what the schedule says of the unit.
       coded: what the program left.
       ideal_bits: code length of the symbols under the integer tables.
+      choice: of the mode of the group that the unit begins, if the encoder had one.
     """
 
     packet: Packet
     pictures: list[Planes]
     recons: list[Planes] | None
+    plan: schedules.Unit
     coded: CodedUnit
     ideal_bits: float
+    choice: Choice | None = None
+
+
+AUTO = "auto"  # the mode in which the encoder chooses one of the others for every group
 
 
 def modes(model: Released) -> dict[str, str]:
@@ -529,19 +560,27 @@ def schedule_for(
         default that, and for B-frames the group's size.
       gop, closed: of groups of B-frames, see `schedule.hierarchical`; by default 32 frames, or the
         intra period if that is shorter.
-      mode: of a codec that knows several.
+      mode: of a codec that knows several; AUTO for groups that differ.
 
     Raises:
       NvcError: there is no such order, or the model does not code in groups.
     """
-    if mode is not None and mode not in modes(model):
-        there = ", ".join(modes(model)) or "the one that it was made for"
+    known = modes(model) | ({AUTO: "mixed"} if modes(model) else {})
+    if mode is not None and mode not in known:
+        there = ", ".join(known) or "the one that it was made for"
         raise NvcError(f"'{model.name}' has no mode '{mode}'; there is: {there}")
-    name = modes(model)[mode] if mode else model.module.schedule
+    name = known[mode] if mode else model.module.schedule
+    if name in ("hierarchical", "mixed") and gop is None:
+        gop = min(intra_period, 32) if intra_period and intra_period > 1 else 32
     if name == "hierarchical":
-        if gop is None:
-            gop = min(intra_period, 32) if intra_period and intra_period > 1 else 32
         return schedules.hierarchical(gop, intra_period, closed)
+    if name == "mixed":
+        if closed or intra_period not in (None, gop):
+            raise NvcError(
+                f"the mode '{AUTO}' has an intra frame at the end of every group, to which the "
+                "next one refers; leave out --intra-period and --closed-gop"
+            )
+        return schedules.mixed(gop)
     if gop is not None or closed:
         which = f"the mode '{mode}'" if mode else f"'{model.name}'"
         raise NvcError(f"{which} has no B-frames, so its groups cannot be chosen")
@@ -573,6 +612,7 @@ def encode(
     schedule: schedules.Schedule,
     render: bool = False,
     layer_qp: Sequence[int] = (),
+    mode_of: Callable[[int], str] | None = None,
 ) -> Iterator[EncodedUnit]:
     """Encodes pictures as they come, one group of the schedule in memory at a time.
 
@@ -580,41 +620,108 @@ def encode(
       layer_qp: added to the qp by layer of the hierarchy, lowest first; the last one counts for all
         above, where the intra frames are. What leaves the range of qps is set to its end. By
         default those of the codec.
+      mode_of: for "mixed" orders, the mode of the group that begins with a frame. By default all
+        are tried, and the one that costs least is chosen.
 
     Raises:
       NvcError: qp out of range, or layers where there are none.
     """
-    if layer_qp and not schedules.in_layers(schedule):
+    layered = schedules.in_layers(schedule)
+    if layer_qp and not layered:
         raise NvcError(f"schedule {schedule.name} has no layers whose qp could differ")
     if not 0 <= qp <= MAX_QP:
         raise NvcError(f"qp {qp} is out of range; give 0 (smallest file) to {MAX_QP} (best)")
-    if schedules.in_layers(schedule):
+    if layered:
         layer_qp = layer_qp or registry.entry(codec.model.codec).layer_qp
     pictures = iter(pictures)
     slots, frame, number = {}, 0, 0
     while group := list(islice(pictures, schedules.group_size(schedule, frame))):
-        whole = len(group) == schedules.group_size(schedule, frame)
-        short = None if whole or not schedules.in_layers(schedule) else len(group)
-        for unit in schedules.units(schedule, frame, len(group), number):
-            originals = [group[f - frame] for f in unit.frames]
-            qps = tuple(qp + offset for offset in unit.qp_offset)
-            if layer_qp:
-                last = len(layer_qp) - 1
-                extra = layer_qp[min(unit.level, last) if unit.refs else last]
-                qps = tuple(min(max(qp + extra, 0), codec.model.module.qp_rows - 1) for qp in qps)
-            refs = references(unit, slots)
-            payload, coded = encode_unit(codec, originals, refs, qps, render, unit)
-            slots[number] = coded.refs
-            for slot in unit.release:
-                del slots[slot]
-            steps = list(zip(coded.symbols, coded.indices, strict=True))
-            crc = symbols_crc(coded.symbols)
-            packet = Packet(unit.frames, qps, payload, crc, not unit.refs, short)
-            short = None  # said by the first packet of the group
-            bits = coder.code_length_bits(steps, codec.tables)
-            yield EncodedUnit(packet, originals, coded.pictures, coded, bits)
-            number += 1
+        code = functools.partial(
+            _encode_group, codec, group, frame, number, qp=qp, schedule=schedule, layer_qp=layer_qp
+        )
+        if schedule.name != "mixed":
+            for unit in code(slots, render=render):
+                number += 1
+                yield unit
+        elif mode_of or not frame:  # the first frame is alone in its group
+            mode = mode_of(frame) if frame else schedules.MODES[0]
+            for unit in code(slots, render=render, mode=mode):
+                number += 1
+                yield unit
+        else:
+            coded = _best_of_all_modes(code, slots, qp)
+            number += len(coded)
+            yield from coded
         frame += len(group)
+
+
+def _encode_group(
+    codec: UnitCodec,
+    group: list[Planes],
+    first_frame: int,
+    first_unit: int,
+    slots: dict[int, tuple],
+    *,
+    qp: int,
+    schedule: schedules.Schedule,
+    layer_qp: Sequence[int],
+    render: bool,
+    mode: str | None = None,
+) -> Iterator[EncodedUnit]:
+    """Units of one group; `slots` gets what they leave."""
+    whole = len(group) == schedules.group_size(schedule, first_frame)
+    short = None if whole or not schedules.in_layers(schedule) else len(group)
+    order = (mode,) if mode else ()
+    planned = schedules.units(schedule, first_frame, len(group), first_unit, *order)
+    for number, unit in enumerate(planned, first_unit):
+        originals = [group[f - first_frame] for f in unit.frames]
+        qps = tuple(qp + offset for offset in unit.qp_offset)
+        if layer_qp and unit.layered:
+            last = len(layer_qp) - 1
+            extra = layer_qp[min(unit.level, last) if unit.refs else last]
+            qps = tuple(min(max(qp + extra, 0), codec.model.module.qp_rows - 1) for qp in qps)
+        refs = references(unit, slots)
+        payload, coded = encode_unit(codec, originals, refs, qps, render, unit)
+        slots[number] = coded.refs
+        for slot in unit.release:
+            del slots[slot]
+        steps = list(zip(coded.symbols, coded.indices, strict=True))
+        packet = Packet(unit.frames, qps, payload, symbols_crc(coded.symbols))
+        if number == first_unit:
+            packet = replace(packet, random_access=not unit.refs, group=short, mode=mode)
+        bits = coder.code_length_bits(steps, codec.tables)
+        yield EncodedUnit(packet, originals, coded.pictures, unit, coded, bits)
+
+
+def _best_of_all_modes(code: Callable, slots: dict[int, tuple], qp: int) -> list[EncodedUnit]:
+    """A group in the mode that costs least; `slots` gets what it leaves."""
+    trials, best = {}, None
+    for mode in schedules.MODES:
+        left = dict(slots)
+        coded = list(code(left, render=True, mode=mode))
+        trials[mode] = _trial(coded, qp)
+        if best is None or trials[mode].cost < best[0].cost:
+            best = trials[mode], coded, left
+    _, (first, *rest), left = best
+    slots.clear()
+    slots |= left
+    frames = [frame for unit in (first, *rest) for frame in unit.packet.frames]
+    return [first._replace(choice=Choice(min(frames), max(frames), trials)), *rest]
+
+
+def _trial(coded: list[EncodedUnit], qp: int) -> Trial:
+    """The Lagrangian of training, but for its share of R, G and B."""
+    pairs = [pair for unit in coded for pair in zip(unit.pictures, unit.recons, strict=True)]
+    errors = np.array([list(map(_mean_square, *pair)) for pair in pairs])  # [frames, planes], 0..1
+    distortion = 3 * np.exp(np.log(errors) @ np.array([10, 1, 1]) / 12).mean()
+    psnr = (-10 * np.log10(errors) @ np.array([6, 1, 1]) / 8).mean()
+    payload = sum(len(unit.packet.payload) for unit in coded)
+    bpp = 8 * payload / (len(pairs) * pairs[0][0].y.size)
+    return Trial(payload, float(psnr), float(bpp + lambda_of_qp(qp, "video") * distortion))
+
+
+def _mean_square(a: np.ndarray, b: np.ndarray) -> float:
+    return max(np.mean((a.astype(np.float32) - b) ** 2) / 255**2, 1e-6)
 
 
 def references(unit: schedules.Unit, slots: dict[int, tuple]) -> tuple:
@@ -636,7 +743,9 @@ def check_model(header: Header, model: Released) -> None:
             f"{model.fingerprint.hex()}. Give the file of the right weights with --model."
         )
     own = model.module.schedule
-    known = modes(model).values() or (own, own.removesuffix("_refresh"))
+    known = (own, own.removesuffix("_refresh"))
+    if modes(model):
+        known = (*modes(model).values(), "mixed")
     if header.schedule.name.removesuffix("_closed") not in known:
         raise StreamError(
             f"the stream's schedule '{header.schedule.name}' is not that of its model "
@@ -835,8 +944,12 @@ def _planned(
             size = packet.group or len(packet.frames)
             if schedules.in_layers(schedule):
                 size = packet.group or schedules.group_size(schedule, group_first)
+            order = (packet.mode,) if packet.mode else ()
+            if schedule.name == "mixed" and not order:
+                reason = f"{_place(number, packet)} does not say in which mode its group is coded"
+                raise StreamError(packet.damage or f"{reason}; encode the video again")
             try:
-                planned = schedules.units(schedule, group_first, size, number)
+                planned = schedules.units(schedule, group_first, size, number, *order)
             except NvcError as e:
                 reason = f"the stream cannot be decoded in its order: {e}"
                 raise StreamError(packet.damage or reason) from None
@@ -845,7 +958,8 @@ def _planned(
                 needed |= {number}  # later groups refer to the frame that begins this one
             group_first, first_unit = group_first + size, number
         unit = planned[number - first_unit]
-        if unit.frames != packet.frames or packet.random_access != (not unit.refs):
+        starts = number == first_unit and not unit.refs
+        if unit.frames != packet.frames or packet.random_access != starts:
             raise StreamError(
                 packet.damage
                 or f"unit {number} does not follow the schedule in the header; encode the video "

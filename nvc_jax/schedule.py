@@ -30,6 +30,9 @@ from nvc_jax.errors import NvcError
 
 QP_OFFSETS = (0, 8, 0, 4, 0, 4, 0, 4)
 REFRESH_PERIOD = 64  # frames
+# Random access, low delay, all intra: what codecs that know several orders call them. Groups of
+# "mixed" store their place here.
+MODES = ("ra", "ld", "ai")
 
 
 class Unit(NamedTuple):
@@ -41,7 +44,7 @@ class Unit(NamedTuple):
     B-frame's place between its two references: its distance from the first as a share of theirs.
     `distances`: how many frames behind the unit's first one each reference is displayed; negative
     before it. `reliability`: how far each can be trusted, in the codec's levels, for codecs that
-    have them; the encoder finds it for every unit.
+    have them; the encoder finds it for every unit. `layered`: its quality follows its level.
     """
 
     frames: tuple[int, ...]
@@ -52,6 +55,7 @@ class Unit(NamedTuple):
     ratio: float = 0.5
     distances: tuple[int, ...] = ()
     reliability: tuple[int, ...] = ()
+    layered: bool = False
     picture_only: bool = False  # reads the picture of its reference, not its feature
     shown: bool = False  # a later unit reads its picture: also the encoder has to make it
 
@@ -87,9 +91,9 @@ class Schedule:
                 f"time, so decoding can only start at every {gop}th frame; give a multiple of "
                 f"{gop}, or 0 to start at the first frame only"
             )
-        if self.name == "hierarchical_closed" and self.intra_period != gop:
+        if self.name in ("hierarchical_closed", "mixed") and self.intra_period != gop:
             raise NvcError(
-                f"intra period {self.intra_period}: closed groups all begin with an intra frame; "
+                f"intra period {self.intra_period}: groups of {self.name} all have an intra frame; "
                 f"give {gop}"
             )
 
@@ -139,9 +143,27 @@ def hierarchical(gop: int = 32, intra_period: int | None = None, closed: bool = 
     return Schedule("hierarchical_closed" if closed else "hierarchical", gop, period)
 
 
+def mixed(gop: int = 32) -> Schedule:
+    """Groups between intra frames that are `gop` frames apart, each in a mode of its own.
+
+    All begin with the intra frame that ends them, so that any can follow any. The others come in
+    layers ("ra"), one after the other from the one before and the last of the best ("ld"), or
+    without references ("ai").
+
+    Raises:
+        NvcError: gop is not 2 to 64.
+    """
+    return Schedule("mixed", gop, gop)
+
+
 def in_layers(schedule: Schedule) -> bool:
     """Whether a group has many units, in another order than they are shown."""
-    return schedule.name.startswith("hierarchical")
+    return schedule.name in ("hierarchical", "hierarchical_closed", "mixed")
+
+
+def _is_open(schedule: Schedule) -> bool:
+    """Whether groups refer to the end of the one before."""
+    return schedule.name in ("hierarchical", "mixed")
 
 
 def group_size(schedule: Schedule, first_frame: int) -> int:
@@ -149,17 +171,19 @@ def group_size(schedule: Schedule, first_frame: int) -> int:
 
     Between open groups the anchors belong to the group that they end; so frame 0 is one of its own.
     """
-    return 1 if schedule.name == "hierarchical" and first_frame == 0 else schedule.gop
+    return 1 if _is_open(schedule) and first_frame == 0 else schedule.gop
 
 
 def group_start(schedule: Schedule, frame: int) -> int:
     """First frame of the group that `frame` belongs to."""
-    if schedule.name == "hierarchical":
+    if _is_open(schedule):
         return (frame - 1) // schedule.gop * schedule.gop + 1 if frame else 0
     return frame // schedule.gop * schedule.gop
 
 
-def units(schedule: Schedule, first_frame: int, count: int, first_unit: int) -> list[Unit]:
+def units(
+    schedule: Schedule, first_frame: int, count: int, first_unit: int, mode: str = MODES[0]
+) -> list[Unit]:
     """Plans one group: `count` frames from `first_frame` on, as units `first_unit`, +1, ...
 
     Args:
@@ -167,6 +191,7 @@ def units(schedule: Schedule, first_frame: int, count: int, first_unit: int) -> 
         first_frame: display index of the group's first frame, see `group_start`.
         count: `group_size`, or less when the clip ends inside the group.
         first_unit: number of the group's first unit.
+        mode: one of `MODES`, for "mixed".
 
     Raises:
         NvcError: if no group starts there, or it has a wrong count.
@@ -177,6 +202,8 @@ def units(schedule: Schedule, first_frame: int, count: int, first_unit: int) -> 
             f"schedule {schedule.name} cannot code {count} frames from frame {first_frame} on: its "
             f"groups of {schedule.gop} frames (fewer only at the end) start elsewhere"
         )
+    if schedule.name == "mixed" and mode != "ra" and first_frame:
+        return _behind_its_end(schedule, first_frame, count, first_unit, mode)
     return SCHEDULES[schedule.name][1](schedule, first_frame, count, first_unit)
 
 
@@ -222,14 +249,18 @@ def _refreshed(schedule: Schedule, first_frame: int, count: int, first_unit: int
     return [unit._replace(picture_only=refreshes(first_frame), shown=refreshes(first_frame + 1))]
 
 
+def _behind_last_best(since: int) -> tuple[int, ...]:
+    """Distances of a low-delay frame's references, `since` frames after the one without any."""
+    if since < 2:
+        return (-1,) * since
+    best = since - 2  # from here back to the last of 0, 1, 9, 17, ...
+    best -= (best - 1) % len(QP_OFFSETS) if best else 0
+    return -1, best - since
+
+
 def _long_term(schedule: Schedule, first_frame: int, count: int, first_unit: int) -> list[Unit]:
     def references(frame):
-        since = _since_intra(schedule, frame)
-        if since < 2:
-            return (frame - 1,) * since
-        best = since - 2  # from here back to the last of 0, 1, 9, 17, ...
-        best -= (best - 1) % len(QP_OFFSETS) if best else 0
-        return frame - 1, frame - since + best
+        return [frame + far for far in _behind_last_best(_since_intra(schedule, frame))]
 
     refs = references(first_frame)
     slots = {frame: first_unit - first_frame + frame for frame in (*refs, first_frame)}
@@ -241,7 +272,7 @@ def _long_term(schedule: Schedule, first_frame: int, count: int, first_unit: int
             0,
             (QP_OFFSETS[since % len(QP_OFFSETS)] if refs else max(QP_OFFSETS),),
             tuple(slots[frame] for frame in slots if frame not in references(first_frame + 1)),
-            distances=tuple(frame - first_frame for frame in refs),
+            distances=_behind_last_best(since),
         )
     ]
 
@@ -274,6 +305,25 @@ def _hierarchical_closed(
     return _numbered(planned, {}, first_unit, kept=None)
 
 
+def _behind_its_end(
+    schedule: Schedule, first_frame: int, count: int, first_unit: int, mode: str
+) -> list[Unit]:
+    """A group of "mixed" without layers, behind the intra frame that ends it."""
+    before, whole = first_frame - 1, count == schedule.gop
+
+    def flat(since):
+        refs, offset = (), 0
+        if mode == "ld":
+            refs = tuple(before + since + far for far in _behind_last_best(since))
+            offset = QP_OFFSETS[since % len(QP_OFFSETS)]
+        return Unit((before + since,), refs, 0, (offset,), ())
+
+    planned = [_intra(before + count, schedule.gop)] if whole else []
+    planned += [flat(since) for since in range(1, count + (not whole))]
+    slots = {before: first_unit - (schedule.gop if before else 1)}
+    return _numbered(planned, slots, first_unit, kept=before + count if whole else None)
+
+
 def _layer(span: int) -> int:
     """Layer of a frame in the middle of a gap: 0 for 2 frames, 1 for 3 or 4, 2 for 5 to 8, ..."""
     return (span - 1).bit_length() - 1
@@ -283,19 +333,21 @@ def _layer(span: int) -> int:
 
 
 def _intra(frame: int, gop: int) -> Unit:
-    return Unit((frame,), (), _layer(2 * gop), (0,), ())
+    return Unit((frame,), (), _layer(2 * gop), (0,), (), layered=True)
 
 
 def predicted(first: int, second: int, frame: int) -> Unit:
     """A frame behind both of its references, in the layer of a gap with as distant ends."""
     ratio = 0.5 if first == second else (frame - first) / (second - first)
-    return Unit((frame,), (first, second), _layer(2 * (frame - first)), (0,), (), ratio)
+    level = _layer(2 * (frame - first))
+    return Unit((frame,), (first, second), level, (0,), (), ratio, layered=True)
 
 
 def between(a: int, b: int) -> Unit:
     """The frame in the middle of a gap of more than one frame."""
     middle = (a + b) // 2
-    return Unit((middle,), (a, b), _layer(b - a), (0,), (), (middle - a) / (b - a))
+    ratio = (middle - a) / (b - a)
+    return Unit((middle,), (a, b), _layer(b - a), (0,), (), ratio, layered=True)
 
 
 def _all_between(a: int, b: int) -> list[Unit]:
@@ -350,4 +402,5 @@ SCHEDULES: dict[str, tuple[Sequence[int], Callable[[Schedule, int, int, int], li
     "low_delay_long": ((1,), _long_term),
     "hierarchical": (range(2, 65), _hierarchical),
     "hierarchical_closed": (range(2, 65), _hierarchical_closed),
+    "mixed": (range(2, 65), _hierarchical),
 }

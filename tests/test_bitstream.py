@@ -51,6 +51,26 @@ def packets(draw, frames=None):
     return Packet(frames, qps, draw(st.binary(max_size=300)), draw(u32), draw(st.booleans()))
 
 
+@pytest.mark.parametrize("group", [None, 1, 63])
+@pytest.mark.parametrize("mode", [*schedule.MODES, None])
+def test_groups_are_described(tmp_path, mode, group):
+    order = schedule.mixed(64) if mode else schedule.hierarchical(64)
+    header = Header("uni", bytes(16), 64, 48, Fraction(25), order)
+    packet = Packet((0,), (32,), b"abc", 7, True, group, mode)
+    write(tmp_path / "a.nvc", header, [packet])
+    assert read(tmp_path / "a.nvc")[2] == [(0, packet)]
+
+
+@pytest.mark.parametrize("group, mode", [(None, "ld"), (5, "ai")])
+def test_only_mixed_groups_have_modes(tmp_path, group, mode):
+    """Nor is there a fourth mode: damage, though its checksum be right."""
+    order = schedule.hierarchical(64)
+    header = Header("uni", bytes(16), 64, 48, Fraction(25), order)
+    write(tmp_path / "a.nvc", header, [Packet((0,), (32,), b"abc", 7, True, group, mode)])
+    intact, error = read_intact(tmp_path / "a.nvc")
+    assert not intact and "a group cannot look like this" in str(error)
+
+
 PAIRS = Header("ui2c-nano", bytes(range(16)), 64, 48, Fraction(30000, 1001), schedule.two_frame(4))
 
 

@@ -26,7 +26,7 @@ layered = st.builds(
     st.integers(0, 3),
     st.booleans(),
 )
-schedules = st.one_of(flats, layered)
+schedules = st.one_of(flats, layered, st.integers(2, 64).map(schedule.mixed))
 lengths = st.integers(0, 140)
 
 
@@ -80,6 +80,50 @@ def test_every_frame_is_coded_once_and_references_exist(order, length):
     for unit in planned:
         read = [max(planned[slot].frames) for slot in unit.refs]
         assert unit.distances == tuple(frame - unit.frames[0] for frame in read)
+
+
+def plan_mixed(gop, modes, length):
+    """Groups of a "mixed" order in these modes, over and over."""
+    order, planned, frame, number = schedule.mixed(gop), [], 0, 0
+    while frame < length:
+        count = min(schedule.group_size(order, frame), length - frame)
+        mode = modes[number % len(modes)]
+        planned.append(schedule.units(order, frame, count, sum(map(len, planned)), mode))
+        frame, number = frame + count, number + 1
+    return planned
+
+
+@given(st.integers(2, 64), st.lists(st.sampled_from(schedule.MODES), min_size=1), lengths)
+def test_any_mode_can_follow_any_other(gop, modes, length):
+    groups = plan_mixed(gop, modes, length)
+    planned = [unit for group in groups for unit in group]
+    assert sorted(flat(validate(planned))) == list(range(length))
+    held = set()
+    for number, unit in enumerate(planned):
+        read = [planned[slot].frames[0] for slot in unit.refs]
+        assert unit.distances == tuple(frame - unit.frames[0] for frame in read)
+        held = (held | {number}) - set(unit.release)
+        assert len(held) <= 2 + (gop - 1).bit_length()
+    for number, group in enumerate(groups[1:], 1):
+        mode, whole = modes[number % len(modes)], len(group) == gop
+        assert not whole or (group[0].refs == () and group[0].frames[0] % gop == 0)
+        others = group[1:] if whole else group
+        if mode == "ai":
+            assert not any(unit.refs for unit in others)
+        if mode == "ld":
+            assert all(unit.refs and max(unit.distances) < 0 for unit in others)
+            assert [unit.frames[0] for unit in others] == sorted(flat(others))
+        if mode == "ra" and whole:
+            assert all(len(unit.refs) == 2 for unit in others)
+        # From its intra frame on, what comes later can be decoded.
+        if whole:
+            there = set()
+            start = sum(map(len, groups[:number]))
+            for later, unit in enumerate(planned[start:], start):
+                if set(unit.refs) <= there:
+                    there.add(later)
+                else:
+                    assert unit.frames[0] < group[0].frames[0]
 
 
 def test_the_long_term_reference_is_the_last_of_the_best():

@@ -1,19 +1,23 @@
 """Uni-LVC: what references may do, and what they may not."""
 
+import json
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ANY_ORDER, assert_same_pictures, random_parameters
 
-from nvc_jax import bitstream, codec
+from nvc_jax import bitstream, cli, codec
+from nvc_jax import schedule as schedules
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT
 from nvc_jax.errors import StreamError
 from nvc_jax.models import registry, uni_lvc
 from nvc_jax.schedule import Unit
-from nvc_jax.video import VideoInfo
+from nvc_jax.video import VideoInfo, write_video
 
 WIDTH, HEIGHT = 70, 50
 CLIP = moving_texture(WIDTH, HEIGHT, 7)
@@ -110,21 +114,97 @@ def test_damaged_reliabilities_are_refused(prepared):
             codec.decode_unit(unit_codec, wrong, first.refs, (30,), unit)
 
 
+def write(path, unit_codec, units, order):
+    """Writes units; returns the reconstructions in the order of display."""
+    header = codec.make_header(unit_codec, VideoInfo(WIDTH, HEIGHT, 25), order)
+    made = []
+    with bitstream.write_stream(path, header) as out:
+        for unit in units:
+            out.write(unit.packet)
+            made += zip(unit.packet.frames, unit.recons, strict=True)
+    return [recon for _, recon in sorted(made, key=lambda item: item[0])]
+
+
 @pytest.mark.parametrize("mode", ["ai", "ld", "ra"])
 def test_all_modes_with_the_same_weights(prepared, tmp_path, mode):
     unit_codec = prepared("uni_lvc", WIDTH, HEIGHT)
     gop = 4 if mode == "ra" else None
     order = codec.schedule_for(unit_codec.model, gop=gop, mode=mode)
-    header = codec.make_header(unit_codec, VideoInfo(WIDTH, HEIGHT, 25), order)
-    made = []
-    with bitstream.write_stream(tmp_path / "a.nvc", header) as out:
-        for unit in codec.encode(unit_codec, CLIP, 30, order, render=True):
-            out.write(unit.packet)
-            made += zip(unit.packet.frames, unit.recons, strict=True)
+    units = codec.encode(unit_codec, CLIP, 30, order, render=True)
+    recons = write(tmp_path / "a.nvc", unit_codec, units, order)
     with bitstream.open_stream(tmp_path / "a.nvc") as stream:
         codec.check_model(stream.header, unit_codec.model)
-        shown = [p for _, ps in codec.decode(unit_codec, stream) for p in ps]
-    assert_same_pictures(shown, [p for _, p in sorted(made, key=lambda item: item[0])])
+        assert_same_pictures([p for _, ps in codec.decode(unit_codec, stream) for p in ps], recons)
+
+
+def test_a_stream_may_change_its_mode(prepared, tmp_path):
+    """At every intra frame, the last group being short; decoding can start at each of them."""
+    unit_codec, order = prepared("uni_lvc", WIDTH, HEIGHT), schedules.mixed(3)
+    clip = moving_texture(WIDTH, HEIGHT, 12)
+    modes = {1: "ai", 4: "ra", 7: "ld", 10: "ld"}
+    units = codec.encode(unit_codec, clip, 30, order, render=True, mode_of=modes.get)
+    recons = write(tmp_path / "a.nvc", unit_codec, units, order)
+    assert len(recons) == 12
+    with bitstream.open_stream(tmp_path / "a.nvc") as stream:
+        codec.check_model(stream.header, unit_codec.model)
+        assert_same_pictures([p for _, ps in codec.decode(unit_codec, stream) for p in ps], recons)
+        assert [point.frame for point in stream.index.access_points] == [0, 3, 6, 9]
+        for first in range(12):
+            wanted = range(first, min(first + 2, 12))
+            found = codec.decode(unit_codec, stream, stream.access_point(first), wanted)
+            assert_same_pictures([p for _, ps in found for p in ps], recons[first : first + 2])
+
+
+def test_groups_that_no_mode_is_said_of_are_refused(prepared, tmp_path):
+    unit_codec, order = prepared("uni_lvc", WIDTH, HEIGHT), schedules.mixed(3)
+    units = codec.encode(unit_codec, CLIP[:4], 30, order, render=True, mode_of=lambda frame: "ld")
+    units = [unit._replace(packet=replace(unit.packet, mode=None)) for unit in units]
+    write(tmp_path / "a.nvc", unit_codec, units, order)
+    with (
+        bitstream.open_stream(tmp_path / "a.nvc") as stream,
+        pytest.raises(StreamError, match="does not say in which mode"),
+    ):
+        list(codec.decode(unit_codec, stream))
+
+
+def test_the_encoder_chooses_the_cheapest_mode(prepared, tmp_path):
+    unit_codec, order = prepared("uni_lvc", WIDTH, HEIGHT), schedules.mixed(3)
+    units = list(codec.encode(unit_codec, CLIP[:6], 30, order, render=True))
+    recons = write(tmp_path / "a.nvc", unit_codec, units, order)
+    choices = [unit for unit in units if unit.choice]
+    assert [(unit.choice.first, unit.choice.last) for unit in choices] == [(1, 3), (4, 5)]
+    for number, unit in enumerate(choices):
+        trials = unit.choice.trials
+        assert set(trials) == set(schedules.MODES)
+        assert trials[unit.packet.mode].cost == min(trial.cost for trial in trials.values())
+        chosen = [u for u in units if unit.choice.first <= u.packet.frames[0] <= unit.choice.last]
+        assert trials[unit.packet.mode].bytes == sum(len(u.packet.payload) for u in chosen)
+        # Had the mode been said, the same would have been coded.
+        modes = {u.choice.first: u.packet.mode for u in choices[: number + 1]}
+        forced = codec.encode(
+            unit_codec, CLIP[: unit.choice.last + 1], 30, order, mode_of=modes.get
+        )
+        last = [u.packet for u in forced][-len(chosen) :]
+        assert last == [u.packet for u in chosen]
+    with bitstream.open_stream(tmp_path / "a.nvc") as stream:
+        assert_same_pictures([p for _, ps in codec.decode(unit_codec, stream) for p in ps], recons)
+
+
+def test_choices_are_explained(model_files, tmp_path, capsys):
+    clip, coded, facts = (tmp_path / name for name in ("clip.y4m", "a.nvc", "a.json"))
+    with write_video(clip, VideoInfo(WIDTH, HEIGHT, 25)) as out:
+        for picture in CLIP[:4]:
+            out.write(picture)
+    model = ["--model", str(model_files["uni_lvc"])]
+    how = ["--mode", "auto", "--gop", "3", "--json", str(facts)]
+    assert cli.main(["encode", str(clip), str(coded), *model, *how]) == 0
+    (choice,) = json.loads(facts.read_text())["choices"]
+    assert (choice["first"], choice["last"]) == (1, 3)
+    assert f"frames 1 to 3: {choice['mode']}, of lowest cost" in capsys.readouterr().err
+    assert cli.main(["decode", str(coded), str(tmp_path / "b.y4m"), *model]) == 0
+    closed = ["--mode", "auto", "--closed-gop"]
+    assert cli.main(["encode", str(clip), str(coded), *model, *closed]) == 2
+    assert "leave out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("left_out", ["near", "linear", "gate"])

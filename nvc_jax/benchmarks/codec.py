@@ -26,7 +26,9 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def table(models: list[str], sizes: list[tuple[int, int]], frames: int, qp: int) -> list[dict]:
+def table(
+    models: list[str], sizes: list[tuple[int, int]], frames: int, qp: int, mode: str | None = None
+) -> list[dict]:
     """`benchmark` of every model at every size, each in a process of its own, as a table.
 
     A process of its own, so that its peak memory is that of this model and size.
@@ -38,7 +40,7 @@ def table(models: list[str], sizes: list[tuple[int, int]], frames: int, qp: int)
     results = []
     for model, (width, height) in product(models, sizes):
         try:
-            results.append(own_process.ask(__name__, model, width, height, frames, qp))
+            results.append(own_process.ask(__name__, model, width, height, frames, qp, mode))
         except NvcError as e:
             raise NvcError(f"{model} at {width}x{height}: {e}") from None
         print(
@@ -75,7 +77,9 @@ def model_of(name: str) -> released.Released:
         return released.load(path)
 
 
-def benchmark(model: str, width: int, height: int, frames: int, qp: int) -> dict[str, Any]:
+def benchmark(
+    model: str, width: int, height: int, frames: int, qp: int, mode: str | None = None
+) -> dict[str, Any]:
     """Encodes and decodes a synthetic clip in memory and returns the speed.
 
     A few pictures are coded before, so that compilation does not count. "decode" is the jitted unit
@@ -83,6 +87,7 @@ def benchmark(model: str, width: int, height: int, frames: int, qp: int) -> dict
 
     Args:
       model: see `model_of`. With random weights the number of bits means nothing.
+      mode: of models that know several, see `nvc_jax.schedule.MODES`.
 
     Raises:
       NvcError: no such model, or a size or qp that is out of range.
@@ -91,7 +96,7 @@ def benchmark(model: str, width: int, height: int, frames: int, qp: int) -> dict
         raise NvcError(f"size {width}x{height}: width and height must be positive")
     loaded = model_of(model)
     codec = coding.prepare(loaded, width, height)
-    schedule = coding.schedule_for(loaded)
+    schedule = coding.schedule_for(loaded, mode=mode)
     pictures = moving_texture(width, height, frames)
 
     # Every program once: B-frames need two frames around them.

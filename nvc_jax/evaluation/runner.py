@@ -35,6 +35,7 @@ from nvc_jax.evaluation.bdrate import bd_table
 from nvc_jax.evaluation.metrics import clip_scores, ms_ssim_db
 from nvc_jax.files import replacing, writing
 from nvc_jax.machine import cores, processor
+from nvc_jax.schedule import MODES
 from nvc_jax.shots import scene_cuts
 from nvc_jax.video import Planes, VideoInfo, open_video
 
@@ -69,7 +70,7 @@ class Job:
     """One point: a clip coded by one codec at one setting."""
 
     clip: Clip
-    codec: str  # a model of ours (its name or weights file), or a name in `anchors.ANCHORS`
+    codec: str  # a model of ours as a config names it, or a name in `anchors.ANCHORS`
     setting: int  # our qp, or the anchor's quality parameter
     preset: str | None  # of an anchor; None for a model of ours
     workdir: str
@@ -86,8 +87,16 @@ class Job:
         return f"{self.clip.name}__{self.label}__{self.setting}"
 
 
-def _label(codec: str) -> str:
-    return Path(codec).name.removesuffix(".safetensors")
+def _split(model: str) -> tuple[str, str | None]:
+    """(name or weights file, mode) of MODEL or MODEL:MODE."""
+    name, colon, mode = model.rpartition(":")
+    return (name, mode) if colon and mode in (*MODES, "auto") else (model, None)
+
+
+def _label(model: str) -> str:
+    name, mode = _split(model)
+    name = Path(name).name.removesuffix(".safetensors")
+    return f"{name}-{mode}" if mode else name
 
 
 def check_config(config: Mapping) -> None:
@@ -281,12 +290,13 @@ def run_job(job: Job) -> dict:
 def _code_ours(job: Job, scratch: Path) -> tuple[dict, Iterator[Planes]]:
     stream = Path(job.workdir) / "streams" / f"{job.name}.nvc"
     recon, decoded = scratch / "recon.y4m", scratch / "decoded.y4m"
-    options = ["--model", job.codec, "--qp", str(job.setting), "--frames", str(job.clip.frames)]
-    options += ["--recon", str(recon)]
+    model, mode = _split(job.codec)
+    options = ["--model", model, "--qp", str(job.setting), "--frames", str(job.clip.frames)]
+    options += ["--recon", str(recon), *(["--mode", mode] if mode else [])]
     if job.intra_period is not None:
         options += ["--intra-period", str(job.intra_period)]
     encoded, encode_seconds = _run_cli(job, "encode", job.clip.path, stream, options, scratch)
-    weights = ["--model", job.codec] if job.codec != job.label else []  # not a shipped model
+    weights = ["--model", model] if model != _label(model) else []  # not a shipped model
     report, decode_seconds = _run_cli(job, "decode", stream, decoded, weights, scratch)
     checks = {
         "checksums_ok": sum(unit["checksum_ok"] for unit in report["units"]),
