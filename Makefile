@@ -2,7 +2,8 @@
 #
 #   make demo            code two clips with our codec and others, write a report to demo_out/
 #   make demo FRAMES=5   the same on a few frames
-#   make test            all tests
+#   make test            the tests
+#   make test-slow       those that take minutes each
 #   make lint            style
 #   make env             only the environment, in .venv; done by the others when needed
 #   make clean           remove the environment and everything that was generated
@@ -12,7 +13,7 @@ OUT ?= demo_out
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: env demo test lint clean
+.PHONY: env demo test test-slow lint clean
 
 env: $(STAMP)
 
@@ -28,8 +29,13 @@ $(STAMP): requirements.txt pyproject.toml
 demo: env
 	$(BIN)/python eval.py --config=configs/demo.py --workdir=$(OUT) $(if $(FRAMES),--config.frames=$(FRAMES))
 
+PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
+
 test: env
-	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(PYTEST) -m "not slow"
+
+test-slow: env
+	$(PYTEST) -m slow
 
 lint: env
 	$(BIN)/ruff check .

@@ -146,6 +146,22 @@ def model_files(tmp_path_factory) -> ModelFiles:
     return ModelFiles(tmp_path_factory.mktemp("models"))
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules that mostly compile: XLA is told to make little effort.
+
+    What users get is compiled with all its effort where results depend on it: in tests of real
+    clips, of other platforms, of the commands, and in the demo.
+    """
+    quick = {"jax_disable_most_optimizations": True, "jax_default_prng_impl": "unsafe_rbg"}
+    before = {name: jax.config.values[name] for name in quick}
+    for name, value in quick.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 @pytest.fixture
 def small_models_shipped(model_files, monkeypatch):
     """The package ships the small models "ui2c" and "intra" instead of its own."""

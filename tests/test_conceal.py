@@ -16,7 +16,7 @@ from nvc_jax.video import VideoInfo, open_video
 
 WIDTH, HEIGHT, UNITS = 37, 23, 8
 
-pytestmark = pytest.mark.usefixtures("prepare_once")
+pytestmark = pytest.mark.usefixtures("prepare_once", "quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from nvc_jax.errors import NvcError, StreamError
 from nvc_jax.models import released
 from nvc_jax.video import Colour, VideoInfo
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 WIDTH, HEIGHT = 40, 24
 CLIP = list(moving_texture(WIDTH, HEIGHT, 19))
 INFO = VideoInfo(WIDTH, HEIGHT, 25, Colour())

@@ -311,15 +311,22 @@ def freeze(params: dict) -> dict:
       look-up tables, {"table": int8 [256]}.
     """
 
-    def layer(tree):
-        if "kernel" not in tree:
-            return {name: layer(part) for name, part in tree.items()}
-        arrays = (np.asarray(a) for a in scaled(tree["kernel"], tree["bias"]))
-        types = (np.int8, np.int32, np.int8)
-        return {n: a.astype(t) for n, a, t in zip(INTEGERS, arrays, types, strict=True)}
+    types = (np.int8, np.int32, np.int8)
 
+    @jax.jit  # many small programs would take longer to compile
+    def scale_all(params):
+        return jax.tree.map(
+            lambda layer: scaled(layer["kernel"], layer["bias"]),
+            params,
+            is_leaf=lambda tree: "kernel" in tree,
+        )
+
+    def store(layer):
+        return {n: np.asarray(a).astype(t) for n, a, t in zip(INTEGERS, layer, types, strict=True)}
+
+    layers = jax.tree.map(store, scale_all(params), is_leaf=lambda tree: isinstance(tree, tuple))
     tables = {"code": {"table": _table(symbol_code)}, "activation": {"table": _table(activation)}}
-    return layer(params) | tables
+    return layers | tables
 
 
 def thaw(integers: dict) -> dict:
