@@ -1,7 +1,7 @@
 """Benchmarks that print ratios against a peer in the same run.
 
 python bench.py coder [--symbols N] [--repeats N] [--json FILE]
-python bench.py codec [--model NAME...] [--size WxH...] [--frames N] [--qp Q] [--json FILE]
+python bench.py codec [--model NAME...] [--mode MODE] [--size WxH...] [--frames N] [--json FILE]
 python bench.py complexity [--json FILE]
 python bench.py train [--config FILE] [--folder DIR] [--stage N] [--steps N] [--json FILE]
 python bench.py platforms --clips CLIP... [--model NAME] [--qp Q...] [--json FILE]

@@ -4,20 +4,20 @@
       --config.data.folder=FOLDER_OF_VIDEOS_AND_PHOTOS
   nvc release --workdir=runs/uni_lvc_nano --config=configs/uni_lvc_nano.py OUT.safetensors
 
-First the intra codec, then what listens to references, then everything together. Pictures on their
-own stay in the mix throughout ("knowledge replay"), and are held to what the stage before made of
-them: intra coding must not get worse than 0.5 % BD-rate by learning the rest.
+First the intra codec, then what listens to references, then everything together. From there on
+pictures on their own stay in the mix ("knowledge replay"), and are held to what the stage before
+made of them: intra coding must not get worse than 0.5 % BD-rate by learning the rest.
 """
 
 from ml_collections import ConfigDict
 
 from nvc_jax.training import recipes
 
-ADAPTERS = ("tokens", "sites_0", "sites_1", "sites_2", "sites_3", "temporal_prior", "kept")
-ADAPTORS = tuple(f"spatial_prior_adaptors_{i}" for i in range(3))
+LISTENING = ("tokens", "sites_0", "sites_1", "sites_2", "sites_3", "temporal_prior", "kept")
 BACKBONE = (
     "patch", "encoder_early", "encoder_late", "latent", "q_encoder", "q_latent", "hyper_encoder",
-    "z_prior", "hyper_decoder", "prior_fusion", "spatial_prior_reduction", *ADAPTORS,
+    "z_prior", "hyper_decoder", "prior_fusion", "spatial_prior_reduction",
+    "spatial_prior_adaptors_0", "spatial_prior_adaptors_1", "spatial_prior_adaptors_2",
     "spatial_prior", "up", "decoder_early", "decoder_late", "q_decoder", "pixels",
 )  # fmt: skip
 SLOWLY = dict.fromkeys(BACKBONE, 0.1)
@@ -37,27 +37,25 @@ def stage(steps, orders, lr, end_lr, units=4, batch=2, **special):
 
 def get_config():
     c = recipes.on_a_cpu()
+    c.optimizer = "muon"
     c.model = ConfigDict(dict(name="uni_lvc", size="nano", dtype="float32"))
     c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.2))
-    photographs = dict(folder="../shared/data/train", image_share=0.6)
-    everything = (*BACKBONE, *ADAPTERS)
     c.stages = (
         # S0: the intra codec.
         stage(
-            5_000, (1, 0, 0), lr=1e-3, end_lr=1e-5, units=1, spans=(1,), batch=8,
-            trainable=BACKBONE, data=photographs,
+            5_000, (1, 0, 0), lr=3e-3, end_lr=3e-5, units=1, spans=(1,), batch=8,
+            trainable=BACKBONE, data=dict(image_share=0.6),
         ),
         # S1: what listens to references, first of all to those of low delay.
-        stage(3_000, (0, 1, 0), lr=1e-3, end_lr=5e-4, trainable=ADAPTERS),
+        stage(3_000, (0, 1, 0), lr=1e-3, end_lr=5e-4, trainable=LISTENING),
         # S2: everything, the intra codec slowly.
         stage(
-            3_000, (0.25, 0.75, 0), lr=5e-4, end_lr=2e-4, trainable=everything, lr_scale=SLOWLY,
-            teacher=REPLAY,
+            3_000, (0.25, 0.75, 0), lr=5e-4, end_lr=2e-4, lr_scale=SLOWLY, teacher=REPLAY,
         ),
         # S3: random access too.
         stage(
-            4_000, (0.15, 0.35, 0.5), lr=5e-4, end_lr=1e-4, units=5, trainable=everything,
-            lr_scale=SLOWLY, spans=(8, 16, 32), teacher=REPLAY,
+            4_000, (0.15, 0.35, 0.5), lr=5e-4, end_lr=1e-4, units=5, spans=(8, 16, 32),
+            lr_scale=SLOWLY, teacher=REPLAY,
         ),
         # S4: which references to trust; first only who judges them.
         stage(
@@ -65,13 +63,13 @@ def get_config():
             judge_loss=1.0,
         ),
         stage(
-            2_000, (0.15, 0.35, 0.5), lr=2e-4, end_lr=2e-5, trainable=(*everything, "judge"),
-            lr_scale=SLOWLY, **DOUBTFUL, judge_loss=0.01, teacher=REPLAY,
+            2_000, (0.15, 0.35, 0.5), lr=2e-4, end_lr=2e-5, lr_scale=SLOWLY, teacher=REPLAY,
+            **DOUBTFUL, judge_loss=0.01,
         ),
         # S5: longer clips.
         stage(
             1_000, (0.1, 0.45, 0.45), lr=5e-5, end_lr=1e-5, units=6, spans=(16, 32),
-            trainable=everything, lr_scale=SLOWLY, judged=True, teacher=REPLAY,
+            lr_scale=SLOWLY, teacher=REPLAY, **DOUBTFUL, judge_loss=0.01,
         ),
         # The exact mode.
         stage(

@@ -291,10 +291,14 @@ def _packet_bytes(packet: Packet, unit: int, next_frame: int, header: Header) ->
         tag |= _EXPLICIT
         explicit = b"".join(map(varint, frames))
     if packet.group is not None or packet.mode is not None:
-        size, mode = packet.group or 0, GROUP_MODES.index(packet.mode or GROUP_MODES[0])
-        _require(0 <= size < 64, f"unit {unit} begins a group of {size} frames")
+        size, mode = packet.group, packet.mode
+        _require(size is None or 0 < size < 64, f"unit {unit} begins a group of {size} frames")
+        _require(
+            mode is None or (mode in GROUP_MODES and header.schedule.name == "mixed"),
+            f"unit {unit} begins a group in the mode {mode}, of schedule {header.schedule.name}",
+        )
         tag |= _GROUP
-        explicit = bytes([size | mode << 6]) + explicit
+        explicit = bytes([(size or 0) | GROUP_MODES.index(mode or GROUP_MODES[0]) << 6]) + explicit
     head = bytes([tag]) + explicit + bytes(qps) + varint(len(payload)) + _u32(packet.symbols_crc)
     head += bytes([_crc8(head)])
     return head + payload + _u32(_packet_crc(unit, frames[0], head, payload))

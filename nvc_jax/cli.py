@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack, closing, nullcontext
 from fractions import Fraction
 from functools import partial
@@ -24,8 +25,8 @@ from nvc_jax.entropy.calibration import (
     MODES,
 )
 from nvc_jax.errors import NvcError, StreamError
+from nvc_jax.schedule import AUTO, in_layers
 from nvc_jax.schedule import MODES as CODING_MODES
-from nvc_jax.schedule import in_layers
 
 DEFAULT_MODEL = "ui2c-nano"
 MAX_PIXELS = 8192 * 4320
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--intra-period", type=int,
                    help="frames between random-access points; 0: only one, the default but for "
                    "models with B-frames, where it is the group's size")  # fmt: skip
-    p.add_argument("--mode", choices=(*CODING_MODES, "auto"),
+    p.add_argument("--mode", choices=(*CODING_MODES, AUTO),
                    help="random access, low delay or all intra, of models that know several, or "
                    "whichever of them is best for each group of frames (default: ra)")  # fmt: skip
     p.add_argument("--gop", type=int,
@@ -285,6 +286,7 @@ def encode(args: argparse.Namespace) -> None:
         "entropy_mode": MODES[mode],
         "skipped_share": skipped / elements,
         "qp": qp,
+        "schedule": schedule.name,
         "width": info.width,
         "height": info.height,
         "file_bytes": file_bytes,
@@ -428,8 +430,10 @@ def info(args: argparse.Namespace) -> None:
         print(f"  model      {facts['model']}, weights {facts['fingerprint']}")
         margins = ", ".join(f"2^-{e}" for e in facts["margin_exponents"])
         print(f"  scales     {facts['entropy_mode']}{margins and f', margin {margins}'}")
+        modes = Counter(unit["mode"] for unit in units if unit["mode"] and unit["unit"])
+        groups = "".join(f", {count} groups {mode}" for mode, count in modes.items())
         print(f"  schedule   {facts['schedule']['name']}, {len(units)} units, "
-              f"{points} random-access points")  # fmt: skip
+              f"{points} random-access points{groups}")  # fmt: skip
         if units:
             qps = [qp for unit in units for qp in unit["qp"]]
             print(f"  size       {facts['file_bytes']} bytes ({facts['container_bytes']} of them "

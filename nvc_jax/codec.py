@@ -43,10 +43,11 @@ from nvc_jax.errors import NvcError, OtherTables, StreamError, WeightsMismatch
 from nvc_jax.machine import cores
 from nvc_jax.models import registry, released
 from nvc_jax.models.released import Released
-from nvc_jax.training.losses import lambda_of_qp
+from nvc_jax.quality import QP_COUNT, lambda_of_qp
+from nvc_jax.schedule import AUTO
 from nvc_jax.video import Planes, VideoInfo
 
-MAX_QP = 63
+MAX_QP = QP_COUNT - 1
 
 
 class CodedUnit(NamedTuple):
@@ -524,7 +525,7 @@ class EncodedUnit(NamedTuple):
       recons: the decoder's pictures; None unless rendered, which units that a later one needs the
         picture of always are.
       plan: what the schedule says of the unit.
-      coded: what the program left.
+      coded: what the program left; without references and scales where modes were tried.
       ideal_bits: code length of the symbols under the integer tables.
       choice: of the mode of the group that the unit begins, if the encoder had one.
     """
@@ -538,12 +539,10 @@ class EncodedUnit(NamedTuple):
     choice: Choice | None = None
 
 
-AUTO = "auto"  # the mode in which the encoder chooses one of the others for every group
-
-
 def modes(model: Released) -> dict[str, str]:
     """Name -> coding order, of codecs that know several."""
-    return getattr(model.module, "modes", {})
+    own = getattr(model.module, "modes", {})
+    return own and own | {AUTO: "mixed"}
 
 
 def schedule_for(
@@ -565,22 +564,22 @@ def schedule_for(
     Raises:
       NvcError: there is no such order, or the model does not code in groups.
     """
-    known = modes(model) | ({AUTO: "mixed"} if modes(model) else {})
-    if mode is not None and mode not in known:
-        there = ", ".join(known) or "the one that it was made for"
+    if mode is not None and mode not in modes(model):
+        there = ", ".join(modes(model)) or "the one that it was made for"
         raise NvcError(f"'{model.name}' has no mode '{mode}'; there is: {there}")
-    name = known[mode] if mode else model.module.schedule
-    if name in ("hierarchical", "mixed") and gop is None:
-        gop = min(intra_period, 32) if intra_period and intra_period > 1 else 32
-    if name == "hierarchical":
-        return schedules.hierarchical(gop, intra_period, closed)
+    name = modes(model)[mode] if mode else model.module.schedule
     if name == "mixed":
+        gop = gop or intra_period or 32
         if closed or intra_period not in (None, gop):
             raise NvcError(
                 f"the mode '{AUTO}' has an intra frame at the end of every group, to which the "
-                "next one refers; leave out --intra-period and --closed-gop"
+                "next group refers: its intra period is its --gop, and no group is closed"
             )
         return schedules.mixed(gop)
+    if name == "hierarchical":
+        if gop is None:
+            gop = min(intra_period, 32) if intra_period and intra_period > 1 else 32
+        return schedules.hierarchical(gop, intra_period, closed)
     if gop is not None or closed:
         which = f"the mode '{mode}'" if mode else f"'{model.name}'"
         raise NvcError(f"{which} has no B-frames, so its groups cannot be chosen")
@@ -640,18 +639,17 @@ def encode(
             _encode_group, codec, group, frame, number, qp=qp, schedule=schedule, layer_qp=layer_qp
         )
         if schedule.name != "mixed":
-            for unit in code(slots, render=render):
-                number += 1
-                yield unit
-        elif mode_of or not frame:  # the first frame is alone in its group
-            mode = mode_of(frame) if frame else schedules.MODES[0]
-            for unit in code(slots, render=render, mode=mode):
-                number += 1
-                yield unit
+            coded = code(slots, render=render)
+        elif not frame:  # alone in its group: the same in all modes
+            coded = code(slots, render=render, mode=schedules.MODES[0])
+        elif mode_of:
+            coded = code(slots, render=render, mode=mode_of(frame))
         else:
-            coded = _best_of_all_modes(code, slots, qp)
-            number += len(coded)
-            yield from coded
+            content = registry.entry(codec.model.codec).content
+            coded = _best_of_all_modes(code, slots, lambda_of_qp(qp, content))
+        for unit in coded:
+            number += 1
+            yield unit
         frame += len(group)
 
 
@@ -671,8 +669,7 @@ def _encode_group(
     """Units of one group; `slots` gets what they leave."""
     whole = len(group) == schedules.group_size(schedule, first_frame)
     short = None if whole or not schedules.in_layers(schedule) else len(group)
-    order = (mode,) if mode else ()
-    planned = schedules.units(schedule, first_frame, len(group), first_unit, *order)
+    planned = schedules.units(schedule, first_frame, len(group), first_unit, mode)
     for number, unit in enumerate(planned, first_unit):
         originals = [group[f - first_frame] for f in unit.frames]
         qps = tuple(qp + offset for offset in unit.qp_offset)
@@ -693,13 +690,20 @@ def _encode_group(
         yield EncodedUnit(packet, originals, coded.pictures, unit, coded, bits)
 
 
-def _best_of_all_modes(code: Callable, slots: dict[int, tuple], qp: int) -> list[EncodedUnit]:
-    """A group in the mode that costs least; `slots` gets what it leaves."""
+def _best_of_all_modes(code: Callable, slots: dict[int, tuple], weight: float) -> list[EncodedUnit]:
+    """A group in the mode that costs least; `slots` gets what it leaves.
+
+    weight: of the distortion.
+    """
     trials, best = {}, None
     for mode in schedules.MODES:
         left = dict(slots)
-        coded = list(code(left, render=True, mode=mode))
-        trials[mode] = _trial(coded, qp)
+        # What later units refer to is in `left`: two groups of it would fill memories.
+        coded = [
+            unit._replace(coded=unit.coded._replace(refs=(), scales=[]))
+            for unit in code(left, render=True, mode=mode)
+        ]
+        trials[mode] = _trial(coded, weight)
         if best is None or trials[mode].cost < best[0].cost:
             best = trials[mode], coded, left
     _, (first, *rest), left = best
@@ -709,15 +713,15 @@ def _best_of_all_modes(code: Callable, slots: dict[int, tuple], qp: int) -> list
     return [first._replace(choice=Choice(min(frames), max(frames), trials)), *rest]
 
 
-def _trial(coded: list[EncodedUnit], qp: int) -> Trial:
-    """The Lagrangian of training, but for its share of R, G and B."""
+def _trial(coded: list[EncodedUnit], weight: float) -> Trial:
+    """Bits, and what planes are off as training counts it (`D_yuv`), of all frames alike."""
     pairs = [pair for unit in coded for pair in zip(unit.pictures, unit.recons, strict=True)]
     errors = np.array([list(map(_mean_square, *pair)) for pair in pairs])  # [frames, planes], 0..1
     distortion = 3 * np.exp(np.log(errors) @ np.array([10, 1, 1]) / 12).mean()
     psnr = (-10 * np.log10(errors) @ np.array([6, 1, 1]) / 8).mean()
     payload = sum(len(unit.packet.payload) for unit in coded)
     bpp = 8 * payload / (len(pairs) * pairs[0][0].y.size)
-    return Trial(payload, float(psnr), float(bpp + lambda_of_qp(qp, "video") * distortion))
+    return Trial(payload, float(psnr), float(bpp + weight * distortion))
 
 
 def _mean_square(a: np.ndarray, b: np.ndarray) -> float:
@@ -743,9 +747,7 @@ def check_model(header: Header, model: Released) -> None:
             f"{model.fingerprint.hex()}. Give the file of the right weights with --model."
         )
     own = model.module.schedule
-    known = (own, own.removesuffix("_refresh"))
-    if modes(model):
-        known = (*modes(model).values(), "mixed")
+    known = modes(model).values() or (own, own.removesuffix("_refresh"))
     if header.schedule.name.removesuffix("_closed") not in known:
         raise StreamError(
             f"the stream's schedule '{header.schedule.name}' is not that of its model "
@@ -944,12 +946,11 @@ def _planned(
             size = packet.group or len(packet.frames)
             if schedules.in_layers(schedule):
                 size = packet.group or schedules.group_size(schedule, group_first)
-            order = (packet.mode,) if packet.mode else ()
-            if schedule.name == "mixed" and not order:
+            if schedule.name == "mixed" and not packet.mode:
                 reason = f"{_place(number, packet)} does not say in which mode its group is coded"
                 raise StreamError(packet.damage or f"{reason}; encode the video again")
             try:
-                planned = schedules.units(schedule, group_first, size, number, *order)
+                planned = schedules.units(schedule, group_first, size, number, packet.mode)
             except NvcError as e:
                 reason = f"the stream cannot be decoded in its order: {e}"
                 raise StreamError(packet.damage or reason) from None

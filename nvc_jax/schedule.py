@@ -33,6 +33,7 @@ REFRESH_PERIOD = 64  # frames
 # Random access, low delay, all intra: what codecs that know several orders call them. Groups of
 # "mixed" store their place here.
 MODES = ("ra", "ld", "ai")
+AUTO = "auto"  # whichever of them is best for a group: "mixed"
 
 
 class Unit(NamedTuple):
@@ -146,9 +147,9 @@ def hierarchical(gop: int = 32, intra_period: int | None = None, closed: bool = 
 def mixed(gop: int = 32) -> Schedule:
     """Groups between intra frames that are `gop` frames apart, each in a mode of its own.
 
-    All begin with the intra frame that ends them, so that any can follow any. The others come in
-    layers ("ra"), one after the other from the one before and the last of the best ("ld"), or
-    without references ("ai").
+    All whole groups begin with the intra frame that ends them, so that any can follow any. The
+    others come in layers ("ra"), one after the other from the one before and the last of the best
+    ("ld"), or without references ("ai").
 
     Raises:
         NvcError: gop is not 2 to 64.
@@ -182,7 +183,7 @@ def group_start(schedule: Schedule, frame: int) -> int:
 
 
 def units(
-    schedule: Schedule, first_frame: int, count: int, first_unit: int, mode: str = MODES[0]
+    schedule: Schedule, first_frame: int, count: int, first_unit: int, mode: str | None = None
 ) -> list[Unit]:
     """Plans one group: `count` frames from `first_frame` on, as units `first_unit`, +1, ...
 
@@ -191,10 +192,10 @@ def units(
         first_frame: display index of the group's first frame, see `group_start`.
         count: `group_size`, or less when the clip ends inside the group.
         first_unit: number of the group's first unit.
-        mode: one of `MODES`, for "mixed".
+        mode: one of `MODES`, for "mixed" and nothing else; random access if not given.
 
     Raises:
-        NvcError: if no group starts there, or it has a wrong count.
+        NvcError: if no group starts there, it has a wrong count, or it cannot have this mode.
     """
     size = group_size(schedule, first_frame)
     if group_start(schedule, first_frame) != first_frame or not 1 <= count <= size:
@@ -202,7 +203,9 @@ def units(
             f"schedule {schedule.name} cannot code {count} frames from frame {first_frame} on: its "
             f"groups of {schedule.gop} frames (fewer only at the end) start elsewhere"
         )
-    if schedule.name == "mixed" and mode != "ra" and first_frame:
+    if mode is not None and (schedule.name != "mixed" or mode not in MODES):
+        raise NvcError(f"groups of schedule {schedule.name} cannot be coded in the mode {mode!r}")
+    if mode in ("ld", "ai") and first_frame:
         return _behind_its_end(schedule, first_frame, count, first_unit, mode)
     return SCHEDULES[schedule.name][1](schedule, first_frame, count, first_unit)
 

@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--model")
+    parser.add_argument("--mode")
     parser.add_argument("--qp", type=int)
     parser.add_argument("--frames", type=int)
     parser.add_argument("--recon", type=Path)
@@ -44,7 +45,8 @@ def encode(arguments) -> dict:
     arguments.target.write_bytes(json.dumps(header).encode() + b"\n" + payload)
     write(arguments.recon, info, levels, step)
     pairs = [list(range(len(frames)))[i : i + 2] for i in range(0, len(frames), 2)]
-    return {"units": [{"frames": pair, "bytes": 100 + 10 * pair[0]} for pair in pairs]}
+    size = 50 if arguments.mode == "ld" else 100
+    return {"units": [{"frames": pair, "bytes": size + 10 * pair[0]} for pair in pairs]}
 
 
 def decode(arguments) -> dict:

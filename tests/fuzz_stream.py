@@ -10,6 +10,7 @@ coverage-guided fuzzer (`pip install -e ".[fuzz]"`):
 Further options are libFuzzer's; a bug ends it with a traceback and leaves the input in `crash-*`.
 """
 
+import itertools
 import os
 import struct
 import sys
@@ -17,6 +18,7 @@ import tempfile
 import types
 import zlib
 from contextlib import nullcontext
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +125,7 @@ def streams() -> list[bytes]:
         (schedule.all_intra(), 4),
         (schedule.hierarchical(4), 11),
         (schedule.hierarchical(3, closed=True), 8),
+        (schedule.mixed(3), 9),
     ):
         # Calibrated, with margins for three levels: the longest header.
         header = bitstream.Header(
@@ -137,15 +140,32 @@ def streams() -> list[bytes]:
             (9, 10, 11),
         )  # fmt: skip
         with bitstream.write_stream(PATH, header) as out:
-            tail = length - schedule.group_start(order, length - 1)
-            for number, unit in enumerate(schedule.plan(order, length)):
-                frames, payload = unit.frames, bytes([number]) * (3 * number)
-                crc = codec.symbols_crc(_symbols(payload))
-                short = tail if schedule.in_layers(order) and length - tail in frames else None
-                packet = (frames, (30,) * len(frames), payload, crc, not unit.refs, short)
-                out.write(bitstream.Packet(*packet))
+            for packet in _packets(order, length):
+                out.write(packet)
         found.append(PATH.read_bytes())
     return found
+
+
+def _packets(order, length):
+    """Of a clip; groups that may differ do."""
+    frame = number = 0
+    for mode in itertools.cycle(schedule.MODES):
+        if frame == length:
+            return
+        size = schedule.group_size(order, frame)
+        count, first = min(size, length - frame), number
+        mode = mode if order.name == "mixed" else None
+        for unit in schedule.units(order, frame, count, first, mode):
+            payload, qps = bytes([number]) * (3 * number), (30,) * len(unit.frames)
+            packet = bitstream.Packet(
+                unit.frames, qps, payload, codec.symbols_crc(_symbols(payload))
+            )
+            if number == first:
+                short = count if count < size and schedule.in_layers(order) else None
+                packet = replace(packet, random_access=not unit.refs, group=short, mode=mode)
+            yield packet
+            number += 1
+        frame += count
 
 
 def _symbols(payload: bytes) -> list[np.ndarray]:

@@ -61,14 +61,29 @@ def test_groups_are_described(tmp_path, mode, group):
     assert read(tmp_path / "a.nvc")[2] == [(0, packet)]
 
 
-@pytest.mark.parametrize("group, mode", [(None, "ld"), (5, "ai")])
-def test_only_mixed_groups_have_modes(tmp_path, group, mode):
-    """Nor is there a fourth mode: damage, though its checksum be right."""
-    order = schedule.hierarchical(64)
+@pytest.mark.parametrize(
+    "order, value", [(schedule.hierarchical(64), 0x45), (schedule.mixed(64), 0xC5)]
+)
+def test_groups_that_cannot_be_are_refused(tmp_path, order, value):
+    """A mode where there are none, and a fourth one, in a head whose checksum is right."""
     header = Header("uni", bytes(16), 64, 48, Fraction(25), order)
-    write(tmp_path / "a.nvc", header, [Packet((0,), (32,), b"abc", 7, True, group, mode)])
+    mode = "ra" if order.name == "mixed" else None
+    write(tmp_path / "a.nvc", header, [Packet((0,), (32,), b"", 7, True, 5, mode)])
+    data = bytearray((tmp_path / "a.nvc").read_bytes())
+    head = data.index(bytes([0xE8, 5, 32, 0, 7, 0, 0, 0]))
+    data[head + 1] = value
+    data[head + 8] = bitstream._crc8(data[head : head + 8])
+    (tmp_path / "a.nvc").write_bytes(data)
     intact, error = read_intact(tmp_path / "a.nvc")
     assert not intact and "a group cannot look like this" in str(error)
+
+
+@pytest.mark.parametrize("group, mode", [(None, "ld"), (0, None), (64, None)])
+def test_groups_that_nobody_could_read_are_not_written(tmp_path, group, mode):
+    header = Header("uni", bytes(16), 64, 48, Fraction(25), schedule.hierarchical(64))
+    packet = Packet((0,), (32,), b"abc", 7, True, group, mode)
+    with pytest.raises(NvcError, match="unit 0 begins a group"):
+        write(tmp_path / "a.nvc", header, [packet])
 
 
 PAIRS = Header("ui2c-nano", bytes(range(16)), 64, 48, Fraction(30000, 1001), schedule.two_frame(4))

@@ -332,3 +332,14 @@ def test_a_weights_file_is_given_to_the_decoder_too(tmp_path):
     results = evaluate(config(tmp_path, models=(weights,), qps=(8,)), print, FAKE)
     assert all_passed(results)
     assert results["points"][0]["codec"] == "mine"
+
+
+def test_modes_are_measured_like_models(tmp_path):
+    make_clip(tmp_path / "clip.y4m")
+    weights = str(tmp_path / "mine.safetensors")
+    models = ("fake", "fake:ld", weights + ":ld")
+    results = evaluate(config(tmp_path, models=models, qps=(8,)), print, FAKE)
+    assert all_passed(results)
+    names = ["fake", "fake-ld", "mine-ld"]
+    assert [point["codec"] for point in results["points"]] == names
+    assert [point["units"][0]["bytes"] for point in results["points"]] == [100, 50, 50]

@@ -18,6 +18,7 @@ from nvc_jax.training import loop, losses, orders, stages
 from nvc_jax.training.orders import code_run, draw_run
 from nvc_jax.training.recipes import on_a_cpu
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 MODEL = registry.build("uni_lvc", ANY_ORDER)
 
 
@@ -25,7 +26,7 @@ def drawn(order, units=5, spans=(8, 16), seed=0):
     return draw_run(np.random.default_rng(seed), units, spans, {order: 1.0})
 
 
-@given(st.sampled_from(stages.ORDERS), st.integers(3, 6), st.integers(0, 10**6))
+@given(st.sampled_from(schedule.MODES), st.integers(3, 6), st.integers(0, 10**6))
 def test_runs_refer_to_what_is_coded(order, units, seed):
     places, run = drawn(order, units, (16, 33), seed)
     assert len(places) == units and min(places) >= 0 and max(places) <= 33
@@ -93,6 +94,18 @@ def test_a_run_is_coded_as_units_are():
     np.testing.assert_allclose(coded.bits["y"], bits, rtol=1e-2)
 
 
+def test_others_can_be_left_out():
+    """What is coded alone is the same, and nothing is left of the rest."""
+    params = jax.tree.map(jnp.asarray, random_parameters(MODEL))
+    frames = jax.random.uniform(jax.random.key(0), (1, 4, 32, 32, 3))
+    _, run = drawn("ra", 4, (8,), 3)
+    code = jax.jit(code_run, static_argnums=0, static_argnames="only_alone")
+    whole = code(MODEL, params, run, frames, jnp.array([20]), None)
+    some = code(MODEL, params, run, frames, jnp.array([20]), None, only_alone=True)
+    np.testing.assert_allclose(some.recon[:, run.alone], whole.recon[:, run.alone], atol=1e-5)
+    assert not some.recon[:, ~run.alone].any() and some.bits["y"] < whole.bits["y"]
+
+
 def config(**stage):
     c = on_a_cpu()
     c.model = ConfigDict(dict(name="uni_lvc", size=ANY_ORDER, dtype="float32"))
@@ -149,6 +162,7 @@ def test_spoiled_references_are_labelled():
     assert set(np.unique(far)) == {2}
 
 
+@pytest.mark.slow
 def test_a_run_trains_every_kind_of_stage(tmp_path):
     """Alone; then everything from a teacher, with references of all kinds."""
     c = config()
@@ -172,7 +186,9 @@ def test_a_run_trains_every_kind_of_stage(tmp_path):
         (dict(units=6), "needs spans of 16 to 64"),
         (dict(units=10, orders=dict(ai=1.0)), "10 units need more than 8"),
         (dict(spoil=0.5, batch=1), "other clips in the batch"),
-        (dict(judge_loss=1.0), "set cut_share to 0"),
+        (dict(judge_loss=1.0), "needs `judged`"),
+        (dict(judge_loss=1.0, judged=True), "set cut_share to 0"),
+        (dict(temperature=(1.0,)), "give two numbers above 0"),
         (dict(orders=dict(pb=1.0)), "'pb' is none of"),
         (dict(orders=dict(ai=0.0)), "one must be above"),
         (dict(walk=2), "do not go on"),

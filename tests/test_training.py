@@ -30,7 +30,7 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from nvc_jax import cli, codec, parallel
+from nvc_jax import cli, codec, parallel, quality
 from nvc_jax.data import build, pipeline
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.errors import NvcError
@@ -45,6 +45,7 @@ from nvc_jax.training.transform_start import transform_start
 from nvc_jax.video import VideoInfo, write_video
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @dataclass(frozen=True)
@@ -126,17 +127,6 @@ class Toy(nn.Module):
 
 UI2C = registry.entry("ui2c")
 TOY = UI2C._replace(module=Toy, config=ToyConfig, sizes={"small": ToyConfig()})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    quick = {"jax_disable_most_optimizations": True, "jax_default_prng_impl": "unsafe_rbg"}
-    before = {name: jax.config.values[name] for name in quick}
-    for name, value in quick.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(autouse=True)
@@ -427,6 +417,16 @@ def test_a_skipped_step_changes_nothing_but_the_counters(folder):
     )
 
 
+def test_stages_may_draw_otherwise_from_the_same_clips(folder):
+    config = config_of(folder, stage(1, data=dict(image_share=0.9)), stage(1))
+    run = stages.read(stages.complete(config))
+    assert [s.data.folder for s in run] == [str(folder)] * 2
+    assert [s.data.image_share for s in run] == [0.9, 0.3]
+    opened = loop.open_all(run)
+    records = [opened[repr(s.data)][0].records for s in run]
+    assert records[0][0] is records[1][0]  # in memory once
+
+
 def test_learning_rate_warms_up_and_falls_through_the_stages():
     first, second = stages.read(
         stages.complete(config_of("", stage(10, lr=1.0, end_lr=0.5), stage(10, lr=0.5, end_lr=0.0)))
@@ -457,14 +457,18 @@ def test_muon_steps_along_all_directions_alike():
         ("depthwise", "kernel"): (3, 3, 1, 8),
         ("intra", "dense", "kernel"): (16, 16),
         ("gains", "table"): (4, 8),
+        ("unused", "kernel"): (16, 8),
     }
     slopes = {path: jnp.float32(rng.normal(size=shape)) for path, shape in shapes.items()}
     params = traverse_util.unflatten_dict(jax.tree.map(jnp.zeros_like, slopes))
     optimizer = training.make_optimizer(only)
     slopes = traverse_util.unflatten_dict(slopes)
-    steps, _ = optimizer.update(slopes, optimizer.init(params), params)
+    steps, state = optimizer.update(slopes, optimizer.init(params), params)
+    slopes["unused"]["kernel"] *= 0
+    later, _ = optimizer.update(slopes, state, params)
+    assert not later["unused"]["kernel"].any() and later["dense"]["kernel"].any()
     for path, step in traverse_util.flatten_dict(steps).items():
-        if path in (("dense", "kernel"), ("convolution", "kernel")):
+        if path[0] in ("dense", "convolution", "unused") and path[1] == "kernel":
             matrix = step.reshape(-1, step.shape[-1])
             gains = np.linalg.svd(matrix, compute_uv=False) / (0.2 * max(matrix.shape) ** 0.5)
             assert gains.min() > 0.6 and gains.max() < 1.3
@@ -631,7 +635,7 @@ def test_degradations_keep_what_they_should():
     [("video", [1, 9.158, 83.86, 768]), ("image", [10, 58.95, 347.4, 2048])],
 )
 def test_lambda_at_its_check_points(kind, expected):
-    values = losses.lambda_of_qp(jnp.array([0, 21, 42, 63]), kind)
+    values = quality.lambda_of_qp(jnp.array([0, 21, 42, 63]), kind)
     np.testing.assert_allclose(values, expected, rtol=5e-4)
 
 

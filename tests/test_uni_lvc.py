@@ -19,6 +19,7 @@ from nvc_jax.models import registry, uni_lvc
 from nvc_jax.schedule import Unit
 from nvc_jax.video import VideoInfo, write_video
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 WIDTH, HEIGHT = 70, 50
 CLIP = moving_texture(WIDTH, HEIGHT, 7)
 INTRA = Unit((0,), (), 0, (0,), ())
@@ -155,6 +156,40 @@ def test_a_stream_may_change_its_mode(prepared, tmp_path):
             assert_same_pictures([p for _, ps in found for p in ps], recons[first : first + 2])
 
 
+@pytest.mark.parametrize(
+    "broken, inside, lost",
+    [
+        # Coded in this order: 0; 3, 1, 2 (all intra); 6, 4, 5 (in layers); 9, 7, 8 (low delay); 10.
+        (2, 30, [1]),  # a payload: nothing refers to it
+        (5, 30, [4, 5]),
+        (8, 30, [7, 8]),
+        (7, 30, [9, 10]),
+        (4, 0, [4, 5, 6, 7, 8]),  # a head: decoding goes on at the next intra frame
+        (8, 0, [7, 8, 10]),
+    ],
+)
+def test_damage_in_groups_of_all_modes(prepared, tmp_path, broken, inside, lost):
+    unit_codec, order = prepared("uni_lvc", WIDTH, HEIGHT), schedules.mixed(3)
+    clip, path = moving_texture(WIDTH, HEIGHT, 11), tmp_path / "a.nvc"
+    modes = {1: "ai", 4: "ra", 7: "ld", 10: "ld"}
+    units = codec.encode(unit_codec, clip, 30, order, render=True, mode_of=modes.get)
+    recons = write(path, unit_codec, units, order)
+    with bitstream.open_stream(path) as stream:
+        packets = list(stream._packets())
+        place = stream._first + sum(size for _, _, size in packets[:broken])
+    data = bytearray(path.read_bytes())
+    data[place + inside] ^= 255
+    path.write_bytes(data)
+    found = {}
+    with bitstream.open_stream(path) as stream:
+        for unit, pictures in codec.decode_concealing(unit_codec, stream):
+            for picture in pictures:
+                found[len(found)] = picture, isinstance(unit, codec.Lost)
+    assert [frame for frame, (_, gone) in found.items() if gone] == lost
+    kept = [frame for frame in found if frame not in lost]
+    assert_same_pictures([found[n][0] for n in kept], [recons[n] for n in kept])
+
+
 def test_groups_that_no_mode_is_said_of_are_refused(prepared, tmp_path):
     unit_codec, order = prepared("uni_lvc", WIDTH, HEIGHT), schedules.mixed(3)
     units = codec.encode(unit_codec, CLIP[:4], 30, order, render=True, mode_of=lambda frame: "ld")
@@ -204,7 +239,7 @@ def test_choices_are_explained(model_files, tmp_path, capsys):
     assert cli.main(["decode", str(coded), str(tmp_path / "b.y4m"), *model]) == 0
     closed = ["--mode", "auto", "--closed-gop"]
     assert cli.main(["encode", str(clip), str(coded), *model, *closed]) == 2
-    assert "leave out" in capsys.readouterr().err
+    assert "no group is closed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("left_out", ["near", "linear", "gate"])

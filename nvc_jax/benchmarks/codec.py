@@ -20,9 +20,9 @@ from nvc_jax.errors import NvcError
 from nvc_jax.models import complexity, registry, released
 
 COLUMNS = {
-    "model": "16", "width": "5", "height": "6", "encode_fps": "10.2f", "decode_fps": "10.2f",
-    "encode_kmac_per_pixel": "11.1f", "decode_kmac_per_pixel": "11.1f", "compile_seconds": "10.1f",
-    "peak_memory_mib": "10.0f", "bpp": "8.3f",
+    "model": "16", "schedule": "14", "width": "5", "height": "6", "encode_fps": "10.2f",
+    "decode_fps": "10.2f", "encode_kmac_per_pixel": "11.1f", "decode_kmac_per_pixel": "11.1f",
+    "compile_seconds": "10.1f", "peak_memory_mib": "10.0f", "bpp": "8.3f",
 }  # fmt: skip
 
 
@@ -131,6 +131,8 @@ def benchmark(
     coded_bytes = sum(len(packet.payload) for packet in packets)
     return {
         "model": loaded.name,
+        "mode": mode,
+        "schedule": schedule.name,
         "device": jax.devices()[0].device_kind,
         "width": width,
         "height": height,
@@ -142,7 +144,7 @@ def benchmark(
         "coder_encode_ms_per_frame": 1e3 * seconds["coder_encode"] / frames,
         "coder_decode_ms_per_frame": 1e3 * seconds["coder_decode"] / frames,
         "bpp": 8 * coded_bytes / (frames * width * height),
-        **complexity.coding_cost(loaded.module),
+        **complexity.coding_cost(loaded.module, alone=schedule.name == "all_intra"),
         "peak_memory_mib": _peak_memory() / 2**20,
     }
 

@@ -82,7 +82,7 @@ class Stored(Sequence):
         return Clip(*(record[name] for name in Clip._fields))
 
 
-def open_sets(data: Any, root: str = "") -> list[Source]:
+def open_sets(data: Any, root: str = "", loaded: dict[str, ClipSet] | None = None) -> list[Source]:
     """The clips that a config's data section names, with paths that start from `root`.
 
     data: either `folder`, of videos and photographs that are decoded into memory, and
@@ -90,6 +90,7 @@ def open_sets(data: Any, root: str = "") -> list[Source]:
       which teach a codec next to nothing); or `sets`, a tuple of dicts with `path`
       of a data set that `nvc_jax.data.build` wrote, `split` (default "train") and `weight`
       (default 1).
+    loaded: folder -> clips that are in memory already; gets those that are read.
 
     Raises:
       NvcError: no such folder or data set, or a section that says neither.
@@ -107,9 +108,11 @@ def open_sets(data: Any, root: str = "") -> list[Source]:
     folder, share = data["folder"], data.get("image_share", 0.25)
     if not isinstance(share, int | float) or not 0 <= share <= 1:
         raise NvcError(f"config.data.image_share is {share!r}; it must be from 0 to 1")
-    clips = load_clips(os.path.join(root, folder)) if folder else made_up_clips()
-    log.info("training data: %s", stats(clips))
-    return memory_sources(clips, share)
+    loaded = {} if loaded is None else loaded
+    if folder not in loaded:
+        loaded[folder] = load_clips(os.path.join(root, folder)) if folder else made_up_clips()
+        log.info("training data: %s", stats(loaded[folder]))
+    return memory_sources(loaded[folder], share)
 
 
 def _open_set(values: dict, root: str, where: str) -> Source:

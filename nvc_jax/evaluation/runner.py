@@ -35,7 +35,7 @@ from nvc_jax.evaluation.bdrate import bd_table
 from nvc_jax.evaluation.metrics import clip_scores, ms_ssim_db
 from nvc_jax.files import replacing, writing
 from nvc_jax.machine import cores, processor
-from nvc_jax.schedule import MODES
+from nvc_jax.schedule import AUTO, MODES
 from nvc_jax.shots import scene_cuts
 from nvc_jax.video import Planes, VideoInfo, open_video
 
@@ -90,7 +90,7 @@ class Job:
 def _split(model: str) -> tuple[str, str | None]:
     """(name or weights file, mode) of MODEL or MODEL:MODE."""
     name, colon, mode = model.rpartition(":")
-    return (name, mode) if colon and mode in (*MODES, "auto") else (model, None)
+    return (name, mode) if colon and mode in (*MODES, AUTO) else (model, None)
 
 
 def _label(model: str) -> str:

@@ -285,19 +285,20 @@ def training_flop(model: nn.Module, exact: bool, pixels: int) -> int:
     return round(6 * count / (model.frames_per_unit * SIDE * SIDE) * pixels)
 
 
-def coding_cost(model: nn.Module) -> dict[str, float]:
+def coding_cost(model: nn.Module, alone: bool = False) -> dict[str, float]:
     """Thousand multiply-accumulates per pixel and frame, on each side.
 
     Encoding goes without what turns features into pictures, decoding without analysis transform
-    and hyper-encoder, as in `nvc_jax.codec`. Units refer to an earlier one if the codec does that.
+    and hyper-encoder, as in `nvc_jax.codec`. Units refer to an earlier one if the codec does that,
+    and are not `alone`.
     """
     units, exact = _units(model), has_scale_head(model)
 
     def cost(forward):
-        args = units.params, units.frames, units.kinds[-1], units.qp
+        args = units.params, units.frames, units.kinds[0 if alone else -1], units.qp
         return macs(forward, *args) / (1000 * model.frames_per_unit * SIDE * SIDE)
 
-    judgement = _judgement(model)
+    judgement = None if alone else _judgement(model)
     return {
         "encode_kmac_per_pixel": cost(_forward(model, _Encode(exact)))
         + (cost(judgement) if judgement else 0),

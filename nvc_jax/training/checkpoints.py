@@ -110,7 +110,7 @@ def resume(
     except ValueError as e:
         raise NvcError(
             f"{manager.directory}: checkpoint {newest} does not fit this config's model, or the "
-            "batch, crop or walk of the stage that left it; give another --workdir "
+            "optimizer, batch, crop or walk of the stage that left it; give another --workdir "
             f"({str(e).splitlines()[0]})"
         ) from None
     logging.info("going on from step %d", newest)

@@ -20,7 +20,7 @@ from clu import parameter_overview
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from nvc_jax import parallel
+from nvc_jax import parallel, quality
 from nvc_jax.data import pipeline
 from nvc_jax.data.prefetch import read_ahead
 from nvc_jax.errors import NvcError
@@ -191,7 +191,8 @@ def _train(
 def open_all(run: tuple[stages.Stage, ...], root: str = "") -> dict[str, list[pipeline.Source]]:
     """The data of all stages, by their data sections' repr, each opened once."""
     sections = {repr(stage.data): stage.data for stage in run}
-    return {key: pipeline.open_sets(data, root) for key, data in sections.items()}
+    loaded = {}
+    return {key: pipeline.open_sets(data, root, loaded) for key, data in sections.items()}
 
 
 class Work:
@@ -282,7 +283,7 @@ def host_clips(
     for number, frames in enumerate(pipeline.iterate(batches, first, workers), first):
         # Drawn for the whole batch, so that it does not depend on how many share it.
         rng = np.random.default_rng([seed, number])
-        qp = rng.integers(losses.QP_COUNT, size=stage.batch, dtype=np.int32)
+        qp = rng.integers(quality.QP_COUNT, size=stage.batch, dtype=np.int32)
         unit = rng.integers(FIRST_UNITS, size=stage.batch, dtype=np.int32)
         mine = slice(process * len(frames), (process + 1) * len(frames))
         if registry.in_any_order(model):
@@ -468,17 +469,17 @@ def make_sampler(codec, model: nn.Module, mesh: Mesh) -> Callable[[Any, training
     """A function (state, clip) -> uint8 RGB sheet: originals above reconstructions, first clips."""
 
     @partial(jax.jit, out_shardings=parallel.replicated(mesh))
-    def reconstruct(state, clip):
+    def reconstruct(params, clip):
         path = jax.tree.map(lambda x: x[:SAMPLE_FRAMES], clip.path)
         frames = clip.frames[:, :SAMPLE_FRAMES]
         clip = training.as_floats(clip._replace(frames=frames, path=path))
         refs = training.as_refs(model, clip.reference)
-        recon = training.unroll(codec, model, state.average, clip, refs, None).recon
+        recon = training.unroll(codec, model, params, clip, refs, None).recon
         both = jnp.concatenate([clip.frames, recon], axis=2)[:4]  # one above the other
         return jnp.round(255 * jnp.clip(losses.yuv_to_rgb(both), 0, 1)).astype(jnp.uint8)
 
     def sample(state, clip):
-        rgb = np.asarray(reconstruct(state, clip))
+        rgb = np.asarray(reconstruct(state.average, clip))
         batch, frames, height, width, _ = rgb.shape
         return rgb.transpose(0, 2, 1, 3, 4).reshape(batch * height, frames * width, 3)
 

@@ -12,16 +12,6 @@ import ml_collections
 
 from nvc_jax.entropy.likelihood import LEVELS, SCALE_MAX, SCALE_MIN, SKIP_SCALE
 
-QP_COUNT = 64
-# Lambda at qp 0 and qp 63.
-LAMBDA_RANGE = {"image": (10.0, 2048.0), "video": (1.0, 768.0)}
-
-
-def lambda_of_qp(qp: jax.Array, kind: str) -> jax.Array:
-    """Lagrangian weight of the distortion: log-linear in qp over `LAMBDA_RANGE[kind]`."""
-    low, high = LAMBDA_RANGE[kind]
-    return low * jnp.exp(jnp.log(high / low) * qp / (QP_COUNT - 1))
-
 
 def yuv_to_rgb(yuv: jax.Array) -> jax.Array:
     """BT.709 full range, without clipping. [..., 3] -> [..., 3]."""

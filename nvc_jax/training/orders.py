@@ -19,8 +19,8 @@ from nvc_jax import schedule
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.models import uni_lvc
 from nvc_jax.models.ui2c import FRAME_WEIGHTS
+from nvc_jax.quality import lambda_of_qp
 from nvc_jax.training import losses
-from nvc_jax.training.stages import ORDERS
 
 STRIDES = (1, 1, 1, 2, 4)  # between frames of low delay: also what moves fast is to be learned
 PREDICTED = 0.25  # share of hierarchies whose second anchor refers to the first
@@ -74,7 +74,7 @@ def draw_run(
     Returns:
       (display positions of the units, in 0..max(spans); the run).
     """
-    names = [name for name in ORDERS if shares.get(name)]
+    names = [name for name in schedule.MODES if shares.get(name)]
     total = sum(shares[name] for name in names)
     order = rng.choice(names, p=[shares[name] / total for name in names])
     weight, quality = np.ones(units), np.ones(units)
@@ -87,7 +87,7 @@ def draw_run(
             for place, offset in zip(places, offsets, strict=True)
         ]
     elif order == "ld":
-        stride = int(rng.choice([s for s in STRIDES if s * (units - 1) <= max(spans)] or [1]))
+        stride = int(rng.choice([s for s in STRIDES if s * (units - 1) <= max(spans)]))
         planned = [
             unit._replace(
                 frames=(stride * unit.frames[0],),
@@ -106,9 +106,7 @@ def draw_run(
     for number, unit in enumerate(planned):
         if not unit.refs:
             # By its row of the tables alone, in all orders: so intra coding stays what it is.
-            higher = losses.lambda_of_qp(unit.qp_offset[0], "video") / losses.lambda_of_qp(
-                0, "video"
-            )
+            higher = lambda_of_qp(unit.qp_offset[0], "video") / lambda_of_qp(0, "video")
             quality[number] = uni_lvc.ALONE_WEIGHT * higher
     run = _as_run(planned, weight / weight.mean(), quality, temperature)
     return [unit.frames[0] for unit in planned], run
@@ -161,6 +159,11 @@ def _as_run(planned, weight, quality, temperature) -> Run:
     return run
 
 
+def _zeros_like(function):
+    """What a function would return, all 0."""
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function))
+
+
 class CodedRun(NamedTuple):
     """What `code_run` adds up.
 
@@ -169,7 +172,8 @@ class CodedRun(NamedTuple):
       distortion: [batch], likewise, of qualities too.
       recon: [batch, units, height, width, 3], Y, U, V.
       penalty: [batch], of the scales.
-      misjudged: [batch], cross-entropy of the reliability classifier, mean over references.
+      misjudged: [batch], cross-entropy of the reliability classifier, mean over references; 0 if
+        there were none.
     """
 
     bits: dict[str, jax.Array]
@@ -222,6 +226,7 @@ def code_run(
     spoil: float = 0.0,
     judge: bool = False,
     remat: bool = False,
+    only_alone: bool = False,
     **options: Any,
 ) -> CodedRun:
     """Codes the units of a run one after the other.
@@ -234,6 +239,7 @@ def code_run(
       spoil: share of the references that are made worse.
       judge: whether the reliability classifier says how far references count; else fully.
       remat: whether activations are computed again for the gradients.
+      only_alone: leave units with references out; all that they leave is 0.
     """
     batch, units = frames.shape[:2]
 
@@ -252,7 +258,7 @@ def code_run(
             for i, slot in enumerate(slots)
         )
         losses_of = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.stack(labels, 1))
-        return slots, losses_of @ run.there / jnp.maximum(run.there.sum(), 1)
+        return slots, losses_of @ run.there
 
     def code(params, frame, slots, qp, key):
         bottleneck = Estimate(key, **options)
@@ -286,7 +292,10 @@ def code_run(
         if draws is not None:
             own = jax.random.fold_in(draws, number)
             slots, misjudged = judged(params, frame, slots, row, own, run)
-        recon, ref, bits, penalty = code(params, frame, slots, row, noise_key)
+        coded = partial(code, params, frame, slots, row, noise_key)
+        if only_alone:
+            coded = partial(lax.cond, run.there.sum() > 0, partial(_zeros_like, coded), coded)
+        recon, ref, bits, penalty = coded()
         put = partial(lax.dynamic_update_index_in_dim, index=number, axis=0)
         bits, penalty = jax.tree.map(everywhere, (bits, penalty))
         return jax.tree.map(put, kept, ref), (recon, bits, penalty, misjudged)
@@ -296,4 +305,5 @@ def code_run(
     recon = recon.swapaxes(0, 1)
     distortion = losses.distortion(recon, frames) @ (run.weight * run.quality)
     bits, penalty = jax.tree.map(lambda x: run.weight @ x, (bits, penalty))
-    return CodedRun(bits, distortion, recon, penalty, misjudged.mean(0))
+    misjudged = misjudged.sum(0) / jnp.maximum(run.there.sum(), 1)
+    return CodedRun(bits, distortion, recon, penalty, misjudged)

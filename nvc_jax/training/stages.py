@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from nvc_jax.errors import NvcError
 from nvc_jax.models import registry
 from nvc_jax.models.with_intra import WithIntra
+from nvc_jax.schedule import MODES
 
 RUN = {
     "seed", "model", "data", "init_from", "transform_start", "stages", "warmup_steps", "clip_norm",
@@ -30,7 +31,6 @@ INHERITED = ("data", "optimizer", "weight_decay", "clip_norm", "rate_balance", "
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
 REFERENCES = ("blank", "true", "degraded", "coded")
-ORDERS = ("ai", "ld", "ra")
 MAX_SPAN = 64
 PENALTY_FIELDS = {"variant", "eta", "delta", "beta"}
 NOTHING = FrozenConfigDict()
@@ -47,7 +47,8 @@ class Stage:
       units: coded per step (pairs of frames for UI2C), with gradients through all of them. For
         B-frames, of one path through a hierarchy, see `nvc_jax.training.hierarchy`.
       lr, end_lr: learning rate when the stage starts and when it ends.
-      data: sets to draw from, see `nvc_jax.data.pipeline.open_sets`.
+      data: sets to draw from, see `nvc_jax.data.pipeline.open_sets`. Without `folder` or `sets`,
+        those of the config.
       optimizer: "adamw" or "muon", see `nvc_jax.training.step.make_optimizer`. A stage with another
         one than the stage before forgets its moments.
       weight_decay, clip_norm: of the optimiser, and of the gradient's norm.
@@ -67,7 +68,8 @@ class Stage:
       spans, tail_share: for B-frames, distances of anchors to draw from, and the share of paths
         that begin behind their anchors.
       orders: shares of "ai", "ld" and "ra" in what codecs that code in any order learn, see
-        `nvc_jax.training.orders`; {} for a third of each. `spans` are those of "ra".
+        `nvc_jax.training.orders`; {} for a third of each. `units` are then pictures, and `spans`
+        distances of the anchors of "ra", which no other picture is farther away than.
       spoil: share of references that are made worse, for such codecs to learn to do without.
       judged: whether their reliability classifier decides how far references count; else fully.
       judge_loss: weight of its cross-entropy against what is known of them.
@@ -221,9 +223,10 @@ def read(config: ConfigDict) -> tuple[Stage, ...]:
             for name in ("penalty", "teacher"):
                 values[name] = FrozenConfigDict(dict(values.get(name) or {}))
             values["references"] = dict(values.get("references") or _references(model))
-            values["temperature"] = tuple(values.get("temperature", (1.0, 0.3)))
-            values["spans"] = tuple(values.get("spans", (32,)))
-            values["orders"] = dict(values.get("orders") or dict.fromkeys(ORDERS, 1 / 3))
+            values |= {k: tuple(values[k]) for k in ("temperature", "spans") if k in values}
+            if not {"folder", "sets"} & set(values["data"]):  # only how to draw from the run's
+                values["data"] = ConfigDict({**config.data, **values["data"]})
+            values["orders"] = dict(values.get("orders") or dict.fromkeys(MODES, 1 / 3))
             values["lr_scale"] = tuple(dict(values.get("lr_scale", ())).items())
             stage = Stage(**values)
             _check(stage, where, networks, model)
@@ -284,8 +287,11 @@ def _check(stage: Stage, where: str, networks: list[str], model: nn.Module) -> N
         raise NvcError(f"{where}.walk is {stage.walk}; a codec without references cannot walk")
     if registry.in_any_order(model):
         _check_orders(stage, where)
-    elif model.references == 2:
-        _check_hierarchy(stage, where)
+    else:
+        if stage.spoil or stage.judged or stage.judge_loss:
+            raise NvcError(f"{where}: references are not judged by this codec, nor to be spoiled")
+        if model.references == 2:
+            _check_hierarchy(stage, where)
     if stage.exact and not registry.has_scale_head(model):
         raise NvcError(f"{where}.exact needs a model with a scale head")
     if stage.detached and not (stage.exact and stage.noise):
@@ -327,19 +333,21 @@ def _check_spans(stage: Stage, where: str, halvings: int) -> None:
 
 
 def _check_orders(stage: Stage, where: str) -> None:
-    if unknown := sorted(set(stage.orders) - set(ORDERS)):
-        raise NvcError(f"{where}.orders: {unknown[0]!r} is none of {_listed(ORDERS)}")
+    if unknown := sorted(set(stage.orders) - set(MODES)):
+        raise NvcError(f"{where}.orders: {unknown[0]!r} is none of {_listed(MODES)}")
     if min(stage.orders.values()) < 0 or not sum(stage.orders.values()) > 0:
         raise NvcError(f"{where}.orders: no share may be below 0, and one must be above")
-    _check_spans(stage, where, 0)
-    if stage.orders.get("ra"):
-        if stage.units < 3:
-            raise NvcError(f"{where}.units is {stage.units}; 'ra' needs two anchors and more")
-        _check_spans(stage, where, stage.units - 2)
+    if stage.orders.get("ra") and stage.units < 3:
+        raise NvcError(f"{where}.units is {stage.units}; 'ra' needs two anchors and more")
+    _check_spans(stage, where, stage.units - 2 if stage.orders.get("ra") else 0)
     if stage.units > 1 + max(stage.spans):
         raise NvcError(f"{where}.spans: {stage.units} units need more than {max(stage.spans)}")
-    if not 0 <= stage.spoil <= 1 or min(stage.temperature) <= 0:
-        raise NvcError(f"{where}: spoil must be from 0 to 1, and temperatures above 0")
+    if not 0 <= stage.spoil <= 1:
+        raise NvcError(f"{where}.spoil is {stage.spoil}; it must be from 0 to 1")
+    if len(stage.temperature) != 2 or min(stage.temperature) <= 0:
+        raise NvcError(f"{where}.temperature is {stage.temperature}; give two numbers above 0")
+    if stage.judge_loss and not stage.judged:
+        raise NvcError(f"{where}.judge_loss needs `judged`, or nobody judges")
     if stage.spoil and stage.batch == stage.accumulate:
         raise NvcError(f"{where}.spoil needs other clips in the batch, or in each part of it")
     if stage.judge_loss and stage.cut_share:

@@ -19,7 +19,7 @@ import optax.contrib
 from clu import metrics
 from jax import lax
 
-from nvc_jax import colour
+from nvc_jax import colour, quality
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.models import registry
 from nvc_jax.models.brhvc import Ref as BRef
@@ -133,10 +133,12 @@ def make_optimizer(stage: Stage) -> optax.GradientTransformation:
     The rate follows the run's steps, not those that the optimiser has taken, which are fewer if
     some were skipped. The state fits every stage with the same optimiser.
 
-    "adamw", or "muon" (Jordan, 2024): every kernel is a matrix, of inputs times outputs, whose
-    momentum is made orthogonal, so that all directions learn equally fast. Steps are as large as
-    those of AdamW (Liu et al., arXiv 2502.16982), which learns everything that is not a matrix;
-    one learning rate serves both.
+    "adamw", or "muon" (Jordan, 2024): dense layers and convolutions are matrices, of inputs times
+    outputs, whose momentum is made orthogonal, so that all directions learn equally fast. Scaled as
+    by Liu et al. (arXiv 2502.16982), their steps are about as large as those of Adam with Nesterov
+    momentum, by which all other parameters learn; one learning rate serves both. What a step did
+    not use, such as networks for other kinds of references, stays as it is: orthogonal steps are
+    as large without a gradient as with one.
     """
     if stage.optimizer == "muon":
         steps = optax.contrib.muon(
@@ -147,9 +149,20 @@ def make_optimizer(stage: Stage) -> optax.GradientTransformation:
             muon_weight_dimension_numbers=_matrices,
             consistent_rms=0.2,
         )
+        steps = _where_used(steps)
     else:
         steps = optax.adamw(1.0, weight_decay=stage.weight_decay)
     return optax.chain(optax.clip_by_global_norm(stage.clip_norm), steps)
+
+
+def _where_used(steps: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same, but for parameters whose gradient is all zero."""
+
+    def update(grads, state, params=None):
+        updates, state = steps.update(grads, state, params)
+        return jax.tree.map(lambda u, g: u * jnp.any(g != 0), updates, grads), state
+
+    return optax.GradientTransformation(steps.init, update)
 
 
 def _matrices(params: dict) -> dict:
@@ -204,6 +217,7 @@ def unroll(
     draws: jax.Array | None = None,
     spoil: float = 0.0,
     judge: bool = False,
+    only_alone: bool = False,
 ) -> Unrolled:
     """Codes a clip as the codec would and adds up rate and distortion.
 
@@ -216,7 +230,7 @@ def unroll(
       key: of the noise that stands for rounding in the rate; None to round.
       exact, detached, penalty: see `nvc_jax.entropy.bottleneck.Estimate`.
       remat: whether activations are computed again for the gradients.
-      draws, spoil, judge: see `nvc_jax.training.orders.code_run`.
+      draws, spoil, judge, only_alone: see `nvc_jax.training.orders.code_run`.
     """
     options = dict(exact=exact, detached=detached, penalty=penalty)
     if clip.path is not None:
@@ -224,7 +238,7 @@ def unroll(
         if isinstance(clip.path, Run):
             coded = code_run(
                 model, params, clip.path, frames, clip.qp, key, draws=draws, spoil=spoil,
-                judge=judge, remat=remat, **options,
+                judge=judge, remat=remat, only_alone=only_alone, **options,
             )  # fmt: skip
             misjudged = coded.misjudged
         else:
@@ -323,7 +337,7 @@ def _coded(codec, model, params, before: jax.Array, clip: Clip, key: jax.Array) 
         return lax.stop_gradient(jnp.clip(recon, 0, 1))
     qp = jnp.repeat(clip.qp, len(before) // len(clip.qp))[:, None]
     qp += jax.random.randint(key, qp.shape, -QP_SPREAD, QP_SPREAD + 1)
-    qp = jnp.clip(qp, 0, losses.QP_COUNT - 1)
+    qp = jnp.clip(qp, 0, quality.QP_COUNT - 1)
     frames = colour.for_codec(model, frames)
 
     def intra(pictures_and_qp):
@@ -363,15 +377,16 @@ def make_train_step(
     factors = dict(stage.lr_scale)
 
     def loss_fn(params, clip, refs, key, teacher):
+        noise_key, draws_key = jax.random.split(key)
         parts = registry.networks(model, params)
         parts = {k: p if stage.learns(k) else lax.stop_gradient(p) for k, p in parts.items()}
         params = registry.together(model, parts)
         coded = unroll(
-            codec, model, params, clip, refs, key if stage.noise else None,
+            codec, model, params, clip, refs, noise_key if stage.noise else None,
             exact=stage.exact, detached=stage.detached, penalty=penalty, remat=stage.remat,
-            draws=jax.random.fold_in(key, 1), spoil=stage.spoil, judge=stage.judged,
+            draws=draws_key, spoil=stage.spoil, judge=stage.judged,
         )  # fmt: skip
-        bpp, lam = coded.bpp, losses.lambda_of_qp(clip.qp, codec.content)
+        bpp, lam = coded.bpp, quality.lambda_of_qp(clip.qp, codec.content)
         shares = (1, 1) if stage.detached else (1 - stage.float_share, stage.float_share)
         terms = lam * coded.distortion
         terms += bpp["z"] + shares[0] * bpp["y"] + shares[1] * bpp["y_float"]
@@ -497,17 +512,13 @@ def _distance(codec, model, stage, clip, refs, coded: Unrolled, teacher: Any) ->
     The teacher codes the same clip from the same references, with its own symbols. Of codecs that
     code in any order only pictures on their own count: the others may become better.
     """
-    alone = None
-    if isinstance(clip.path, Run):  # the others need not know their references
-        alone = clip.path.alone
-        clip = clip._replace(path=clip.path._replace(there=0 * clip.path.there))
-    taught = unroll(codec, model, teacher, clip, refs, None, exact=stage.exact)
+    taught = unroll(codec, model, teacher, clip, refs, None, exact=stage.exact, only_alone=True)
     taught = lax.stop_gradient(taught)
     result = jnp.zeros(len(clip.frames))
     if "recon" in stage.teacher:
         distances = losses.distortion(coded.recon, taught.recon)
-        if alone is not None:
-            distances *= alone
+        if isinstance(clip.path, Run):
+            distances *= clip.path.alone
         result += stage.teacher.recon * distances.sum(1)
     if "refs" in stage.teacher:
         for mine, other in zip(coded.refs, taught.refs, strict=True):
