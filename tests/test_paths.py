@@ -216,7 +216,9 @@ def test_a_run_trains_b_frames_beside_a_frozen_intra_codec(intra_file, tmp_path)
     given = released.load(intra_file).variables["params"]
     jax.tree.map(np.testing.assert_array_equal, state.average["intra"], given)
     model = registry.build("brhvc", SIZE)
-    fresh = checkpoints.fresh(model, config, stages.read(config)[0], parallel.make_mesh())
+    fresh = checkpoints.fresh(
+        model, config, stages.read(stages.complete(config))[0], parallel.make_mesh()
+    )
     same = jax.tree.map(lambda a, b: (a == b).all(), fresh.params, state.params)["inter"]
     still = {name for name, s in traverse_util.flatten_dict(same, sep="/").items() if s}
     assert not still
@@ -261,7 +263,9 @@ def test_another_intra_codec_is_refused(tmp_path):
     config = config_of(path)
     model = registry.build("brhvc", SIZE)
     with pytest.raises(NvcError, match="not the intra codec of this config's model"):
-        checkpoints.fresh(model, config, stages.read(config)[0], parallel.make_mesh())
+        checkpoints.fresh(
+            model, config, stages.read(stages.complete(config))[0], parallel.make_mesh()
+        )
 
 
 def test_an_intra_codec_that_is_missing_is_asked_for():
