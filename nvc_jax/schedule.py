@@ -280,11 +280,18 @@ def _long_term(schedule: Schedule, first_frame: int, count: int, first_unit: int
     ]
 
 
+def _anchor_before(
+    schedule: Schedule, first_frame: int, first_unit: int
+) -> tuple[int, dict[int, int]]:
+    """The frame that an open group follows, and its slot: its unit opened its own group."""
+    before = first_frame - 1
+    return before, {before: first_unit - (schedule.gop if before else 1)}
+
+
 def _hierarchical(schedule: Schedule, first_frame: int, count: int, first_unit: int) -> list[Unit]:
     if first_frame == 0:
         return [_intra(0, schedule.gop)]
-    before = first_frame - 1  # the anchor that the group follows, whose unit opened its own group
-    slots = {before: first_unit - (schedule.gop if before else 1)}
+    before, slots = _anchor_before(schedule, first_frame, first_unit)
     last = before + count
     whole = count == schedule.gop
     if whole:
@@ -312,7 +319,8 @@ def _behind_its_end(
     schedule: Schedule, first_frame: int, count: int, first_unit: int, mode: str
 ) -> list[Unit]:
     """A group of "mixed" without layers, behind the intra frame that ends it."""
-    before, whole = first_frame - 1, count == schedule.gop
+    before, slots = _anchor_before(schedule, first_frame, first_unit)
+    whole = count == schedule.gop
 
     def flat(since):
         refs, offset = (), 0
@@ -323,7 +331,6 @@ def _behind_its_end(
 
     planned = [_intra(before + count, schedule.gop)] if whole else []
     planned += [flat(since) for since in range(1, count + (not whole))]
-    slots = {before: first_unit - (schedule.gop if before else 1)}
     return _numbered(planned, slots, first_unit, kept=before + count if whole else None)
 
 
