@@ -33,13 +33,9 @@ def get_config(name="base"):
     size = registry.size_as_dict(with_intra.WithIntra(nano))
     c.model = ConfigDict(dict(name="brhvc", size=size, dtype="float32"))
     c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.1))
-    c.init_from = "intra-nano"
-    first = dict(
-        steps=1_000, units=1, spans=(2, 4, 8), batch=4, lr=1e-3, end_lr=8e-4, flow_loss=1.0
-    )
-    # Only with three units are there frames between two B-frames.
-    then = dict(
-        steps=1_500, units=3, spans=(8, 16, 32), batch=2, lr=7e-4, end_lr=1e-5, flow_loss=0.2
-    )
-    c.stages = tuple(ConfigDict(s | dict(crop=128)) for s in (first, then))
+    # What does not change: pictures on their own, and motion between two frames.
+    c.init_from, c.init_only = "brhvc-nano", ("flow",)
+    stage = dict(steps=1_500, units=2, spans=(4, 8, 16, 32), batch=2, crop=128)
+    rates = dict(optimizer="muon", lr=2e-3, end_lr=1e-5, flow_loss=0.2, lr_scale=dict(flow=0.1))
+    c.stages = (ConfigDict(stage | rates),)
     return c

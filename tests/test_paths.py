@@ -209,16 +209,19 @@ def config_of(intra_file, steps=2, **special):
     )  # fmt: skip
 
 
+def fresh_state(config):
+    config = stages.complete(config)
+    model = registry.build("brhvc", SIZE)
+    return checkpoints.fresh(model, config, stages.read(config)[0], parallel.make_mesh())
+
+
 def test_a_run_trains_b_frames_beside_a_frozen_intra_codec(intra_file, tmp_path):
     config = config_of(intra_file)
     state = loop.train(config, tmp_path / "run")
     assert int(state.skipped) == 0
     given = released.load(intra_file).variables["params"]
     jax.tree.map(np.testing.assert_array_equal, state.average["intra"], given)
-    model = registry.build("brhvc", SIZE)
-    fresh = checkpoints.fresh(
-        model, config, stages.read(stages.complete(config))[0], parallel.make_mesh()
-    )
+    fresh = fresh_state(config)
     same = jax.tree.map(lambda a, b: (a == b).all(), fresh.params, state.params)["inter"]
     still = {name for name, s in traverse_util.flatten_dict(same, sep="/").items() if s}
     assert not still
@@ -234,7 +237,25 @@ def test_a_run_trains_b_frames_beside_a_frozen_intra_codec(intra_file, tmp_path)
         f"    return c\n"
     )
     output = checkpoints.release(str(file), str(tmp_path / "run"), str(tmp_path / "b.safetensors"))
-    assert released.load(output).module.references == 2
+    model = released.load(output)
+    assert model.module.references == 2
+
+    # Others can start from a part of it.
+    own = fresh.params["inter"]
+    chosen = min(own)
+    config.init_from, config.init_only = str(output), (chosen,)
+    taken = fresh_state(config).params
+    given = model.variables["params"]
+    jax.tree.map(np.testing.assert_array_equal, taken["intra"], given["intra"])
+    for name, params in taken["inter"].items():
+        origin = given["inter"] if name == chosen else own
+        jax.tree.map(np.testing.assert_array_equal, params, origin[name])
+    config.init_only = ("flows",)
+    with pytest.raises(NvcError, match=r"init_only names flows, which .* does not have"):
+        fresh_state(config)
+    config.init_from = str(intra_file)
+    with pytest.raises(NvcError, match="is an intra codec alone"):
+        fresh_state(config)
 
 
 @pytest.mark.parametrize(

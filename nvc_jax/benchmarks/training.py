@@ -68,7 +68,7 @@ class Run:
         parallel.check_batch(mesh, stage.batch, stage.accumulate, stage.crop, where)
         self.work = Work(config, self.model, stage, number, 0, mesh)
         state = checkpoints.fresh(self.model, config, stage, mesh)
-        self._state, self._metrics = self.work.with_carry(state), Window(self.work).metrics
+        self._state, self._metrics = self.work.prepared(state), Window(self.work).metrics
         self.clips = self.work.clips(pipeline.open_sets(stage.data, config.data_root), 0)
 
     def seconds(self, clips: Iterator, steps: int) -> float:

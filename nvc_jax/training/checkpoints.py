@@ -5,7 +5,7 @@ WORKDIR/checkpoints/STEP   training states, the newest two (Orbax; asynchronous,
 WORKDIR/teachers/STAGE     averaged weights with which a stage began, if it learns from them
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -131,17 +131,36 @@ def fresh(
     if config.init_from:
         loaded = released.load(config.init_from)
         if isinstance(model, WithIntra) and not isinstance(loaded.module, WithIntra):
+            if config.init_only:
+                raise NvcError(f"config.init_only: {config.init_from} is an intra codec alone")
             params = _with_intra_of(config.init_from, loaded, model, params)
         else:
-            params = _with_weights_of(config.init_from, loaded, params)
+            params = _with_weights_of(config.init_from, loaded, params, config.init_only)
         logging.info("starting from the weights of %s", config.init_from)
     params = jax.tree.map(jnp.asarray, params)
     return put(mesh, training.init_state(registry.entry(config.model.name), model, stage, params))
 
 
-def _with_weights_of(name: str, loaded: released.Released, params: dict) -> dict:
-    """`params` with those of a released model. Raises NvcError if they do not fit."""
-    result = params | released.trainable_params(loaded)
+def _with_weights_of(
+    name: str, loaded: released.Released, params: dict, only: Sequence[str] = ()
+) -> dict:
+    """`params` with those of a released model, or of some sub-networks of it.
+
+    An intra codec that does not learn is always among them.
+
+    Raises:
+      NvcError: they do not fit.
+    """
+    given = released.trainable_params(loaded)
+    if only:
+        given = registry.networks(loaded.module, given)
+        if missing := sorted(set(only) - set(given)):
+            raise NvcError(f"config.init_only names {missing[0]}, which {name} does not have")
+        given = {k: given[k] for k in {*only, "intra"} & set(given)}
+        own = registry.networks(loaded.module, params)
+        result = registry.together(loaded.module, own | given)
+    else:
+        result = params | given
     if jax.tree.map(jnp.shape, result) != jax.tree.map(jnp.shape, params):
         raise NvcError(f"{name}: its weights do not fit this config's model")
     return result

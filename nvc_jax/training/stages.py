@@ -21,6 +21,7 @@ RUN = {
 }  # fmt: skip
 RUN_DEFAULTS = {
     "data_root": "",  # folder that relative paths of the data sections start from
+    "init_only": (),  # sub-networks that start from the weights of init_from; (): all
     "mesh": {"space": 1},  # bands into which pictures are cut, see nvc_jax.parallel
     "optimizer": "adamw",
     "workers": 0,  # processes that cut batches; 0: threads
