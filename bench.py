@@ -7,6 +7,7 @@ python bench.py train [--config FILE] [--folder DIR] [--stage N] [--steps N] [--
 python bench.py platforms --clips CLIP... [--model NAME] [--qp Q...] [--json FILE]
 python bench.py calibration --clips CLIP... [--models NAME...] [--qp Q...] [--json FILE]
 python bench.py spans --clips CLIP... --models NAME... [--qp Q...] [--plot FILE] [--json FILE]
+python bench.py reliability --clips CLIP... --model NAME [--mode MODE] [--plot FILE] [--json FILE]
 """
 
 from nvc_jax.launch import setup
@@ -63,11 +64,25 @@ def calibration(args: argparse.Namespace) -> dict:
 
 def spans(args: argparse.Namespace) -> dict:
     os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
-    from nvc_jax.benchmarks.spans import benchmark, check_plot, plot
+    from nvc_jax.benchmarks.plots import check_plot
+    from nvc_jax.benchmarks.spans import benchmark, plot
 
     if args.plot:
         check_plot(args.plot)
     results = benchmark(args.clips, args.models, args.qp, args.frames, args.size)
+    if args.plot:
+        plot(results["rows"], args.plot)
+    return results
+
+
+def reliability(args: argparse.Namespace) -> dict:
+    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
+    from nvc_jax.benchmarks.plots import check_plot
+    from nvc_jax.benchmarks.reliability import benchmark, plot
+
+    if args.plot:
+        check_plot(args.plot)
+    results = benchmark(args.clips, args.model, args.mode, args.qp, args.frames, args.size)
     if args.plot:
         plot(results["rows"], args.plot)
     return results
@@ -157,6 +172,15 @@ def main() -> int:
     p.add_argument("--size", type=picture_size, default=(352, 288), help="clips are cut to it")
     p.add_argument("--plot", help="draw it into this file: .png, .svg or .pdf")
     p.set_defaults(run=spans)
+    p = commands.add_parser("reliability", help="what judging references is worth at scene cuts")
+    p.add_argument("--clips", nargs="+", required=True)
+    p.add_argument("--model", required=True)
+    p.add_argument("--mode", choices=("ld", "ra"), default="ld")
+    p.add_argument("--qp", type=int, nargs="+", default=[32])
+    p.add_argument("--frames", type=positive, default=33)
+    p.add_argument("--size", type=picture_size, default=(352, 288), help="clips are cut to it")
+    p.add_argument("--plot", help="draw it into this file: .png, .svg or .pdf")
+    p.set_defaults(run=reliability)
     for p in commands.choices.values():
         p.add_argument("--json", help="write the results to this file")
     args = parser.parse_args()

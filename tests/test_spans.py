@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import bench
-from nvc_jax.benchmarks import spans
+from nvc_jax.benchmarks import plots, spans
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.errors import NvcError
 from nvc_jax.video import VideoInfo, write_video
@@ -47,4 +47,4 @@ def test_command(model_files, prepare_once, tmp_path, monkeypatch, capsys):
     assert "'tiny-intra' has no B-frames" in capsys.readouterr().err
     for name, words in (("a.txt", "kinds .*png"), ("no/a.png", "no such folder")):
         with pytest.raises(NvcError, match=words):
-            spans.check_plot(str(tmp_path / name))
+            plots.check_plot(str(tmp_path / name))

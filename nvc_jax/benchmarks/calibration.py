@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nvc_jax import codec as coding
-from nvc_jax.benchmarks.platforms import clip_pictures, encode_clip
+from nvc_jax.benchmarks.clips import clip_pictures, encode_clip
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FIXED, FLOAT, RICE, write_flags
 from nvc_jax.entropy.coder import SKIP
 from nvc_jax.entropy.likelihood import LEVELS, SCALE_MAX, SCALE_MIN

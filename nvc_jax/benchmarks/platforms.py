@@ -17,8 +17,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +27,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from nvc_jax import bitstream
 from nvc_jax import codec as coding
 from nvc_jax import schedule as schedules
+from nvc_jax.benchmarks.clips import clip_pictures, encode_clip
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT
 from nvc_jax.errors import NvcError, StreamError
 from nvc_jax.evaluation.metrics import psnr_611
 from nvc_jax.models import released
-from nvc_jax.video import Planes, VideoInfo, open_video
+from nvc_jax.video import open_video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,23 +94,6 @@ def variants(exact: bool, exponents: list[int]) -> dict[str, tuple[int, tuple[in
     return result | ({"exact": (EXACT, ())} if exact else {})
 
 
-def clip_pictures(path: str, size: tuple[int, int], frames: int) -> list[Planes]:
-    """The middle of a clip's pictures, cut to (width, height) at most."""
-    info, pictures = open_video(path)
-    width, height = min(size[0], info.width), min(size[1], info.height)
-    left, top = (info.width - width) // 4 * 2, (info.height - height) // 4 * 2
-
-    def cut(planes: Planes) -> Planes:
-        y, u, v = planes
-        rows, cols = (
-            slice(top // 2, (top + height + 1) // 2),
-            slice(left // 2, (left + width + 1) // 2),
-        )
-        return Planes(y[top : top + height, left : left + width], u[rows, cols], v[rows, cols])
-
-    return [cut(planes) for planes in islice(pictures, frames)]
-
-
 def _tasks(job: dict) -> Iterator[tuple[str, str, int, str]]:
     """(clip, variant, qp, stem of its files) for everything in a job."""
     for clip in job["clips"]:
@@ -139,22 +121,6 @@ def _codecs(job: dict):
         return pictures[clip], prepared[width, height, variant]
 
     return get
-
-
-def encode_clip(
-    codec: coding.UnitCodec, pictures: list[Planes], fps: Fraction, qp: int, path: Path
-) -> tuple[list[coding.EncodedUnit], list[float]]:
-    """Encodes pictures into a file. Returns (the `EncodedUnit`s, PSNR 6:1:1 of every picture)."""
-    schedule = coding.schedule_for(codec.model)
-    info = VideoInfo(codec.width, codec.height, fps)
-    header = coding.make_header(codec, info, schedule)
-    units, scores = [], []
-    with bitstream.write_stream(path, header) as out:
-        for unit in coding.encode(codec, pictures, qp, schedule, render=True):
-            out.write(unit.packet)
-            units.append(unit)
-            scores += map(psnr_611, unit.pictures, unit.recons)
-    return units, scores
 
 
 def run_encode(job: dict) -> None:

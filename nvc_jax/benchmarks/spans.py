@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from nvc_jax import bitstream
 from nvc_jax import codec as coding
 from nvc_jax import schedule as schedules
-from nvc_jax.benchmarks.platforms import clip_pictures, encode_clip
+from nvc_jax.benchmarks.clips import clip_pictures, encode_clip
 from nvc_jax.errors import NvcError
 from nvc_jax.evaluation.bdrate import bd_rate, mean_percent
 from nvc_jax.models import released
@@ -128,19 +128,6 @@ def _print(rows: list[dict[str, Any]]) -> None:
         rate = row["bd_rate_percent"]
         shown = "-" if rate is None else f"{rate:+.1f} %"
         print(f"{row['model']:{width}} {row['span']:5} {row['bpp_at_equal_psnr']:18.4f} {shown:>9}")
-
-
-def check_plot(path: str) -> None:
-    """Raises NvcError if `plot` could not draw into a file of this name."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise NvcError("--plot needs matplotlib: pip install matplotlib") from None
-    known = Figure().canvas.get_supported_filetypes()
-    if Path(path).suffix[1:] not in known:
-        raise NvcError(f"{path}: plots are files of the kinds {', '.join(sorted(known))}")
-    if not Path(path).absolute().parent.is_dir():
-        raise NvcError(f"{path}: there is no such folder")
 
 
 def plot(rows: list[dict[str, Any]], path: str) -> None:
