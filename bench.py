@@ -8,6 +8,7 @@ python bench.py platforms --clips CLIP... [--model NAME] [--qp Q...] [--json FIL
 python bench.py calibration --clips CLIP... [--models NAME...] [--qp Q...] [--json FILE]
 python bench.py spans --clips CLIP... --models NAME... [--qp Q...] [--plot FILE] [--json FILE]
 python bench.py reliability --clips CLIP... --model NAME [--mode MODE] [--plot FILE] [--json FILE]
+python bench.py family [--rates RESULTS...] [--speeds FILE...] [--write README.md] [--json FILE]
 """
 
 from nvc_jax.launch import setup
@@ -112,6 +113,16 @@ def complexity(args: argparse.Namespace) -> dict:
     return results
 
 
+def family(args: argparse.Namespace) -> list[dict]:
+    from nvc_jax.benchmarks import family
+
+    rows = family.table(args.rates, args.speeds)
+    print(family.markdown(rows), end="")
+    if args.write:
+        family.write(rows, args.write)
+    return rows
+
+
 def main() -> int:
     from nvc_jax.cli import DEFAULT_MODEL, picture_size, positive
 
@@ -181,6 +192,11 @@ def main() -> int:
     p.add_argument("--size", type=picture_size, default=(352, 288), help="clips are cut to it")
     p.add_argument("--plot", help="draw it into this file: .png, .svg or .pdf")
     p.set_defaults(run=reliability)
+    p = commands.add_parser("family", help="one table of all codecs, for the README")
+    p.add_argument("--rates", nargs="+", default=[], help="results.json of evaluations")
+    p.add_argument("--speeds", nargs="+", default=[], help="files of bench.py codec --json")
+    p.add_argument("--write", metavar="FILE", help="put the table into this text")
+    p.set_defaults(run=family)
     for p in commands.choices.values():
         p.add_argument("--json", help="write the results to this file")
     args = parser.parse_args()

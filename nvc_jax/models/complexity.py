@@ -220,11 +220,13 @@ def _macs_by_subnetwork(model: nn.Module, units: _Units, refs: tuple) -> dict[st
     calls = []
 
     def record(next_fun, args, kwargs, context):
-        public = context.method_name == "__call__" or not context.method_name.startswith("_")
-        path = context.module.path
-        if public and context.method_name != "setup" and len(path) == _depth(model):
+        name, path = context.method_name, context.module.path
+        public = name == "__call__" or not name.startswith("_")
+        # Flax also intercepts the branches of a cond, which are no methods.
+        public &= name != "setup" and hasattr(type(context.module), name)
+        if public and len(path) == _depth(model):
             network = context.module.clone(parent=None, name="network")
-            calls.append(("/".join(path), network, context.method_name, *_split(args)))
+            calls.append(("/".join(path), network, name, *_split(args)))
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(record):

@@ -31,6 +31,7 @@ class Entry(NamedTuple):
         the weight of the frame's distortion in training.
       layer_weights: the latter by layer, for codecs of B-frames.
       layer_qp: likewise what is added to the qp; the last one also for the layers above.
+      summary: what it is, and where it was published.
     """
 
     module: type[nn.Module]
@@ -41,12 +42,33 @@ class Entry(NamedTuple):
     frame_weights: tuple[float, ...] = (1.0,)
     layer_weights: tuple[float, ...] = (1.0,)
     layer_qp: tuple[int, ...] = ()
+    summary: str = ""
 
 
 CODECS = {
-    "intra": Entry(intra.Intra, intra.Config, intra.SIZES, "image"),
-    "dcvc_dc": Entry(dcvc_dc.Intra, dcvc_dc.Config, dcvc_dc.SIZES, "image"),
-    "ui2c": Entry(ui2c.UI2C, ui2c.Config, ui2c.SIZES, "video", QP_OFFSETS, ui2c.FRAME_WEIGHTS),
+    "intra": Entry(
+        intra.Intra,
+        intra.Config,
+        intra.SIZES,
+        "image",
+        summary="every picture on its own (DCVC-RT's intra codec, arXiv 2502.20762)",
+    ),
+    "dcvc_dc": Entry(
+        dcvc_dc.Intra,
+        dcvc_dc.Config,
+        dcvc_dc.SIZES,
+        "image",
+        summary="every picture on its own (DCVC-DC's intra codec, as BRHVC uses it)",
+    ),
+    "ui2c": Entry(
+        ui2c.UI2C,
+        ui2c.Config,
+        ui2c.SIZES,
+        "video",
+        QP_OFFSETS,
+        ui2c.FRAME_WEIGHTS,
+        summary="one model for intra and inter, two frames at once (UI2C, arXiv 2510.14431)",
+    ),
     "dcvc_rt": Entry(
         with_intra.WithIntra,
         with_intra.Config,
@@ -54,6 +76,8 @@ CODECS = {
         "video",
         QP_OFFSETS,
         ui2c.FRAME_WEIGHTS,
+        summary="frames predicted from the one before, its intra codec, a refresh every 64 frames "
+        "(DCVC-RT, arXiv 2502.20762)",
     ),
     "brhvc": Entry(
         with_intra.WithIntra,
@@ -61,6 +85,7 @@ CODECS = {
         with_intra.BRHVC_SIZES,
         "video",
         layer_weights=brhvc.LAYER_WEIGHTS,
+        summary="hierarchical B-frames, and an intra codec (BRHVC, arXiv 2511.08938)",
     ),
     "uni_lvc": Entry(
         uni_lvc.UniLVC,
@@ -69,6 +94,8 @@ CODECS = {
         "video",
         layer_weights=uni_lvc.LAYER_WEIGHTS,
         layer_qp=uni_lvc.LAYER_QP,
+        summary="all intra, low delay and random access with one set of weights (after Uni-LVC, "
+        "arXiv 2603.05756)",
     ),
 }
 
