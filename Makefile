@@ -29,7 +29,8 @@ $(STAMP): requirements.txt pyproject.toml
 demo: env
 	$(BIN)/python eval.py --config=configs/demo.py --workdir=$(OUT) $(if $(FRAMES),--config.frames=$(FRAMES))
 
-PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
+PYTEST := $(BIN)/python -m pytest -q --durations 30 --durations-min 10 \
+  --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test: env
 	$(PYTEST) -m "not slow"

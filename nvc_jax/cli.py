@@ -524,7 +524,7 @@ def _search(trial, pixels, target_bpp, target_psnr) -> int:
     qp will do.
     """
     from nvc_jax import codec
-    from nvc_jax.evaluation.metrics import psnr_611
+    from nvc_jax.metrics import psnr_611
 
     def enough(qp: int) -> bool:
         """Is qp at the target or beyond?"""

@@ -41,6 +41,7 @@ from nvc_jax.entropy.bottleneck import (
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT, MARGIN_EXPONENT, Margin
 from nvc_jax.errors import NvcError, OtherTables, StreamError, WeightsMismatch
 from nvc_jax.machine import cores
+from nvc_jax.metrics import psnr_611
 from nvc_jax.models import registry, released
 from nvc_jax.models.released import Released
 from nvc_jax.quality import QP_COUNT, lambda_of_qp
@@ -718,7 +719,7 @@ def _trial(coded: list[EncodedUnit], weight: float) -> Trial:
     pairs = [pair for unit in coded for pair in zip(unit.pictures, unit.recons, strict=True)]
     errors = np.array([list(map(_mean_square, *pair)) for pair in pairs])  # [frames, planes], 0..1
     distortion = 3 * np.exp(np.log(errors) @ np.array([10, 1, 1]) / 12).mean()
-    psnr = (-10 * np.log10(errors) @ np.array([6, 1, 1]) / 8).mean()
+    psnr = np.mean([psnr_611(*pair) for pair in pairs])
     payload = sum(len(unit.packet.payload) for unit in coded)
     bpp = 8 * payload / (len(pairs) * pairs[0][0].y.size)
     return Trial(payload, float(psnr), float(bpp + weight * distortion))

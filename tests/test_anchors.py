@@ -13,7 +13,7 @@ import pytest
 from nvc_jax.errors import NvcError
 from nvc_jax.evaluation import anchors
 from nvc_jax.evaluation.anchors import ANCHORS, code_clip, ffmpeg_version, find_ffmpeg
-from nvc_jax.evaluation.metrics import clip_scores
+from nvc_jax.metrics import clip_scores
 from nvc_jax.video import Planes, VideoInfo
 
 

@@ -16,7 +16,7 @@ from conftest import assert_same_pictures, noise
 
 from nvc_jax import bitstream, cli, codec
 from nvc_jax.data.synthetic import moving_texture
-from nvc_jax.evaluation.metrics import psnr
+from nvc_jax.metrics import psnr
 from nvc_jax.models import released
 from nvc_jax.video import Colour, VideoInfo, open_video, write_video
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvc_jax.errors import NvcError
-from nvc_jax.evaluation.metrics import (
+from nvc_jax.metrics import (
     PSNR_CAP_DB,
     clip_scores,
     frame_scores,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nvc_jax import bitstream
 from nvc_jax import codec as coding
-from nvc_jax.evaluation.metrics import psnr_611
+from nvc_jax.metrics import psnr_611
 from nvc_jax.schedule import Schedule
 from nvc_jax.video import Planes, VideoInfo, open_video
 

@@ -30,7 +30,7 @@ from nvc_jax import schedule as schedules
 from nvc_jax.benchmarks.clips import clip_pictures, encode_clip
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT
 from nvc_jax.errors import NvcError, StreamError
-from nvc_jax.evaluation.metrics import psnr_611
+from nvc_jax.metrics import psnr_611
 from nvc_jax.models import released
 from nvc_jax.video import open_video
 

@@ -16,8 +16,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from nvc_jax.evaluation.metrics import recovery_frames
 from nvc_jax.evaluation.runner import all_passed
+from nvc_jax.metrics import recovery_frames
 
 # One colour and marker per family of codecs, low delay variants dashed; our own models take the
 # first two in turn. Colours are the CSS variables --c0 to --c5.

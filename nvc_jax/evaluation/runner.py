@@ -32,9 +32,9 @@ import numpy as np
 from nvc_jax.errors import NvcError
 from nvc_jax.evaluation.anchors import ANCHORS, code_clip, ffmpeg_version, find_ffmpeg
 from nvc_jax.evaluation.bdrate import bd_table
-from nvc_jax.evaluation.metrics import clip_scores, ms_ssim_db
 from nvc_jax.files import replacing, writing
 from nvc_jax.machine import cores, processor
+from nvc_jax.metrics import clip_scores, ms_ssim_db
 from nvc_jax.schedule import AUTO, MODES
 from nvc_jax.shots import scene_cuts
 from nvc_jax.video import Planes, VideoInfo, open_video
@@ -254,7 +254,7 @@ def run_job(job: Job) -> dict:
     Returns:
       a JSON-ready dict: `clip`, `codec`, `kind` ("nvc" or "anchor"), `setting` and either `error`
       (what went wrong, for people) or: `file_bytes`, `bpp`, the scores of
-      `nvc_jax.evaluation.metrics.clip_scores`, `ms_ssim_db`, and `encode_fps`, `decode_fps` of the
+      `nvc_jax.metrics.clip_scores`, `ms_ssim_db`, and `encode_fps`, `decode_fps` of the
       whole processes, start, compilation and file access included. Ours have besides: `checks`,
       `units` (frames and bytes of each packet) and `encode_fps_steady`, `decode_fps_steady` as the
       codec itself reports them, without start and compilation. Anchors: see `anchors.code_clip`.
