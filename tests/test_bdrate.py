@@ -103,3 +103,9 @@ def test_table_has_a_row_per_model_and_anchor():
     assert row["clips"]["a"]["percent"] == pytest.approx(20)
     assert row["clips"]["b"]["percent"] is None
     assert row["mean_percent"] == pytest.approx(20)
+    more = [*measured, *points("a", "more", "nvc", 1.8), *points("a", "most", "nvc", 2.4)]
+    rows = {(row["model"], row["anchor"]): row["mean_percent"] for row in bd_table(more, "psnr")}
+    assert set(rows) == {(m, "x265") for m in ("ours", "more", "most")} | {
+        (m, "ours") for m in ("more", "most")
+    }
+    assert rows["most", "ours"] == pytest.approx(100)

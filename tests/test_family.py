@@ -74,7 +74,7 @@ def test_command(only_ui2c_nano, tmp_path, monkeypatch, capsys):
 
 def test_modes_are_told_apart(only_ui2c_nano):
     (row,) = family.table([], [])
-    gains = [dict(model=f"ui2c-nano:{mode}", anchor="x265", mean_percent=number)
+    gains = [dict(mode=mode, anchor="x265", mean_percent=number)
              for mode, number in (("ld", 10), ("ra", -3))]  # fmt: skip
     assert "| ld +10 %, ra -3 % |" in family.markdown([row | dict(bd_rates=gains)])
 

@@ -141,6 +141,17 @@ def test_the_page_says_what_was_measured(results, tmp_path):
         assert text in page, text
 
 
+def test_models_are_compared_with_the_first(results, tmp_path):
+    pytest.importorskip("bjontegaard", reason="optional extra `anchors`")
+    results["points"] += [point("a<b", "other", "nvc", step, 1.0) for step in range(4)]
+    results["bd_rates"] = bd_table(results["points"], "psnr")
+    page = html_report(results, tmp_path)
+    assert "other against ours<small>the first model</small>" in page and "-20.0 %" in page
+    with io.StringIO() as text:
+        print_tables(results, Console(file=text, width=200))
+        assert "ours (the first model)" in text.getvalue()
+
+
 def test_recovery_after_a_cut_is_stated_in_frames_and_units(results, tmp_path):
     # After the cut: -9, -3, +3 dB; mean -3; so the second frame is back, in the same unit.
     page = html_report(results, tmp_path)

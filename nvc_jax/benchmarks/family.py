@@ -47,6 +47,8 @@ def table(rates: list[str], speeds: list[str]) -> list[dict[str, Any]]:
         for size in codec.sizes:
             module = registry.build(name, size)
             weights = f"{name.replace('_', '-')}-{size}"
+            # As `eval.py` calls them.
+            labels = {weights: None} | {f"{weights}-{m}": m for m in getattr(module, "modes", ())}
             rows.append(
                 {
                     "codec": name,
@@ -56,7 +58,11 @@ def table(rates: list[str], speeds: list[str]) -> list[dict[str, Any]]:
                     "delay": delay(module),
                     "parameters": _parameters(module),
                     **complexity.coding_cost(module),
-                    "bd_rates": [row for row in gains if row["model"].split(":")[0] == weights],
+                    "bd_rates": [
+                        row | {"mode": labels[row["model"]]}
+                        for row in gains
+                        if row["model"] in labels
+                    ],
                     "speeds": [row for row in timed if row["model"] == weights],
                 }
             )
@@ -114,8 +120,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def _listed(found: list[dict], show) -> str:
     """By mode, where a model knows several."""
-    modes = [row.get("mode") or row["model"].partition(":")[2] for row in found]
-    return ", ".join(f"{mode} {show(row)}".strip() for mode, row in zip(modes, found, strict=True))
+    return ", ".join(f"{row['mode'] or ''} {show(row)}".strip() for row in found)
 
 
 def write(rows: list[dict[str, Any]], path: str) -> None:

@@ -103,6 +103,8 @@ def mean_percent(results: Sequence[BdRate]) -> float | None:
 def bd_table(points: Sequence[dict], quality: str) -> list[dict]:
     """BD-rates of every model against every anchor, clip by clip and as a mean over clips.
 
+    Of several models the first is an anchor for the others.
+
     Args:
       points: measured points as `nvc_jax.evaluation.runner.run_job` returns them; those with an
         `error` are left out.
@@ -124,8 +126,8 @@ def bd_table(points: Sequence[dict], quality: str) -> list[dict]:
         for kind in ("nvc", "anchor")
     }
     table = []
-    for model in codecs["nvc"]:
-        for anchor in codecs["anchor"]:
+    for number, model in enumerate(codecs["nvc"]):
+        for anchor in codecs["anchor"] + codecs["nvc"][: min(number, 1)]:
             results = {
                 clip: bd_rate(curves.get((anchor, clip), []), curves.get((model, clip), []))
                 for clip in clips
