@@ -21,8 +21,8 @@ CHANGES = {
     "no_converge": dict(converge=False),
     # Bi-directional Contextual Fusion: contexts are joined without predicted weights.
     "no_weights": dict(weigh=False),
-    # Motion looked for at the size of the networks' patches, not at half of it.
-    "fine_motion": dict(flow_halvings=0),
+    # Motion looked for at half the size of the networks' patches.
+    "coarse_motion": dict(flow_halvings=1),
 }
 
 

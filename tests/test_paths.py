@@ -49,6 +49,10 @@ class Toy(nn.Module):
         self.z_prior = FactorizedPrior(1, 8)
         self.encoder, self.decoder = nn.Dense(8), nn.Dense(48)
         self.place = nn.Dense(8, name="place")
+        self.flow = nn.Dense(2)
+
+    def motion(self, a, b):
+        return self.flow(jnp.concatenate([a, b], -1))
 
     @staticmethod
     def start(frame):
@@ -71,6 +75,7 @@ class Toy(nn.Module):
         for ref in (past, future):
             if ref.y is not None:
                 y -= ref.y if ref.bare is None else jnp.where(ref.bare, 0, ref.y)
+        y += self.motion(past.frame, future.frame).mean()
         place = jnp.stack([1.0 * level, qp.mean()])
         y = bottleneck.factorized(8 * y + self.place(place), self.z_prior, 0 * qp[:, 0])
         recon = mean + depth_to_space(self.decoder(y), 4)
@@ -258,9 +263,35 @@ def test_a_run_trains_b_frames_beside_a_frozen_intra_codec(intra_file, tmp_path)
         fresh_state(config)
 
 
+def test_true_motion_costs_least():
+    texture = jax.image.resize(pictures((1, 12, 12)), (1, 48, 48, 3), "cubic")
+    a, b = texture[:, 8:40, 8:40], texture[:, 8:40, 5:37]  # to be found 3 samples further right
+    costs = {x: losses.motion(a, b, jnp.full((1, 32, 32, 2), jnp.array([x, 0.0])))[0]
+             for x in (-3, 0, 2, 3, 4)}  # fmt: skip
+    assert min(costs, key=costs.get) == 3
+    assert max(costs[2], costs[4]) < min(costs[0], costs[-3])
+    # Differences count by their logarithm, not by their squares.
+    doubled = losses.motion(2 * a, 2 * b, jnp.zeros((1, 32, 32, 2)))[0]
+    assert doubled < 2 * costs[0]
+
+
+def test_motion_can_learn_alone(intra_file, tmp_path, capsys):
+    config = config_of(intra_file, 2, units=1, spans=(2, 4), motion_only=True)
+    state = loop.train(config, tmp_path / "run")
+    assert int(state.skipped) == 0
+    before, after = fresh_state(config).params["inter"], state.params["inter"]
+    for name in before:
+        same = jax.tree.map(lambda a, b: (a == b).all(), before[name], after[name])
+        assert all(jax.tree.leaves(same)) == (name != "flow")
+    assert not (tmp_path / "run" / "samples").exists()  # no pictures are coded
+    printed = capsys.readouterr().out
+    assert "step 2/2" in printed and "motion" in printed and "PSNR" not in printed
+
+
 @pytest.mark.parametrize(
     "change, complaint",
     [
+        (dict(motion_only=True), "motion_only needs paths of one unit, not 2"),
         (dict(spans=(2,)), "needs spans of 4 to 64"),
         (dict(spans=(128,)), "needs spans of 4 to 64"),
         (dict(spans=()), "spans must not be empty"),
@@ -281,12 +312,8 @@ def test_another_intra_codec_is_refused(tmp_path):
     module = registry.build("intra", SIZES["intra"] | {"scale_head": 0, "offset": 0.25})
     path = tmp_path / "other.safetensors"
     released.save(path, *released.freeze("other", "intra", module, random_parameters(module)))
-    config = config_of(path)
-    model = registry.build("brhvc", SIZE)
     with pytest.raises(NvcError, match="not the intra codec of this config's model"):
-        checkpoints.fresh(
-            model, config, stages.read(stages.complete(config))[0], parallel.make_mesh()
-        )
+        fresh_state(config_of(path))
 
 
 def test_an_intra_codec_that_is_missing_is_asked_for():

@@ -91,8 +91,8 @@ SIZES = {
     ),
     "nano": Config(
         widths=(8, 16, 32), y=64, motion=16, guess=8, tail=8, groups=2, unet=(8, 16, 32),
-        unet_blocks=1, flow=(16, 16, 12), flow_kernel=5, patch=2, flow_halvings=1,
-        flow_contrast=5.0, family="gaussian", direct=True,
+        unet_blocks=1, flow=(16, 16, 12), flow_kernel=5, patch=2, flow_contrast=5.0,
+        family="gaussian", direct=True,
     ),
 }  # fmt: skip
 
@@ -553,6 +553,10 @@ class BFrame(nn.Module):
         full, weight = full[..., :2], full[..., 2:]
         guesses = [guess, halve(guess) / 2, halve(halve(guess)) / 4]
         return [g + c for g, c in zip(guesses, (full, half, quarter), strict=True)], weight
+
+    def motion(self, a, b):
+        """Flow from picture a to b, [batch, height, width, 2] in pixels, before it is coded."""
+        return self._full_size(self.cfg.patch * self._motion_between(a, b))
 
     def _full_size(self, x):
         """What networks on patches give, for pixels."""

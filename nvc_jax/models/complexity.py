@@ -306,3 +306,14 @@ def coding_cost(model: nn.Module, alone: bool = False) -> dict[str, float]:
         + (cost(judgement) if judgement else 0),
         "decode_kmac_per_pixel": cost(_forward(model, _Decode(exact))),
     }
+
+
+def motion_training_flop(model: nn.Module, pixels: int) -> int:
+    """Likewise of a step in which motion learns alone: three flows for each frame."""
+    picture = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+
+    def flow(params, a, b):
+        return model.apply({"params": params}, a, b, method="motion")
+
+    count = macs(flow, param_shapes(model), picture, picture)
+    return round(6 * 3 * count / (SIDE * SIDE) * pixels)

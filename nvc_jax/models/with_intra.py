@@ -77,6 +77,10 @@ class WithIntra(nn.Module):
         inter = self._inter(self.cfg.inter, self.dtype, parent=None)
         return inter.complete(refs, unit, height, width, exact)
 
+    def motion(self, a, b):
+        """Of inter codecs that look for motion: see `nvc_jax.models.brhvc.BFrame.motion`."""
+        return self.inter.motion(a, b)
+
     def __call__(self, frames, refs, qp, bottleneck):
         """Codes one frame: arguments and results as those of both codecs.
 

@@ -176,7 +176,7 @@ def _train(
                             "steps in a row; lower the learning rate or look at the data, then "
                             "train again: it resumes from the newest checkpoint"
                         )
-                if step % config.sample_every == 0:
+                if step % config.sample_every == 0 and not stage.motion_only:
                     sheet = sample(state, clip)
                     pace.attempt(lambda: writer.write_images(step, {"samples": sheet}))  # noqa: B023
                 stop, due = pace.agree(step, step == ends[-1], stops)
@@ -210,7 +210,10 @@ class Work:
         self.config, self.model, self.stage, self.mesh = config, model, stage, mesh
         self.number, self.start = number, start
         pixels = stage.batch * stage.units * model.frames_per_unit * stage.crop**2
-        self.flop_per_step = complexity.training_flop(model, stage.exact, pixels)
+        if stage.motion_only:
+            self.flop_per_step = complexity.motion_training_flop(model, pixels)
+        else:
+            self.flop_per_step = complexity.training_flop(model, stage.exact, pixels)
         self.codec = registry.entry(config.model.name)
         step = training.make_train_step(
             self.codec, model, stage, start, seed=config.seed, warmup_steps=config.warmup_steps
@@ -456,11 +459,14 @@ def print_line(step: int, steps: int, values: dict[str, float]) -> None:
     eta = timedelta(seconds=int((steps - step) * values["seconds_per_step"]))
     special = f"motion {values['motion_gain']:+.2f} dB  " if values["motion_gain"] else ""
     special += f"misjudged {values['misjudged']:.2f}  " if values["misjudged"] else ""
+    coded = (
+        f"bpp y {values['bpp_y']:.4f} z {values['bpp_z']:.4f}  PSNR Y {values['psnr_y']:.2f} "
+        f"U {values['psnr_u']:.2f} V {values['psnr_v']:.2f}  "
+    )
     print(
-        f"step {step}/{steps}  loss {values['loss']:.4f}  bpp y {values['bpp_y']:.4f} "
-        f"z {values['bpp_z']:.4f}  PSNR Y {values['psnr_y']:.2f} U {values['psnr_u']:.2f} "
-        f"V {values['psnr_v']:.2f}  {special}|g| {values['grad_norm']:.3f}  skipped "
-        f"{values['skipped']:.0f}  {1 / values['seconds_per_step']:.1f} steps/s  ETA {eta}",
+        f"step {step}/{steps}  loss {values['loss']:.4f}  {coded if values['psnr_y'] else ''}"
+        f"{special}|g| {values['grad_norm']:.3f}  skipped {values['skipped']:.0f}  "
+        f"{1 / values['seconds_per_step']:.1f} steps/s  ETA {eta}",
         flush=True,
     )
 

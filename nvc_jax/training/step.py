@@ -26,6 +26,7 @@ from nvc_jax.models.brhvc import Ref as BRef
 from nvc_jax.models.registry import Entry, Ref
 from nvc_jax.models.with_intra import WithIntra
 from nvc_jax.nn.flow import MotionErrors
+from nvc_jax.nn.warp import warp
 from nvc_jax.training import losses
 from nvc_jax.training.hierarchy import Path, code_path
 from nvc_jax.training.orders import Run, code_run
@@ -421,6 +422,8 @@ def make_train_step(
 
     def gradients(params, clip, carry, key, carried, teacher):
         clip = as_floats(clip)
+        if stage.motion_only:
+            return jax.grad(partial(_motion_loss, model), has_aux=True)(params, clip)
         refs_key, noise_key = jax.random.split(key)
         refs = carry if carried else first_refs(codec, model, params, stage, clip, refs_key)
         return jax.grad(loss_fn, has_aux=True)(params, clip, refs, noise_key, teacher)
@@ -482,6 +485,36 @@ def make_train_step(
         )
 
     return train_step
+
+
+def between_anchors(model: nn.Module, params: Any, clip: Clip) -> tuple[jax.Array, ...]:
+    """(targets, references, flows) for all that a unit takes from motion, in the codec's colours.
+
+    From its picture to both anchors, and from one of these to the other, which the decoder sees.
+    """
+    past, future = jnp.moveaxis(colour.for_codec(model, clip.reference), 1, 0)
+    frame = colour.for_codec(model, clip.frames)[:, 0]
+    targets = jnp.concatenate([frame, frame, past])
+    references = jnp.concatenate([past, future, future])
+    flows = model.apply({"params": params}, targets, references, method="motion")
+    return targets, references, flows
+
+
+def _motion_loss(model: nn.Module, params: Any, clip: Clip) -> tuple[jax.Array, tuple]:
+    """(loss, (outputs, no references)) of a stage in which motion learns alone."""
+    targets, references, flows = between_anchors(model, params, clip)
+    loss = losses.motion(targets, references, flows).mean()
+    errors = [((targets - x) ** 2).mean() for x in (references, warp(references, flows))]
+    still, moved = (jnp.maximum(error, 1e-10) for error in errors)
+    outputs = dict.fromkeys(CODED_ONLY, jnp.float32(0))
+    outputs |= {"loss": loss, "distortion": moved, "motion_gain": 10 * jnp.log10(still / moved)}
+    return loss, (outputs, ())
+
+
+# What a step that codes nothing has nothing to say of.
+CODED_ONLY = (
+    "bpp_y", "bpp_y_float", "bpp_z", "bpp_side", "psnr_y", "psnr_u", "psnr_v", "misjudged",
+)  # fmt: skip
 
 
 def _in_parts(gradients: Callable, batch: Any, parts: int) -> tuple:
