@@ -50,7 +50,8 @@ def get_config(argument="full"):
     c.init_from = "intra.safetensors"
     long = dict(data=LONG, remat=True)
     c.stages = (
-        # One frame between two pictures as they are: motion alone, then everything.
+        # Motion by itself, then as it is coded, between pictures as they are; then everything.
+        stage(5, 1, (2, 4, 6), batch=8, crop=256, lr=1e-4, motion_only=True),
         stage(
             8,
             1,
