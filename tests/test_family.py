@@ -47,7 +47,7 @@ def test_command(only_ui2c_nano, tmp_path, monkeypatch, capsys):
     ]
     speed = dict(model="ui2c-nano", mode=None, width=352, height=288, device="cpu")
     speed |= dict(encode_fps=45.3, decode_fps=5.21)
-    (tmp_path / "r.json").write_text(json.dumps(dict(clips=[{}, {}], bd_rates=gains)))
+    (tmp_path / "r.json").write_text(json.dumps(dict(bd_rates=gains)))
     (tmp_path / "s.json").write_text(json.dumps(speed))
     (tmp_path / "t.md").write_text(f"before\n{family.BEGIN}\nold\n{family.END}\nafter\n")
     (tmp_path / "empty.md").write_text("nothing")

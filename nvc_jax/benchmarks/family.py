@@ -81,9 +81,8 @@ def _read(path: str, what: str, get) -> list[dict]:
 
 
 def _gains(results: dict) -> list[dict]:
-    clips = len(results["clips"])
     return [
-        {key: row[key] for key in ("model", "anchor", "mean_percent")} | {"clips": clips}
+        {key: row[key] for key in ("model", "anchor", "mean_percent")}
         for row in results["bd_rates"]
         if row["quality"] == "psnr" and row["mean_percent"] is not None
     ]

@@ -48,9 +48,9 @@ def motion(target: jax.Array, reference: jax.Array, flow: jax.Array) -> jax.Arra
     """How badly a reference fits after motion, pictures [b, h, w, 3] and flow [b, h, w, 2] -> [b].
 
     About the bits that the difference would take: where it is large, and as a rule beyond repair,
-    being less wrong counts little, so that what can be found decides. Squares of differences count
-    just that the most, and teach flows an order of magnitude more slowly. Also at a half and a
-    quarter of the size, where motion is found before details are.
+    being less wrong counts little, so that what can be found decides; in squares of differences
+    just that would count most. Also at a half and a quarter of the size, where motion is found
+    before details are.
     """
     total = 0.0
     for weight in (1.0, 0.5, 0.25):

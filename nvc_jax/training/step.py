@@ -487,34 +487,28 @@ def make_train_step(
     return train_step
 
 
-def between_anchors(model: nn.Module, params: Any, clip: Clip) -> tuple[jax.Array, ...]:
-    """(targets, references, flows) for all that a unit takes from motion, in the codec's colours.
+# What a step that codes nothing has nothing to say of.
+CODED_ONLY = (
+    "bpp_y", "bpp_y_float", "bpp_z", "bpp_side", "psnr_y", "psnr_u", "psnr_v", "misjudged",
+)  # fmt: skip
 
-    From its picture to both anchors, and from one of these to the other, which the decoder sees.
+
+def _motion_loss(model: nn.Module, params: Any, clip: Clip) -> tuple[jax.Array, tuple]:
+    """(loss, (outputs, no references)) of a stage in which motion learns alone.
+
+    From a unit's picture to both anchors, and from one of these to the other, which decoders see.
     """
     past, future = jnp.moveaxis(colour.for_codec(model, clip.reference), 1, 0)
     frame = colour.for_codec(model, clip.frames)[:, 0]
     targets = jnp.concatenate([frame, frame, past])
     references = jnp.concatenate([past, future, future])
     flows = model.apply({"params": params}, targets, references, method="motion")
-    return targets, references, flows
-
-
-def _motion_loss(model: nn.Module, params: Any, clip: Clip) -> tuple[jax.Array, tuple]:
-    """(loss, (outputs, no references)) of a stage in which motion learns alone."""
-    targets, references, flows = between_anchors(model, params, clip)
     loss = losses.motion(targets, references, flows).mean()
     errors = [((targets - x) ** 2).mean() for x in (references, warp(references, flows))]
     still, moved = (jnp.maximum(error, 1e-10) for error in errors)
     outputs = dict.fromkeys(CODED_ONLY, jnp.float32(0))
     outputs |= {"loss": loss, "distortion": moved, "motion_gain": 10 * jnp.log10(still / moved)}
     return loss, (outputs, ())
-
-
-# What a step that codes nothing has nothing to say of.
-CODED_ONLY = (
-    "bpp_y", "bpp_y_float", "bpp_z", "bpp_side", "psnr_y", "psnr_u", "psnr_v", "misjudged",
-)  # fmt: skip
 
 
 def _in_parts(gradients: Callable, batch: Any, parts: int) -> tuple:
