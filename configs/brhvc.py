@@ -23,11 +23,6 @@ from nvc_jax.training.stages import on_more_devices
 SEPTUPLETS = dict(sets=(dict(path="vimeo90k_septuplet/default/1.0.0"),))
 LONG = dict(sets=(dict(path="video_folder/long/1.0.0"),))
 CLIPS = 64_612
-MOTION = (
-    "flow", "guess_feature", "motion_encoder", "motion_hyper_encoder", "motion_hyper_decoder",
-    "motion_z_prior", "motion_guess", "motion_types", "motion_fusion_0", "motion_fusion_1",
-    "motion_prior", "motion_decoder", "q_motion_encoder", "q_motion_decoder",
-)  # fmt: skip
 
 
 def stage(epochs, units, spans, batch, crop, lr, end_lr=None, **special):
@@ -50,19 +45,9 @@ def get_config(argument="full"):
     c.init_from = "intra.safetensors"
     long = dict(data=LONG, remat=True)
     c.stages = (
-        # Motion by itself, then as it is coded, between pictures as they are; then everything.
-        stage(5, 1, (2, 4, 6), batch=8, crop=256, lr=1e-4, motion_only=True),
-        stage(
-            8,
-            1,
-            (2, 3, 4, 6),
-            batch=8,
-            crop=256,
-            lr=1e-4,
-            trainable=MOTION,
-            flow_loss=1.0,
-            references=dict(true=1.0),
-        ),
+        # Flows by themselves, then motion as it is coded; then everything.
+        stage(5, 1, (2, 4, 6), batch=8, crop=256, lr=1e-4, motion_only="flow"),
+        stage(8, 2, (4, 5, 6), batch=8, crop=256, lr=1e-4, motion_only="coded", flow_loss=0.02),
         stage(30, 1, (2, 3, 4, 6), batch=8, crop=256, lr=1e-4, flow_loss=0.1),
         # Two layers: B-frames between B-frames.
         stage(20, 2, (4, 5, 6), batch=8, crop=256, lr=5e-5),

@@ -34,7 +34,7 @@ def get_config():
     c.stages = (
         # Motion by itself, which is quick. Without, it hardly gets started.
         stage(
-            3_000, 1, (2, 4, 8, 16, 32), batch=4, crop=128, lr=2e-3, end_lr=1e-5, motion_only=True
+            3_000, 1, (2, 4, 8, 16, 32), batch=4, crop=128, lr=2e-3, end_lr=1e-5, motion_only="flow"
         ),
         # Only with three units are there frames between two B-frames.
         stage(9_000, 3, (8, 16, 32), batch=2, crop=128, lr=7e-4, end_lr=1e-5, **MUON),

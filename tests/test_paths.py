@@ -275,14 +275,18 @@ def test_true_motion_costs_least():
     assert doubled < 2 * costs[0]
 
 
+def changed(before, after):
+    """Names of sub-networks of which something has."""
+    before, after = before.params["inter"], after.params["inter"]
+    same = {k: jax.tree.map(lambda a, b: (a == b).all(), before[k], after[k]) for k in before}
+    return {name for name, tree in same.items() if not all(jax.tree.leaves(tree))}
+
+
 def test_motion_can_learn_alone(intra_file, tmp_path, capsys):
-    config = config_of(intra_file, 2, units=1, spans=(2, 4), motion_only=True)
+    config = config_of(intra_file, 2, units=1, spans=(2, 4), motion_only="flow")
     state = loop.train(config, tmp_path / "run")
     assert int(state.skipped) == 0
-    before, after = fresh_state(config).params["inter"], state.params["inter"]
-    for name in before:
-        same = jax.tree.map(lambda a, b: (a == b).all(), before[name], after[name])
-        assert all(jax.tree.leaves(same)) == (name != "flow")
+    assert changed(fresh_state(config), state) == {"flow"}
     assert not (tmp_path / "run" / "samples").exists()  # no pictures are coded
     printed = capsys.readouterr().out
     assert "step 2/2" in printed and "motion" in printed and "PSNR" not in printed
@@ -291,7 +295,9 @@ def test_motion_can_learn_alone(intra_file, tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, complaint",
     [
-        (dict(motion_only=True), "motion_only needs paths of one unit, not 2"),
+        (dict(motion_only="flow"), "motion_only 'flow' needs paths of one unit, not 2"),
+        (dict(motion_only="coded", flow_loss=0.0), "motion_only 'coded' needs a flow_loss"),
+        (dict(motion_only="all"), "motion_only is 'all'; give 'flow', 'coded' or nothing"),
         (dict(spans=(2,)), "needs spans of 4 to 64"),
         (dict(spans=(128,)), "needs spans of 4 to 64"),
         (dict(spans=()), "spans must not be empty"),

@@ -37,6 +37,12 @@ LAYERS = 5  # of the hierarchy, each with its own feature adaptor
 # Weights on the distortion of a layer in training, which are not published: about one quality step
 # of classical codecs a layer, 2^(0.35 (layer - 2)), with a mean of 1 over a group of 32.
 LAYER_WEIGHTS = (0.79, 1.00, 1.28, 1.63, 2.07)
+# The sub-networks that code motion; `flow` finds it.
+MOTION = (
+    "guess_feature", "motion_encoder", "motion_hyper_encoder", "motion_hyper_decoder",
+    "motion_z_prior", "motion_guess", "motion_types", "motion_fusion_0", "motion_fusion_1",
+    "motion_prior", "motion_decoder", "q_motion_encoder", "q_motion_decoder",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,25 @@ class Between(NamedTuple):
     future: Ref
     level: Any
     ratio: Any
+
+
+class Motion(NamedTuple):
+    """Decoded motion from a B-frame towards the past reference and the future one.
+
+    Attributes:
+      flows: for each, flows at full, half and quarter size, [b, h/patch, w/patch, 2] and so on.
+      guesses: for each, [b, h/patch, w/patch, 2], what its decoder knew without being told.
+      moved: both references after motion, [b, h, w, 3]; None without `Config.direct`.
+      mean: [b, h, w, 3], their weighted mean, from which the picture is predicted; or 0.
+      y, feature: what later frames use, `Ref.motion_y` and `Ref.motion_feature`.
+    """
+
+    flows: tuple
+    guesses: list
+    moved: list | None
+    mean: Any
+    y: jax.Array
+    feature: jax.Array
 
 
 class ReferenceTypes(nn.Module):
@@ -586,6 +611,65 @@ class BFrame(nn.Module):
         past, future = (completed(ref) for ref in refs)
         return Between(past, future, np.int32(unit.level), np.float32(unit.ratio))
 
+    def coded_motion(self, frames, refs, qp, bottleneck):
+        """Codes nothing but the motion of a frame between two others.
+
+        Args:
+          frames, refs, qp, bottleneck: see `__call__`; no features or latents of pictures are used.
+
+        Returns:
+          flows: two float32 [batch, height, width, 2] in pixels, towards both references.
+          mean: of both after motion, as the picture would be predicted; None if it would not.
+          ref: `Ref`, with the frame itself, for the motion of later ones.
+        """
+        motion = self._coded_motion(frames[:, 0], refs, qp[:, 0], bottleneck)
+        flows = [self._full_size(self.cfg.patch * flows[0]) for flows in motion.flows]
+        ref = Ref(frames[:, 0], motion_feature=motion.feature, motion_y=motion.y)
+        return flows, motion.mean if self.cfg.direct else None, ref
+
+    def _coded_motion(self, frame, refs, qp, bottleneck) -> Motion:
+        c = self.cfg
+        f, b, _, ratio = refs
+        bare = f.bare, b.bare
+        batch, height, width, _ = frame.shape
+        h, w = height // 16, width // 16
+        guess_f = ratio * self._motion_between(b.frame, f.frame)
+        guess_b = (1 - ratio) * self._motion_between(f.frame, b.frame)
+        guess = self.guess_feature(jnp.concatenate([guess_f, guess_b], -1))
+
+        def analysis(m):
+            sizes = range(3 if c.converge else 1)
+            flows_f, flows_b = (
+                [m._motion_between(frame, ref.frame, times) for times in sizes] for ref in (f, b)
+            )
+            states = [ref.motion_feature for ref in (f, b)]
+            y = m.motion_encoder(flows_f, flows_b, guess, states, bare, m.q_motion_encoder(qp))
+            return y, m.motion_hyper_encoder(pad_to_multiple(y, 4))
+
+        y, z = bottleneck.encoder_only(self, analysis, *_latents(batch, h, w, c.motion))
+        # Hyper-priors do not depend on the quality.
+        z_hat = bottleneck.factorized(z, self.motion_z_prior, jnp.zeros_like(qp))
+        params = self.motion_hyper_decoder(z_hat)[:, :h, :w]
+        params = self.motion_types(params, [f.motion_y, b.motion_y], bare)
+        temporal = self.motion_guess(jnp.concatenate([guess_b, guess_f], -1))
+        params = jnp.concatenate([params, temporal], -1)
+        for block in self.motion_fusion:
+            params = block(params)
+        y_hat = self.motion_prior(y, params, bottleneck)
+        *flows, feature = self.motion_decoder(y_hat, guess, self.q_motion_decoder(qp))
+
+        guesses = [guess_f, guess_b]
+        if not c.direct:
+            return Motion(tuple(flows), guesses, None, 0.0, y_hat, feature)
+        flows, logits = zip(*map(self._corrected, flows, guesses), strict=True)
+        share = jax.nn.sigmoid(self._full_size(logits[0] - logits[1]))
+        moved = [
+            warp(ref.frame, self._full_size(c.patch * own[0]))
+            for ref, own in zip((f, b), flows, strict=True)
+        ]
+        mean = share * moved[0] + (1 - share) * moved[1]
+        return Motion(flows, guesses, moved, mean, y_hat, feature)
+
     def __call__(self, frames, refs, qp, bottleneck):
         """Codes one frame between two others.
 
@@ -602,94 +686,46 @@ class BFrame(nn.Module):
         """
         c = self.cfg
         batch, _, height, width, _ = frames.shape
-        f, b, level, ratio = refs
-        bare = f.bare, b.bare
+        f, b, level, _ = refs
         qp = qp[:, 0]
-        row = jnp.zeros_like(qp)  # of the hyper-priors, which do not depend on the quality
         h, w = height // 16, width // 16
-        z_shape = (batch, -(-h // 4), -(-w // 4))
 
         frame = space_to_depth(frames[:, 0], c.patch)
-        guess_f = ratio * self._motion_between(b.frame, f.frame)
-        guess_b = (1 - ratio) * self._motion_between(f.frame, b.frame)
-        guess = self.guess_feature(jnp.concatenate([guess_f, guess_b], -1))
-
-        def motion_analysis(m):
-            sizes = range(3 if c.converge else 1)
-            flows_f, flows_b = (
-                [m._motion_between(frames[:, 0], ref.frame, times) for times in sizes]
-                for ref in (f, b)
-            )
-            states = [ref.motion_feature for ref in (f, b)]
-            y = m.motion_encoder(flows_f, flows_b, guess, states, bare, m.q_motion_encoder(qp))
-            return y, m.motion_hyper_encoder(pad_to_multiple(y, 4))
-
-        y, z = bottleneck.encoder_only(
-            self,
-            motion_analysis,
-            jax.ShapeDtypeStruct((batch, h, w, c.motion), jnp.float32),
-            jax.ShapeDtypeStruct((*z_shape, c.motion), jnp.float32),
-        )
-        z_hat = bottleneck.factorized(z, self.motion_z_prior, row)
-        params = self.motion_hyper_decoder(z_hat)[:, :h, :w]
-        params = self.motion_types(params, [f.motion_y, b.motion_y], bare)
-        temporal = self.motion_guess(jnp.concatenate([guess_b, guess_f], -1))
-        params = jnp.concatenate([params, temporal], -1)
-        for block in self.motion_fusion:
-            params = block(params)
-        motion_y = self.motion_prior(y, params, bottleneck)
-        flows_f, flows_b, motion_feature = self.motion_decoder(
-            motion_y, guess, self.q_motion_decoder(qp)
-        )
-
-        guesses = [guess_f, guess_b]
-        direct = 0.0
-        if c.direct:
-            (flows_f, logit_f), (flows_b, logit_b) = (
-                self._corrected(flows, guess)
-                for flows, guess in zip((flows_f, flows_b), guesses, strict=True)
-            )
-            share = jax.nn.sigmoid(self._full_size(logit_f - logit_b))
-            moved_f, moved_b = (
-                warp(ref.frame, self._full_size(c.patch * flows[0]))
-                for ref, flows in ((f, flows_f), (b, flows_b))
-            )
-            direct = share * moved_f + (1 - share) * moved_b
-        contexts_f, warped_f = self._contexts(f, flows_f, guesses, level)
-        contexts_b, warped_b = self._contexts(b, flows_b, guesses, level)
-
-        if c.direct:
-            seen_f, seen_b = moved_f, moved_b
-        else:
-            seen_f, seen_b = (depth_to_space(x, c.patch) for x in (warped_f, warped_b))
-        for ref, moved in ((f, seen_f), (b, seen_b)):
-            note_motion(self, frames[:, 0], ref.frame, moved)
+        motion = self._coded_motion(frames[:, 0], refs, qp, bottleneck)
+        contexts_f, warped_f = self._contexts(f, motion.flows[0], motion.guesses, level)
+        contexts_b, warped_b = self._contexts(b, motion.flows[1], motion.guesses, level)
+        moved = motion.moved or [depth_to_space(x, c.patch) for x in (warped_f, warped_b)]
+        for ref, picture in zip((f, b), moved, strict=True):
+            note_motion(self, frames[:, 0], ref.frame, picture)
 
         def analysis(m):
             fused = m.encoder_fusion(frame, warped_f, warped_b, contexts_f, contexts_b)
-            rest = space_to_depth(frames[:, 0] - direct, c.patch)
+            rest = space_to_depth(frames[:, 0] - motion.mean, c.patch)
             y = m.encoder(rest, fused, m.q_encoder(qp)).astype(jnp.float32)
             return y, m.hyper_encoder(pad_to_multiple(y, 4))
 
-        y, z = bottleneck.encoder_only(
-            self,
-            analysis,
-            jax.ShapeDtypeStruct((batch, h, w, c.y), jnp.float32),
-            jax.ShapeDtypeStruct((*z_shape, c.y), jnp.float32),
-        )
-        z_hat = bottleneck.factorized(z, self.z_prior, row)
+        y, z = bottleneck.encoder_only(self, analysis, *_latents(batch, h, w, c.y))
+        z_hat = bottleneck.factorized(z, self.z_prior, jnp.zeros_like(qp))
         hyper = self.hyper_decoder(z_hat)[:, :h, :w]
         prior_context = self.prior_context(jnp.concatenate([contexts_f[2], contexts_b[2]], -1))
         params = jnp.concatenate([self.temporal_prior(prior_context), hyper], -1)
-        params = self.types(params, [f.y, b.y], bare)
+        params = self.types(params, [f.y, b.y], (f.bare, b.bare))
         for block in self.fusion:
             params = block(params)
         y_hat = self.prior(y, params, bottleneck)
 
         fused = self.decoder_fusion(y_hat, warped_f, warped_b, contexts_f, contexts_b)
         recon, feature = self.decoder(y_hat, fused, self.q_decoder(qp))
-        recon = recon.astype(jnp.float32) + direct
+        recon = recon.astype(jnp.float32) + motion.mean
         ref = Ref(
-            jnp.clip(recon, 0, 1), feature.astype(jnp.float32), motion_feature, y_hat, motion_y
+            jnp.clip(recon, 0, 1), feature.astype(jnp.float32), motion.feature, y_hat, motion.y
         )
         return recon[:, None], (ref,)
+
+
+def _latents(batch, h, w, features):
+    """Shapes of a latent and its hyper-latent."""
+    return (
+        jax.ShapeDtypeStruct((batch, h, w, features), jnp.float32),
+        jax.ShapeDtypeStruct((batch, -(-h // 4), -(-w // 4), features), jnp.float32),
+    )

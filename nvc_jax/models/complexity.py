@@ -308,12 +308,21 @@ def coding_cost(model: nn.Module, alone: bool = False) -> dict[str, float]:
     }
 
 
-def motion_training_flop(model: nn.Module, pixels: int) -> int:
-    """Likewise of a step in which motion learns alone: three flows for each frame."""
-    picture = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+def motion_training_flop(model: nn.Module, kind: str, pixels: int) -> int:
+    """Likewise of a step that codes no pictures, see `motion_only` of training stages."""
+    if kind == "coded":
+        units = _units(model)
 
-    def flow(params, a, b):
-        return model.apply({"params": params}, a, b, method="motion")
+        def motion(params, frames, refs, qp):
+            args = frames, refs, qp, _Everything(exact=False)
+            return model.apply({"params": params}, *args, method="coded_motion")[:2]
 
-    count = macs(flow, param_shapes(model), picture, picture)
-    return round(6 * 3 * count / (SIDE * SIDE) * pixels)
+        count = macs(motion, units.params, units.frames, units.kinds[-1], units.qp)
+    else:
+        picture = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+
+        def flow(params, a, b):
+            return model.apply({"params": params}, a, b, method="motion")
+
+        count = 3 * macs(flow, param_shapes(model), picture, picture)  # flows for each frame
+    return round(6 * count / (SIDE * SIDE) * pixels)

@@ -19,14 +19,18 @@ class MotionErrors(NamedTuple):
     still: jax.Array
 
 
+def motion_errors(target: jax.Array, still: jax.Array, moved: jax.Array) -> MotionErrors:
+    """Of a picture and its reference before and after motion, [b, h, w, 3] each."""
+    return MotionErrors(*(((target - x) ** 2).mean((1, 2, 3)) for x in (moved, still)))
+
+
 def note_motion(module: nn.Module, target: jax.Array, still: jax.Array, moved: jax.Array) -> None:
     """Notes, for training, how far a reference [b, h, w, 3] is from its target, `MotionErrors`.
 
     They go into the variable collection "motion"; nothing is computed where that is not asked for.
     """
     if module.is_mutable_collection("motion"):
-        errors = (((target - x) ** 2).mean((1, 2, 3)) for x in (moved, still))
-        module.sow("motion", "errors", MotionErrors(*errors))
+        module.sow("motion", "errors", motion_errors(target, still, moved))
 
 
 def noted_motion(noted: dict) -> MotionErrors:

@@ -22,7 +22,8 @@ from jax import lax
 from nvc_jax import colour, schedule
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.models.brhvc import Between, Ref
-from nvc_jax.nn.flow import MotionErrors, noted_motion
+from nvc_jax.nn.flow import MotionErrors, motion_errors, noted_motion
+from nvc_jax.nn.warp import warp
 from nvc_jax.training import losses
 
 ANCHORS = 2  # intra frames that a path starts from
@@ -118,9 +119,6 @@ def code_path(
 ) -> CodedPath:
     """Codes the units of a path one after the other.
 
-    The units share one program, in which a gather finds their references: so it is compiled once,
-    however long the path.
-
     Args:
       layer_weights: on the distortion, by layer of the hierarchy.
       frames: float32 [batch, units, height, width, 3], Y, U, V, in coding order.
@@ -129,17 +127,85 @@ def code_path(
       key, options: of `nvc_jax.entropy.bottleneck.Estimate`.
       remat: whether activations are computed again for the gradients.
     """
-    batch, units = frames.shape[:2]
     pictures = colour.for_codec(model, frames)
 
-    def code(params, frame, refs, key):
+    def code(frame, refs, key):
         bottleneck = Estimate(key, **options)
         (recon, (ref,)), noted = model.apply(
             {"params": params}, frame[:, None], refs, qp[:, None], bottleneck, mutable=["motion"]
         )
         recon = colour.from_codec(model, recon[:, 0])
-        return recon, ref, bottleneck.bits, bottleneck.penalty, noted_motion(noted)
+        return ref, (recon, bottleneck.bits, bottleneck.penalty, noted_motion(noted))
 
+    recon, bits, penalty, motion = _along(path, code, pictures, anchors, key, remat)
+    recon = recon.swapaxes(0, 1)
+    layers = jnp.asarray(layer_weights)[jnp.clip(path.level, 0, len(layer_weights) - 1)]
+    distortion = losses.distortion(recon, frames) @ (path.weight * layers)
+    bits, penalty = jax.tree.map(lambda x: path.weight @ x, (bits, penalty))
+    motion = jax.tree.map(lambda x: x.mean(0), motion)
+    return CodedPath(bits, distortion, recon, penalty, motion)
+
+
+class CodedMotion(NamedTuple):
+    """What `code_motion` adds up, weighted sums over units where nothing else is said.
+
+    Attributes:
+      bits: of the motion, [batch].
+      misfit: [batch], what motion leaves, see `nvc_jax.training.losses.motion`: of each reference,
+        mean of both, and of their weighted mean where pictures are predicted from that.
+      motion: [batch] each, of the references, mean over units.
+    """
+
+    bits: dict[str, jax.Array]
+    misfit: jax.Array
+    motion: MotionErrors
+
+
+def code_motion(
+    model: nn.Module,
+    params: Any,
+    path: Path,
+    frames: jax.Array,
+    anchors: jax.Array,
+    qp: jax.Array,
+    key: jax.Array | None,
+    *,
+    remat: bool = False,
+) -> CodedMotion:
+    """Codes the motion of a path's units, but not their pictures: later units refer to these.
+
+    Arguments as of `code_path`.
+    """
+
+    def code(frame, refs, key):
+        bottleneck = Estimate(key)
+        flows, mean, ref = model.apply(
+            {"params": params}, frame[:, None], refs, qp[:, None], bottleneck,
+            method="coded_motion",
+        )  # fmt: skip
+        sources = refs.past.frame, refs.future.frame
+        misfit, errors = 0.0, []
+        for source, flow in zip(sources, flows, strict=True):
+            misfit += losses.motion(frame, source, flow) / 2
+            errors.append(motion_errors(frame, source, warp(source, flow)))
+        if mean is not None:
+            misfit += losses.visible(frame - mean)
+        errors = jax.tree.map(lambda *x: sum(x) / len(x), *errors)
+        return ref, (bottleneck.bits, misfit, errors)
+
+    pictures = colour.for_codec(model, frames)
+    bits, misfit, motion = _along(path, code, pictures, anchors, key, remat)
+    bits, misfit = jax.tree.map(lambda x: path.weight @ x, (bits, misfit))
+    return CodedMotion(bits, misfit, jax.tree.map(lambda x: x.mean(0), motion))
+
+
+def _along(path, code, pictures, anchors, key, remat):
+    """`code(frame, Between, key) -> (Ref, outputs)` of all units in turn -> outputs [units, ...].
+
+    The units share one program, in which a gather finds their references: so it is compiled once,
+    however long the path. Outputs that are one number for all samples become [units, batch].
+    """
+    batch, units = pictures.shape[:2]
     if remat:
         code = jax.checkpoint(code)
 
@@ -147,7 +213,7 @@ def code_path(
         return jnp.zeros((ANCHORS + units, *shape.shape), shape.dtype)
 
     start = Between(Ref(anchors[:, 0]), Ref(anchors[:, 1]), path.level[0], path.ratio[0])
-    shapes = jax.eval_shape(code, params, pictures[:, 0], start, key)[1]
+    shapes = jax.eval_shape(code, pictures[:, 0], start, key)[0]
     slots = jax.tree.map(blank, shapes)
     slots = slots._replace(
         frame=slots.frame.at[:ANCHORS].set(anchors.swapaxes(0, 1)),
@@ -159,20 +225,13 @@ def code_path(
         take = partial(lax.dynamic_index_in_dim, keepdims=False)
         past, future = (jax.tree.map(partial(take, index=slot), slots) for slot in refs)
         noise_key = None if key is None else jax.random.fold_in(key, number)
-        recon, ref, bits, penalty, motion = code(
-            params, frame, Between(past, future, level, ratio), noise_key
-        )
+        ref, outputs = code(frame, Between(past, future, level, ratio), noise_key)
         ref = ref._replace(bare=jnp.bool_(False))
         put = partial(lax.dynamic_update_index_in_dim, index=ANCHORS + number, axis=0)
         slots = jax.tree.map(put, slots, ref)
-        bits = {name: jnp.broadcast_to(b, (batch,)) for name, b in bits.items()}
-        return slots, (recon, bits, jnp.broadcast_to(penalty, (batch,)), motion)
+        return slots, jax.tree.map(
+            lambda x: x if jnp.ndim(x) else jnp.broadcast_to(x, (batch,)), outputs
+        )
 
     inputs = jnp.arange(units), pictures.swapaxes(0, 1), path.refs, path.level, path.ratio
-    _, (recon, bits, penalty, motion) = lax.scan(step, slots, inputs)
-    recon = recon.swapaxes(0, 1)
-    layers = jnp.asarray(layer_weights)[jnp.clip(path.level, 0, len(layer_weights) - 1)]
-    distortion = losses.distortion(recon, frames) @ (path.weight * layers)
-    bits, penalty = jax.tree.map(lambda x: path.weight @ x, (bits, penalty))
-    motion = jax.tree.map(lambda x: x.mean(0), motion)
-    return CodedPath(bits, distortion, recon, penalty, motion)
+    return lax.scan(step, slots, inputs)[1]

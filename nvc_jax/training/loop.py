@@ -211,7 +211,7 @@ class Work:
         self.number, self.start = number, start
         pixels = stage.batch * stage.units * model.frames_per_unit * stage.crop**2
         if stage.motion_only:
-            self.flop_per_step = complexity.motion_training_flop(model, pixels)
+            self.flop_per_step = complexity.motion_training_flop(model, stage.motion_only, pixels)
         else:
             self.flop_per_step = complexity.training_flop(model, stage.exact, pixels)
         self.codec = registry.entry(config.model.name)
@@ -459,12 +459,12 @@ def print_line(step: int, steps: int, values: dict[str, float]) -> None:
     eta = timedelta(seconds=int((steps - step) * values["seconds_per_step"]))
     special = f"motion {values['motion_gain']:+.2f} dB  " if values["motion_gain"] else ""
     special += f"misjudged {values['misjudged']:.2f}  " if values["misjudged"] else ""
-    coded = (
-        f"bpp y {values['bpp_y']:.4f} z {values['bpp_z']:.4f}  PSNR Y {values['psnr_y']:.2f} "
-        f"U {values['psnr_u']:.2f} V {values['psnr_v']:.2f}  "
-    )
+    coded = f"bpp y {values['bpp_y']:.4f} z {values['bpp_z']:.4f}  " if values["bpp_y"] else ""
+    if values["psnr_y"]:
+        planes = (f"{name} {values[f'psnr_{name.lower()}']:.2f}" for name in "YUV")
+        coded += f"PSNR {' '.join(planes)}  "
     print(
-        f"step {step}/{steps}  loss {values['loss']:.4f}  {coded if values['psnr_y'] else ''}"
+        f"step {step}/{steps}  loss {values['loss']:.4f}  {coded}"
         f"{special}|g| {values['grad_norm']:.3f}  skipped {values['skipped']:.0f}  "
         f"{1 / values['seconds_per_step']:.1f} steps/s  ETA {eta}",
         flush=True,

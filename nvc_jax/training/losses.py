@@ -13,7 +13,7 @@ import ml_collections
 from nvc_jax.entropy.likelihood import LEVELS, SCALE_MAX, SCALE_MIN, SKIP_SCALE
 from nvc_jax.nn.warp import halve, warp
 
-VISIBLE = 0.02  # differences below cost next to nothing, see `motion`
+VISIBLE = 0.02  # differences below cost next to nothing, see `visible`
 
 
 def yuv_to_rgb(yuv: jax.Array) -> jax.Array:
@@ -44,18 +44,24 @@ def psnr(recon: jax.Array, target: jax.Array) -> jax.Array:
     return -10 * jnp.log10(jnp.maximum(mse, 1e-10))
 
 
-def motion(target: jax.Array, reference: jax.Array, flow: jax.Array) -> jax.Array:
-    """How badly a reference fits after motion, pictures [b, h, w, 3] and flow [b, h, w, 2] -> [b].
+def visible(difference: jax.Array) -> jax.Array:
+    """What is wrong with a prediction, difference [b, h, w, 3] -> [b].
 
     About the bits that the difference would take: where it is large, and as a rule beyond repair,
     being less wrong counts little, so that what can be found decides; in squares of differences
-    just that would count most. Also at a half and a quarter of the size, where motion is found
-    before details are.
+    just that would count most.
+    """
+    return jnp.log1p((difference / VISIBLE) ** 2).mean((1, 2, 3)) / 2
+
+
+def motion(target: jax.Array, reference: jax.Array, flow: jax.Array) -> jax.Array:
+    """How badly a reference fits after motion, pictures [b, h, w, 3] and flow [b, h, w, 2] -> [b].
+
+    Also at a half and a quarter of the size, where motion is found before details are.
     """
     total = 0.0
     for weight in (1.0, 0.5, 0.25):
-        difference = (target - warp(reference, flow)) / VISIBLE
-        total += weight * jnp.log1p(difference**2).mean((1, 2, 3)) / 2
+        total += weight * visible(target - warp(reference, flow))
         target, reference, flow = halve(target), halve(reference), halve(flow) / 2
     return total
 

@@ -25,10 +25,10 @@ from nvc_jax.models import registry
 from nvc_jax.models.brhvc import Ref as BRef
 from nvc_jax.models.registry import Entry, Ref
 from nvc_jax.models.with_intra import WithIntra
-from nvc_jax.nn.flow import MotionErrors
+from nvc_jax.nn.flow import MotionErrors, motion_errors
 from nvc_jax.nn.warp import warp
 from nvc_jax.training import losses
-from nvc_jax.training.hierarchy import Path, code_path
+from nvc_jax.training.hierarchy import Path, code_motion, code_path
 from nvc_jax.training.orders import Run, code_run
 from nvc_jax.training.references import BLANK, degraded
 from nvc_jax.training.stages import Stage
@@ -422,10 +422,13 @@ def make_train_step(
 
     def gradients(params, clip, carry, key, carried, teacher):
         clip = as_floats(clip)
-        if stage.motion_only:
-            return jax.grad(partial(_motion_loss, model), has_aux=True)(params, clip)
+        if stage.motion_only == "flow":
+            return jax.grad(partial(_flow_loss, model), has_aux=True)(params, clip)
         refs_key, noise_key = jax.random.split(key)
         refs = carry if carried else first_refs(codec, model, params, stage, clip, refs_key)
+        if stage.motion_only == "coded":
+            loss = partial(_coded_motion_loss, codec, model, stage)
+            return jax.grad(loss, has_aux=True)(params, clip, refs, noise_key)
         return jax.grad(loss_fn, has_aux=True)(params, clip, refs, noise_key, teacher)
 
     def train_step(state, clip, carried, teacher=None):
@@ -487,14 +490,8 @@ def make_train_step(
     return train_step
 
 
-# What a step that codes nothing has nothing to say of.
-CODED_ONLY = (
-    "bpp_y", "bpp_y_float", "bpp_z", "bpp_side", "psnr_y", "psnr_u", "psnr_v", "misjudged",
-)  # fmt: skip
-
-
-def _motion_loss(model: nn.Module, params: Any, clip: Clip) -> tuple[jax.Array, tuple]:
-    """(loss, (outputs, no references)) of a stage in which motion learns alone.
+def _flow_loss(model: nn.Module, params: Any, clip: Clip) -> tuple[jax.Array, tuple]:
+    """(loss, (outputs, no references)) of a stage in which flows learn alone.
 
     From a unit's picture to both anchors, and from one of these to the other, which decoders see.
     """
@@ -504,11 +501,38 @@ def _motion_loss(model: nn.Module, params: Any, clip: Clip) -> tuple[jax.Array, 
     references = jnp.concatenate([past, future, future])
     flows = model.apply({"params": params}, targets, references, method="motion")
     loss = losses.motion(targets, references, flows).mean()
-    errors = [((targets - x) ** 2).mean() for x in (references, warp(references, flows))]
-    still, moved = (jnp.maximum(error, 1e-10) for error in errors)
-    outputs = dict.fromkeys(CODED_ONLY, jnp.float32(0))
-    outputs |= {"loss": loss, "distortion": moved, "motion_gain": 10 * jnp.log10(still / moved)}
-    return loss, (outputs, ())
+    errors = motion_errors(targets, references, warp(references, flows))
+    return loss, (_motion_outputs(loss, errors), ())
+
+
+def _coded_motion_loss(
+    codec: Entry, model: nn.Module, stage: Stage, params: Any, clip: Clip, refs: tuple, key: Any
+) -> tuple[jax.Array, tuple]:
+    """Likewise of a stage in which nothing is coded but motion.
+
+    What it leaves, on a logarithmic scale already, is worth about as many bits more at a higher
+    quality as the root of lambda says.
+    """
+    anchors = jnp.stack([ref.frame for ref in refs], 1)
+    key = key if stage.noise else None
+    coded = code_motion(
+        model, params, clip.path, clip.frames, anchors, clip.qp, key, remat=stage.remat
+    )
+    bpp = {name: bits / math.prod(clip.frames.shape[2:4]) for name, bits in coded.bits.items()}
+    lam = quality.lambda_of_qp(clip.qp, codec.content)
+    terms = bpp["z"] + bpp["y"] + stage.flow_loss * lam**0.5 * coded.misfit
+    loss = jnp.mean(terms * lam**-stage.rate_balance)
+    outputs = _motion_outputs(loss, coded.motion)
+    return loss, (outputs | {f"bpp_{name}": jnp.mean(b) for name, b in bpp.items()}, ())
+
+
+def _motion_outputs(loss: jax.Array, errors: MotionErrors) -> dict[str, jax.Array]:
+    """Of a step that codes no pictures: all that `StepMetrics` has."""
+    still, moved = (jnp.maximum(error.mean(), 1e-10) for error in errors[::-1])
+    coded = "bpp_y bpp_y_float bpp_z bpp_side psnr_y psnr_u psnr_v misjudged"
+    outputs = dict.fromkeys(coded.split(), jnp.float32(0))
+    gain = 10 * jnp.log10(still / moved)
+    return outputs | {"loss": loss, "distortion": moved, "motion_gain": gain}
 
 
 def _in_parts(gradients: Callable, batch: Any, parts: int) -> tuple:
