@@ -7,7 +7,7 @@ import pytest
 from conftest import B_FRAMES, random_parameters
 
 from nvc_jax.entropy.bottleneck import Estimate
-from nvc_jax.models import registry
+from nvc_jax.models import brhvc, registry
 from nvc_jax.models.brhvc import MOTION, Between, Ref
 from nvc_jax.nn.warp import warp
 from nvc_jax.training import losses
@@ -124,3 +124,30 @@ def test_a_stage_in_which_it_learns_alone(model, params):
     before, after = (s.params["inter"] for s in (state, new))
     moved = jax.tree.map(lambda a, b: (a != b).any(), before, after)
     assert {name for name, tree in moved.items() if any(jax.tree.leaves(tree))} == {"flow", *MOTION}
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_motion_is_told_where_it_helps(model, params, monkeypatch, moves):
+    """Also by networks that have learnt nothing."""
+    texture = jax.image.resize(pictures(1)[:1, 0, :24, :32], (1, 96, 128, 3), "cubic")
+    frame, past, future = (texture[:, 16:80, 16 + x : 80 + x] for x in (0, -6 * moves, 6 * moves))
+    past, future = past + 1e-3, future - 1e-3  # to tell them apart
+
+    def motion_between(self, a, b, times=0):
+        """In pixels of pictures half as large, found also where there is none."""
+        if times == 0 and (a != frame).any():  # of the references
+            return jnp.zeros((1, 32, 32, 2))
+        flow = jnp.array([3.0, 0.0]) * jnp.where((b == past).all(), 1, -1)
+        return jnp.broadcast_to(flow, (1, 32 >> times, 32 >> times, 2)) * 0.5**times
+
+    monkeypatch.setattr(brhvc.BFrame, "_motion_between", motion_between)
+    blank = jax.tree.map(jnp.zeros_like, params)
+    blank["inter"]["q_motion_decoder"] = dict(basic=jnp.ones(8), anchors=jnp.ones(4))
+    refs = Between(Ref(past), Ref(future), 1, 0.5)
+    args = {"params": blank}, frame[:, None], refs, QP[:1, None], Estimate()
+    flows, _, ref = model.apply(*args, method="coded_motion")
+    assert (ref.motion_y != 0).any() == moves
+    for flow, towards in zip(flows, (6 * moves, -6 * moves), strict=True):
+        inner = flow[:, 16:48, 16:48]  # at borders, references do not show what the frame does
+        np.testing.assert_allclose(inner[..., 0], towards, atol=0.5)
+        np.testing.assert_allclose(inner[..., 1], 0, atol=0.5)

@@ -44,6 +44,11 @@ MOTION = (
     "motion_prior", "motion_decoder", "q_motion_encoder", "q_motion_decoder",
 )  # fmt: skip
 
+# Of motion that is told block by block, see `Config.direct`: a unit of the latent, in pixels of the
+# flow, for the decoder's factor to scale, and the gain, a mean absolute difference, from which on
+# corrections count in full.
+TOLD_STEP, TOLD_GAIN = 0.25, 0.01
+
 
 @dataclass(frozen=True)
 class Config:
@@ -58,7 +63,9 @@ class Config:
     time. `flow_contrast`: see `nvc_jax.nn.flow.SpyNet`. `family`: of the latents' distributions.
     `direct` (our addition, for short trainings) makes decoded motion a correction of the guessed
     one, and the picture a correction of a weighted mean of both references after motion, as in the
-    direct mode of classical codecs.
+    direct mode of classical codecs. The first channels of the motion latent are these corrections
+    of blocks of 16x16 pixels, where they make references fit better, plus what networks add: left
+    to find a way through the latent for themselves, they learnt to send nothing.
     `converge` and `weigh` False leave out what the paper is named after, to see what it is worth:
     motion is found and decoded at one scale, contexts are joined without predicted weights.
     """
@@ -572,12 +579,31 @@ class BFrame(nn.Module):
         c2, c3 = warp(f2, flows[1]), warp(f3, flows[2])
         return self.scale_fusion(c1, c2, c3), warped
 
-    def _corrected(self, flows, guess):
-        """(guessed flow plus its decoded corrections at three scales, weight of the reference)."""
+    def _worth_telling(self, frame, ref, flow, guess):
+        """How far a flow is from the guessed one, [b, h/16, w/16, 2]: means of blocks.
+
+        Less where that makes the reference fit no better.
+        """
+
+        def blocks(x):
+            for _ in range(self.cfg.halvings + 2):
+                x = halve(x)
+            return x
+
+        if self.cfg.patch == 2:
+            frame, ref = halve(frame), halve(ref)
+        worse, better = (
+            jnp.abs(frame - warp(ref, x)).mean(-1, keepdims=True) for x in (guess, flow)
+        )
+        worth = jnp.clip(blocks(worse - better) / TOLD_GAIN, 0, 1)
+        return jax.lax.stop_gradient(worth) * blocks(flow - guess)
+
+    def _corrected(self, flows, known):
+        """(known flow plus its decoded corrections at three scales, weight of the reference)."""
         full, half, quarter = flows
         full, weight = full[..., :2], full[..., 2:]
-        guesses = [guess, halve(guess) / 2, halve(halve(guess)) / 4]
-        return [g + c for g, c in zip(guesses, (full, half, quarter), strict=True)], weight
+        scales = [known, halve(known) / 2, halve(halve(known)) / 4]
+        return [k + c for k, c in zip(scales, (full, half, quarter), strict=True)], weight
 
     def motion(self, a, b):
         """Flow from picture a to b, [batch, height, width, 2] in pixels, before it is coded."""
@@ -635,7 +661,10 @@ class BFrame(nn.Module):
         h, w = height // 16, width // 16
         guess_f = ratio * self._motion_between(b.frame, f.frame)
         guess_b = (1 - ratio) * self._motion_between(f.frame, b.frame)
-        guess = self.guess_feature(jnp.concatenate([guess_f, guess_b], -1))
+        guesses = [guess_f, guess_b]
+        guess = self.guess_feature(jnp.concatenate(guesses, -1))
+        q = self.q_motion_decoder(qp)
+        steps = TOLD_STEP * q
 
         def analysis(m):
             sizes = range(3 if c.converge else 1)
@@ -644,6 +673,12 @@ class BFrame(nn.Module):
             )
             states = [ref.motion_feature for ref in (f, b)]
             y = m.motion_encoder(flows_f, flows_b, guess, states, bare, m.q_motion_encoder(qp))
+            if c.direct:
+                told = [
+                    m._worth_telling(frame, ref.frame, found[0], guessed)
+                    for ref, found, guessed in zip((f, b), (flows_f, flows_b), guesses, strict=True)
+                ]
+                y = y.at[..., :4].add(jnp.concatenate(told, -1) / steps[..., :4])
             return y, m.motion_hyper_encoder(pad_to_multiple(y, 4))
 
         y, z = bottleneck.encoder_only(self, analysis, *_latents(batch, h, w, c.motion))
@@ -656,12 +691,15 @@ class BFrame(nn.Module):
         for block in self.motion_fusion:
             params = block(params)
         y_hat = self.motion_prior(y, params, bottleneck)
-        *flows, feature = self.motion_decoder(y_hat, guess, self.q_motion_decoder(qp))
+        *flows, feature = self.motion_decoder(y_hat, guess, q)
 
-        guesses = [guess_f, guess_b]
         if not c.direct:
             return Motion(tuple(flows), guesses, None, 0.0, y_hat, feature)
-        flows, logits = zip(*map(self._corrected, flows, guesses), strict=True)
+        told = y_hat[..., :4] * steps[..., :4]
+        for _ in range(c.halvings + 2):
+            told = double(told)
+        known = [g + t for g, t in zip(guesses, jnp.split(told, 2, -1), strict=True)]
+        flows, logits = zip(*map(self._corrected, flows, known), strict=True)
         share = jax.nn.sigmoid(self._full_size(logits[0] - logits[1]))
         moved = [
             warp(ref.frame, self._full_size(c.patch * own[0]))
