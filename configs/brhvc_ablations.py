@@ -41,6 +41,6 @@ def get_config(name="base"):
     c.init_from = "brhvc-nano"
     c.init_only = tuple(sorted(set(networks) - {"intra", *LEARNT_ANEW}))
     stage = dict(steps=1_000, units=2, spans=(4, 8, 16, 32), batch=2, crop=128)
-    rates = dict(optimizer="muon", lr=1e-3, end_lr=1e-5, flow_loss=0.2, lr_scale=dict(flow=0.1))
+    rates = dict(optimizer="muon", lr=1e-3, end_lr=1e-5, flow_loss=0.2, lr_scale=dict(flow=0.0))
     c.stages = (ConfigDict(stage | rates),)
     return c

@@ -12,18 +12,18 @@ from ml_collections import ConfigDict
 from nvc_jax.training import recipes
 
 
-def stage(steps, units, spans, batch, crop, lr, end_lr, **special):
+def stage(steps, units, spans, lr, end_lr, **special):
     """units: B-frames of one path per sample. spans: distances of the anchors.
 
     special: see `nvc_jax.training.stages.Stage`.
     """
-    common = dict(steps=steps, units=units, spans=spans, batch=batch, crop=crop)
-    return ConfigDict(common | dict(lr=lr, end_lr=end_lr) | special)
+    common = dict(steps=steps, units=units, spans=spans, lr=lr, end_lr=end_lr)
+    return ConfigDict(common | special)
 
 
-# Flows that have learnt alone are better than those that rates and distortions lead to, and unlearn
-# in large steps.
-MUON = dict(optimizer="muon", flow_loss=0.2, lr_scale=dict(flow=0.1))
+LONG = (8, 16, 32)  # paths of three units: only with these are there frames between two B-frames
+# Flows that have learnt alone stay as they are: rates and distortions only make them worse.
+MUON = dict(optimizer="muon", lr_scale=dict(flow=0.0), batch=2, crop=128)
 
 
 def get_config():
@@ -32,11 +32,9 @@ def get_config():
     c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.1))
     c.init_from = "intra-nano"
     c.stages = (
-        # Motion by itself, which is quick. Without, it hardly gets started.
-        stage(
-            3_000, 1, (2, 4, 8, 16, 32), batch=4, crop=128, lr=2e-3, end_lr=1e-5, motion_only="flow"
-        ),
-        # Only with three units are there frames between two B-frames.
-        stage(9_000, 3, (8, 16, 32), batch=2, crop=128, lr=7e-4, end_lr=1e-5, **MUON),
+        # Motion by itself, which is quick: first flows, then what is told of them.
+        stage(3_000, 1, (2, 4, 8, 16, 32), 2e-3, 1e-5, batch=4, crop=128, motion_only="flow"),
+        stage(1_000, 3, LONG, 2e-3, 2e-4, motion_only="coded", flow_loss=0.02, **MUON),
+        stage(9_000, 3, LONG, 7e-4, 1e-5, flow_loss=0.2, **MUON),
     )
     return c

@@ -64,7 +64,7 @@ class Stage:
         less memory.
       remat: whether a unit's activations are computed again for its gradients, for less memory.
       trainable: names of the sub-networks that learn; () for all.
-      lr_scale: ((name of a sub-network, factor on its learning rate), ...).
+      lr_scale: ((name of a sub-network, factor on its learning rate), ...); at 0 it does not learn.
       references: shares of what a clip's first unit refers to: "blank", the "true" picture before
         it, that picture "degraded", or as the codec itself would have "coded" it; for B-frames, of
         both anchors. {} for a third of each but the last, or "coded" beside an intra codec.
@@ -142,6 +142,8 @@ class Stage:
         if name == "scale_head" and not self.exact:
             return False  # no gradient reaches it, and weight decay alone would wear it down
         if name == "judge" and not self.judged:
+            return False
+        if dict(self.lr_scale).get(name) == 0:
             return False
         return not self.trainable or name in self.trainable
 
