@@ -32,9 +32,8 @@ def get_config():
     c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.1))
     c.init_from = "intra-nano"
     c.stages = (
-        # Motion by itself, which is quick: first flows, then what is told of them.
+        # Motion by itself, which is quick. Without, it hardly gets started.
         stage(3_000, 1, (2, 4, 8, 16, 32), 2e-3, 1e-5, batch=4, crop=128, motion_only="flow"),
-        stage(1_000, 3, LONG, 2e-3, 2e-4, motion_only="coded", flow_loss=0.02, **MUON),
         stage(9_000, 3, LONG, 7e-4, 1e-5, flow_loss=0.2, **MUON),
     )
     return c

@@ -15,7 +15,7 @@ from nvc_jax.training import step as training
 from nvc_jax.training.hierarchy import Path, code_motion
 from nvc_jax.training.stages import Stage
 
-SIZE = B_FRAMES | dict(inter=B_FRAMES["inter"] | dict(direct=True))
+SIZE = B_FRAMES | dict(inter=B_FRAMES["inter"] | dict(direct=True, told=True))
 PATH = Path(
     refs=np.array([[0, 1], [2, 1]], np.int32),
     level=np.array([2, 1], np.int32),

@@ -44,7 +44,7 @@ MOTION = (
     "motion_prior", "motion_decoder", "q_motion_encoder", "q_motion_decoder",
 )  # fmt: skip
 
-# Of motion that is told block by block, see `Config.direct`: a unit of the latent, in pixels of the
+# Of motion that is told block by block, see `Config.told`: a unit of the latent, in pixels of the
 # flow, for the decoder's factor to scale, and the gain, a mean absolute difference, from which on
 # corrections count in full.
 TOLD_STEP, TOLD_GAIN = 0.25, 0.01
@@ -63,9 +63,10 @@ class Config:
     time. `flow_contrast`: see `nvc_jax.nn.flow.SpyNet`. `family`: of the latents' distributions.
     `direct` (our addition, for short trainings) makes decoded motion a correction of the guessed
     one, and the picture a correction of a weighted mean of both references after motion, as in the
-    direct mode of classical codecs. The first channels of the motion latent are these corrections
-    of blocks of 16x16 pixels, where they make references fit better, plus what networks add: left
-    to find a way through the latent for themselves, they learnt to send nothing.
+    direct mode of classical codecs. `told`, with it, makes the first channels of the motion latent
+    these corrections of blocks of 16x16 pixels, where they make references fit better, plus what
+    networks add: left to find a way through the latent by themselves, in short trainings they learn
+    to send nothing.
     `converge` and `weigh` False leave out what the paper is named after, to see what it is worth:
     motion is found and decoded at one scale, contexts are joined without predicted weights.
     """
@@ -86,6 +87,7 @@ class Config:
     flow_contrast: float = 0.0
     family: str = "laplace"
     direct: bool = False
+    told: bool = False
     converge: bool = True
     weigh: bool = True
 
@@ -673,7 +675,7 @@ class BFrame(nn.Module):
             )
             states = [ref.motion_feature for ref in (f, b)]
             y = m.motion_encoder(flows_f, flows_b, guess, states, bare, m.q_motion_encoder(qp))
-            if c.direct:
+            if c.told:
                 told = [
                     m._worth_telling(frame, ref.frame, found[0], guessed)
                     for ref, found, guessed in zip((f, b), (flows_f, flows_b), guesses, strict=True)
@@ -695,10 +697,12 @@ class BFrame(nn.Module):
 
         if not c.direct:
             return Motion(tuple(flows), guesses, None, 0.0, y_hat, feature)
-        told = y_hat[..., :4] * steps[..., :4]
-        for _ in range(c.halvings + 2):
-            told = double(told)
-        known = [g + t for g, t in zip(guesses, jnp.split(told, 2, -1), strict=True)]
+        known = guesses
+        if c.told:
+            told = y_hat[..., :4] * steps[..., :4]
+            for _ in range(c.halvings + 2):
+                told = double(told)
+            known = [g + t for g, t in zip(guesses, jnp.split(told, 2, -1), strict=True)]
         flows, logits = zip(*map(self._corrected, flows, known), strict=True)
         share = jax.nn.sigmoid(self._full_size(logits[0] - logits[1]))
         moved = [
