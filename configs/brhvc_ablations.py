@@ -36,10 +36,9 @@ def get_config(name="base"):
     c.model = ConfigDict(dict(name="brhvc", size=size, dtype="float32"))
     c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.1))
     # The rest starts as it is with everything in place, so that little time tells what is missing.
-    module = registry.build("brhvc", "nano")
-    networks = registry.networks(module, registry.param_shapes(module))
+    networks = registry.network_names(registry.build("brhvc", "nano"))
     c.init_from = "brhvc-nano"
-    c.init_only = tuple(sorted(set(networks) - {"intra", *LEARNT_ANEW}))
+    c.init_only = tuple(name for name in networks if name not in LEARNT_ANEW)
     stage = dict(steps=1_000, units=2, spans=(4, 8, 16, 32), batch=2, crop=128)
     rates = dict(optimizer="muon", lr=1e-3, end_lr=1e-5, flow_loss=0.2, lr_scale=dict(flow=0.0))
     c.stages = (ConfigDict(stage | rates),)

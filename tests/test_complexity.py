@@ -194,6 +194,7 @@ BRHVC = {
 }
 
 
+@pytest.mark.slow
 def test_b_frames_match_the_published_table():
     counted = {}
     for name, row in rows("brhvc", "full").items():

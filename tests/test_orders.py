@@ -134,12 +134,14 @@ def gradients(exact=False, key=None, **options):
     return {name: max(np.abs(x).max() for x in jax.tree.leaves(s)) for name, s in slopes.items()}
 
 
+@pytest.mark.slow
 def test_gradients_reach_everything_that_a_run_uses():
     found = gradients(key=jax.random.key(1), remat=True)
     unused = {name for name, slope in found.items() if not slope}
     assert unused == {"judge", "scale_head"}
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_judge_and_the_scale_head():
     draws = jax.random.key(2)
     found = gradients(exact=True, draws=draws, spoil=0.5, judge=True)

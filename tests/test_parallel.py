@@ -115,6 +115,7 @@ def test_pictures_can_be_cut_into_bands(reference, tmp_path):
     assert_close(tmp_path / "bands", one)
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(reference, tmp_path):
     config, one = reference
     flags = [f"--coordinator=localhost:{free_port()}", "--processes=2"]

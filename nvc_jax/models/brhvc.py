@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nvc_jax import quality
 from nvc_jax.nn.blocks import Conv3x3, Pointwise, depth_to_space, space_to_depth
 from nvc_jax.nn.flow import SpyNet, note_motion
 from nvc_jax.nn.hyperprior import FactorizedPrior, pad_to_multiple
@@ -45,9 +46,8 @@ MOTION = (
 )  # fmt: skip
 
 # Of motion that is told block by block, see `Config.told`: a unit of the latent, in pixels of the
-# flow, for the decoder's factor to scale, and the gain, a mean absolute difference, from which on
-# corrections count in full.
-TOLD_STEP, TOLD_GAIN = 0.25, 0.01
+# flow, for the decoder's factor to scale, and the bits that a block's correction is taken to cost.
+TOLD_STEP, TOLD_BITS = 0.25, 8.0
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Config:
     `direct` (our addition, for short trainings) makes decoded motion a correction of the guessed
     one, and the picture a correction of a weighted mean of both references after motion, as in the
     direct mode of classical codecs. `told`, with it, makes the first channels of the motion latent
-    these corrections of blocks of 16x16 pixels, where they make references fit better, plus what
-    networks add: left to find a way through the latent by themselves, in short trainings they learn
+    these corrections of blocks of 16x16 pixels, where that is worth its bits, plus what networks
+    add: left to find a way through the latent by themselves, in short trainings they learn
     to send nothing.
     `converge` and `weigh` False leave out what the paper is named after, to see what it is worth:
     motion is found and decoded at one scale, contexts are joined without predicted weights.
@@ -581,10 +581,11 @@ class BFrame(nn.Module):
         c2, c3 = warp(f2, flows[1]), warp(f3, flows[2])
         return self.scale_fusion(c1, c2, c3), warped
 
-    def _worth_telling(self, frame, ref, flow, guess):
+    def _worth_telling(self, frame, ref, flow, guess, qp):
         """How far a flow is from the guessed one, [b, h/16, w/16, 2]: means of blocks.
 
-        Less where that makes the reference fit no better.
+        Nothing where the reference fits no better by as much as the bits are worth at this quality,
+        all of it from twice as much.
         """
 
         def blocks(x):
@@ -595,9 +596,11 @@ class BFrame(nn.Module):
         if self.cfg.patch == 2:
             frame, ref = halve(frame), halve(ref)
         worse, better = (
-            jnp.abs(frame - warp(ref, x)).mean(-1, keepdims=True) for x in (guess, flow)
+            ((frame - warp(ref, x)) ** 2).sum(-1, keepdims=True) for x in (guess, flow)
         )
-        worth = jnp.clip(blocks(worse - better) / TOLD_GAIN, 0, 1)
+        lam = quality.lambda_of_qp(qp, "video")[:, None, None, None]
+        gain = lam * 16**2 * blocks(worse - better)
+        worth = jnp.clip(gain / TOLD_BITS - 1, 0, 1)
         return jax.lax.stop_gradient(worth) * blocks(flow - guess)
 
     def _corrected(self, flows, known):
@@ -677,7 +680,7 @@ class BFrame(nn.Module):
             y = m.motion_encoder(flows_f, flows_b, guess, states, bare, m.q_motion_encoder(qp))
             if c.told:
                 told = [
-                    m._worth_telling(frame, ref.frame, found[0], guessed)
+                    m._worth_telling(frame, ref.frame, found[0], guessed, qp)
                     for ref, found, guessed in zip((f, b), (flows_f, flows_b), guesses, strict=True)
                 ]
                 y = y.at[..., :4].add(jnp.concatenate(told, -1) / steps[..., :4])

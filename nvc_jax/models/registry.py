@@ -5,6 +5,7 @@ To add a codec: write `nvc_jax/models/<name>.py` with `Config`, `SIZES` and a Li
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -171,6 +172,12 @@ def networks(model: nn.Module, params: dict) -> dict[str, Any]:
     if isinstance(model, with_intra.WithIntra):
         return {"intra": params["intra"], **params["inter"]}
     return params
+
+
+@functools.cache
+def network_names(model: nn.Module) -> tuple[str, ...]:
+    """Of the sub-networks, in alphabetical order, without an intra codec beside another one."""
+    return tuple(sorted(set(networks(model, param_shapes(model))) - {"intra"}))
 
 
 def together(model: nn.Module, networks: dict[str, Any]) -> dict:

@@ -1,6 +1,5 @@
 """Training configs: what they can say, their defaults, and what is wrong with one."""
 
-import functools
 import runpy
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -221,7 +220,7 @@ def read(config: ConfigDict) -> tuple[Stage, ...]:
             f"config.init_from is empty; '{config.model.name}' has an intra codec that does not "
             "learn: give a released one, or a model of this codec to go on from"
         )
-    networks = _networks(model)
+    networks = registry.network_names(model)
     inherited = {name: config[name] for name in INHERITED}
     result = []
     for number, values in enumerate(config.stages):
@@ -248,11 +247,6 @@ def read(config: ConfigDict) -> tuple[Stage, ...]:
     return tuple(result)
 
 
-@functools.cache
-def _networks(model: nn.Module) -> list[str]:
-    return sorted(set(registry.networks(model, registry.param_shapes(model))) - {"intra"})
-
-
 def _references(model: nn.Module) -> dict[str, float]:
     if isinstance(model, WithIntra):
         return {"coded": 1.0}
@@ -263,7 +257,7 @@ def _is_required(f: Field) -> bool:
     return f.default is MISSING and f.default_factory is MISSING
 
 
-def _check(stage: Stage, where: str, networks: list[str], model: nn.Module) -> None:
+def _check(stage: Stage, where: str, networks: tuple[str, ...], model: nn.Module) -> None:
     for name in ("steps", "batch", "crop", "units", "walk", "accumulate"):
         if not isinstance(getattr(stage, name), int):
             raise NvcError(f"{where}.{name} is {getattr(stage, name)}; it must be a whole number")
