@@ -11,16 +11,10 @@ made of them: intra coding must not get worse than 0.5 % BD-rate by learning the
 
 from ml_collections import ConfigDict
 
+from nvc_jax.models import uni_lvc
 from nvc_jax.training import recipes
 
-LISTENING = ("tokens", "sites_0", "sites_1", "sites_2", "sites_3", "temporal_prior", "kept")
-BACKBONE = (
-    "patch", "encoder_early", "encoder_late", "latent", "q_encoder", "q_latent", "hyper_encoder",
-    "z_prior", "hyper_decoder", "prior_fusion", "spatial_prior_reduction",
-    "spatial_prior_adaptors_0", "spatial_prior_adaptors_1", "spatial_prior_adaptors_2",
-    "spatial_prior", "up", "decoder_early", "decoder_late", "q_decoder", "pixels",
-)  # fmt: skip
-SLOWLY = dict.fromkeys(BACKBONE, 0.1)
+SLOWLY = dict.fromkeys(uni_lvc.BACKBONE, 0.1)
 REPLAY = dict(weights="previous", recon=0.1)
 DOUBTFUL = dict(spoil=0.3, judged=True, cut_share=0.0)
 
@@ -44,10 +38,10 @@ def get_config():
         # S0: the intra codec.
         stage(
             5_000, (1, 0, 0), lr=3e-3, end_lr=3e-5, units=1, spans=(1,), batch=8,
-            trainable=BACKBONE, data=dict(image_share=0.6),
+            trainable=uni_lvc.BACKBONE, data=dict(image_share=0.6),
         ),
         # S1: what listens to references, first of all to those of low delay.
-        stage(3_000, (0, 1, 0), lr=1e-3, end_lr=5e-4, trainable=LISTENING),
+        stage(3_000, (0, 1, 0), lr=1e-3, end_lr=5e-4, trainable=uni_lvc.LISTENING),
         # S2: everything, the intra codec slowly.
         stage(
             3_000, (0.25, 0.75, 0), lr=5e-4, end_lr=2e-4, lr_scale=SLOWLY, teacher=REPLAY,

@@ -824,6 +824,8 @@ def arguments_of_configs():
         yield f"intra.py:{size}"
     for size in ("light", "full,8"):
         yield f"brhvc.py:{size}"
+    for size in ("large", "dev", "fast,8"):
+        yield f"uni_lvc.py:{size}"
     for file in ("ablations.py", "brhvc_ablations.py"):
         for change in runpy.run_path(str(ROOT / "configs" / file))["CHANGES"]:
             yield f"{file}:{change}"

@@ -57,6 +57,15 @@ LAYER_QP = (0, 0, 2, 4, 6, 8)
 LAYER_WEIGHTS = (0.4, 0.5, 0.7, 0.9, 1.2, 1.5)
 ALONE_WEIGHT = 1.5
 NEAR_PAST, FAR_PAST, FUTURE = range(3)  # what a reference is to the picture
+# Sub-networks, for stages of training: what listens to references, and the intra codec, to which
+# only the reliability classifier ("judge") and the integer scale head are missing.
+LISTENING = ("tokens", "sites_0", "sites_1", "sites_2", "sites_3", "temporal_prior", "kept")
+BACKBONE = (
+    "patch", "encoder_early", "encoder_late", "latent", "q_encoder", "q_latent", "hyper_encoder",
+    "z_prior", "hyper_decoder", "prior_fusion", "spatial_prior_reduction",
+    "spatial_prior_adaptors_0", "spatial_prior_adaptors_1", "spatial_prior_adaptors_2",
+    "spatial_prior", "up", "decoder_early", "decoder_late", "q_decoder", "pixels",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
