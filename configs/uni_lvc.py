@@ -51,7 +51,7 @@ def get_config(argument="fast"):
     pictures = dict(data=dict(sets=(OPEN_IMAGES,)), units=1, spans=(1,), **shares(1, 0, 0))
     long = dict(data=dict(sets=(LONG, OPEN_IMAGES | dict(weight=0.25))), remat=True)
     backbone_slowly = dict(lr_scale=dict.fromkeys(uni_lvc.BACKBONE, 0.1))
-    replay = dict(teacher=dict(weights="previous", recon=0.1))
+    replay = dict(teacher=dict(weights=1, recon=0.1))  # as S0 left them
     doubtful = dict(spoil=0.3, judged=True, cut_share=0.0)
     c.stages = (
         # S0: the intra codec.
@@ -62,13 +62,13 @@ def get_config(argument="fast"):
             30, batch=16, crop=256, lr=5e-5, end_lr=1e-6, of=PICTURES,
             trainable=uni_lvc.BACKBONE, **pictures,
         ),
-        # S1: what listens to references. The intra codec does not move.
+        # S1: what listens to references. Pictures on their own stay the same, bit for bit.
         stage(
             10, batch=8, crop=256, lr=1e-4, units=3, spans=(6,), trainable=uni_lvc.LISTENING,
             **shares(0, 1, 0),
         ),
-        # S2: everything, on clips that grow longer. Intra coding stays within 0.5 % of S0, here and
-        # in all that follows.
+        # S2: everything, on clips that grow longer. From here on pictures on their own stay within
+        # 0.5 % BD-rate of S0.
         stage(
             10, batch=8, crop=256, lr=1e-4, units=6, spans=(6,),
             **shares(0.25, 0.75, 0), **backbone_slowly, **replay,
@@ -92,13 +92,19 @@ def get_config(argument="fast"):
             6, batch=8, crop=256, lr=5e-5, end_lr=1e-5, units=7, spans=(32,), judge_loss=0.01,
             **shares(0.15, 0.35, 0.5), **backbone_slowly, **replay, **doubtful, **long,
         ),
-        # S5: groups of up to 64, larger pictures; the judge by rates and distortions alone.
+        # S5: long clips; then larger pictures and groups of up to 64. The judge learns by rates and
+        # distortions alone.
+        stage(
+            3, batch=8, crop=256, lr=2e-5, end_lr=1e-5, units=48, spans=(64,),
+            temperature=(0.3, 0.3), **shares(0.1, 0.9, 0), **backbone_slowly, **replay,
+            **doubtful, **long,
+        ),
         stage(
             6, batch=8, crop=512, lr=1e-5, end_lr=2e-6, units=7, spans=(32, 48, 64),
             temperature=(0.3, 0.3), **shares(0.1, 0.45, 0.45), **backbone_slowly, **replay,
             **doubtful, **long,
         ),
-        # The exact mode: integer scales beside everything else as it is.
+        # The exact mode. The other modes stay the same, bit for bit.
         stage(
             3, batch=8, crop=256, lr=3e-3, end_lr=2e-5, units=7, spans=(32,), exact=True,
             trainable=("scale_head",), noise=False, judged=True, rate_balance=0.6,

@@ -138,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("output", help="the .safetensors file to write; its name names the model")
     p.add_argument("--config", required=True, help="the run's config file")
     p.add_argument("--workdir", required=True, help="the run's directory")
+    p.add_argument("--stage", type=int, metavar="N",
+                   help="as config.stages[N] left it (default: as it is now)")  # fmt: skip
     p.add_argument("--levels", type=int, help="number of scale tables (default: 64)")
     p.add_argument("--scales", type=float, nargs=2, metavar=("MIN", "MAX"),
                    help="of the scale tables (default: 0.11 32)")  # fmt: skip
@@ -510,7 +512,7 @@ def release(args: argparse.Namespace) -> None:
     tables = {"levels": args.levels, "scale_range": args.scales, "skip_scale": args.skip_scale}
     tables = {name: value for name, value in tables.items() if value is not None}
     path = checkpoints.release(
-        args.config, args.workdir, args.output, middle=not args.lower_end, **tables
+        args.config, args.workdir, args.output, args.stage, middle=not args.lower_end, **tables
     )
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 

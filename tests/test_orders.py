@@ -161,7 +161,7 @@ def test_spoiled_references_are_labelled():
     np.testing.assert_array_equal(spoiled.ref.feature[labels == 0], other)
     assert set(np.unique(labels)) == {0, 1, 2, 3}
     far = orders._spoiled(jax.random.key(1), slot._replace(distance=16 * ones), 0.0)[1]
-    assert set(np.unique(far)) == {2}
+    assert set(np.unique(far)) == {-1}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from nvc_jax import colour, parallel, schedule
+from nvc_jax.data import pipeline
+from nvc_jax.data.clips import Clip, ClipSet
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.errors import NvcError
 from nvc_jax.models import brhvc, intra, registry, released, with_intra
@@ -190,6 +193,27 @@ def test_a_path_is_coded_as_its_units_one_by_one(tiny):
         np.testing.assert_allclose(coded.bits[name], expected, rtol=1e-3)
     np.testing.assert_allclose(coded.distortion, distortion, rtol=1e-3)
     assert coded.motion.moved.shape == (len(frames),) and (coded.motion.moved > 0).all()
+
+
+def test_paths_begin_anywhere_in_a_clip(intra_file):
+    """And frames of a clip that just suffices lie between their anchors, forwards or backwards."""
+    gray = np.full((33, 8, 8), 128, np.uint8)
+    times = np.broadcast_to(np.arange(33, dtype=np.uint8)[:, None, None], gray.shape)
+    sources = pipeline.memory_sources(
+        ClipSet((Clip(gray.repeat(2, 1).repeat(2, 2), gray, times),), ()), 0.0
+    )
+    config = config_of(intra_file, crop=16, spans=(4, 32), tail_share=0.0, cut_share=0.0)
+    (stage,) = stages.read(stages.complete(config))
+    model = registry.build("brhvc", SIZE)
+    starts = {4: set(), 32: set()}
+    for clip, _ in islice(loop.host_clips(sources, stage, model, 0, seed=0), 60):
+        for (past, future), frames in zip(
+            clip.reference[..., 0, 0, 2].astype(int), clip.frames[..., 0, 0, 2], strict=True
+        ):
+            assert min(past, future) < min(frames) <= max(frames) < max(past, future)
+            assert frames[0] == (past + future) / 2
+            starts[abs(future - past)].add(min(past, future))
+    assert starts[32] == {0} and len(starts[4]) > 15
 
 
 @pytest.fixture(scope="module")

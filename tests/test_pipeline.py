@@ -106,6 +106,12 @@ def test_short_videos_bounce():
         assert set(turns) == {0, 2}
 
 
+def test_of_clips_that_are_a_little_too_short_only_the_end_bounces():
+    for times in draw(video(frames=8), batch=50, frames=9)[..., 0, 0, 2]:
+        there = [*range(8), 6]
+        assert list(times) in (there, there[::-1])
+
+
 def test_images_drift_at_even_constant_velocity():
     speeds = []
     for sample in draw(image(), batch=300, crop=32, image_share=1.0):

@@ -427,16 +427,17 @@ def test_stages_may_draw_otherwise_from_the_same_clips(folder):
     assert records[0][0] is records[1][0]  # in memory once
 
 
-def test_learning_rate_warms_up_and_falls_through_the_stages():
+def test_learning_rate_warms_up_and_falls_in_every_stage():
     first, second = stages.read(
         stages.complete(config_of("", stage(10, lr=1.0, end_lr=0.5), stage(10, lr=0.5, end_lr=0.0)))
     )
     cosine = 0.5 + 0.25 * (1 + np.cos(np.pi * np.arange(11) / 10))
     steps = np.arange(20)
     rates = training.learning_rate(first, 0, 4)(steps[:10])
-    np.testing.assert_allclose(rates, cosine[:10] * np.minimum(1, (steps[:10] + 1) / 4), rtol=1e-3)
+    warm = np.minimum(1, (steps[:10] + 1) / 4)
+    np.testing.assert_allclose(rates, cosine[:10] * warm, rtol=1e-3)
     rates = training.learning_rate(second, 10, 4)(steps[10:])
-    np.testing.assert_allclose(rates, cosine[:10] - 0.5, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(rates, (cosine[:10] - 0.5) * warm, rtol=1e-3, atol=1e-6)
     linear = dataclasses.replace(first, schedule="linear")
     np.testing.assert_allclose(training.learning_rate(linear, 0, 1)(5), 0.75)
     constant = dataclasses.replace(first, schedule="constant")
@@ -496,6 +497,7 @@ def test_muon_steps_along_all_directions_alike():
         ({"stages": (stage(2, references={"blank": 0.0}),)}, "one must be above"),
         ({"stages": (stage(2, lr_scale=(("hyperr", 0.1),)),)}, "lr_scale names hyperr"),
         ({"stages": (stage(2, teacher={"weights": "previous"}),)}, "teacher needs"),
+        ({"stages": (stage(2, teacher={"weights": 0, "refs": 1.0}),)}, "not an earlier stage"),
         ({"stages": (stage(2, teacher={"weight": "a", "recon": 1}),)}, "teacher.weight is nothing"),
         ({"mesh": ConfigDict(dict(space=3))}, "which is 1"),
         ({"colour": 1}, "config.colour is nothing"),
@@ -765,6 +767,24 @@ def test_a_run_becomes_a_model_that_codes(run, tmp_path, capsys):
     assert_same_state(start("small").average, model.variables["params"])
     with pytest.raises(NvcError, match="do not fit this config's model"):
         start(dict(width=16, y=24, z=4))
+
+
+def test_what_a_stage_left_becomes_a_model(folder, tmp_path):
+    first, workdir = stage(2), tmp_path / "run"
+    left = loop.train(config_of(folder, first), workdir).average
+    config = config_of(folder, first, stage(2))
+    file, output = write_config(tmp_path / "config.py", config), str(tmp_path / "a.safetensors")
+    with pytest.raises(NvcError, match="no weights there"):
+        checkpoints.release(str(file), str(workdir), output, 0)
+    with pytest.raises(NvcError, match="stage 1 has not ended, at step 2"):
+        checkpoints.release(str(file), str(workdir), output, 1)
+    after = loop.train(config, workdir).average
+    for number, average in ((0, left), (1, after), (None, after)):
+        checkpoints.release(str(file), str(workdir), output, number)
+        halves = jax.tree.map(lambda x: np.float32(np.float16(x)), average)
+        assert_same_state(released.load(output).variables["params"], halves)
+    with pytest.raises(NvcError, match="no stage 2; they count from 0 to 1"):
+        checkpoints.release(str(file), str(workdir), output, 2)
 
 
 def test_releasing_refuses(run, tmp_path):
@@ -1129,15 +1149,14 @@ def test_pupils_stay_close_to_their_teacher(folder, tmp_path):
         after = loop.train(config, tmp_path / name)
         pairs = zip(jax.tree.leaves(after.params), jax.tree.leaves(begun.params), strict=True)
         distances.append(sum(float(np.square(a - b).sum()) for a, b in pairs))
-        assert (tmp_path / name / "teachers" / "1").is_dir() == (name == "taught")
     free, taught = distances
     assert taught < free
     # In the middle of a stage, the teacher comes from the disk.
     assert_same_state(loop.train(config, tmp_path / "taught"), after)
-    renamed = tmp_path / "taught" / "teachers"
+    renamed = tmp_path / "taught" / "stages"
     longer = stage(**common | {"steps": 8}, teacher=teacher)
     renamed.rename(tmp_path / "elsewhere")
-    with pytest.raises(NvcError, match="began without a teacher"):
+    with pytest.raises(NvcError, match=r"is missing, from which config.stages\[1\] learns"):
         loop.train(config_of(folder, first, longer, average_decay=0.0), tmp_path / "taught")
     (tmp_path / "elsewhere").rename(renamed)
     loop.train(config_of(folder, first, longer, average_decay=0.0), tmp_path / "taught")

@@ -21,7 +21,8 @@ def cut_out(clip: Clip, sample: np.ndarray, rng: np.random.Generator) -> None:
 
     stride = 2 if rng.random() < HALF_RATE_SHARE and length > 2 * (frames - 1) else 1
     spare = length - 1 - stride * (frames - 1)
-    start = rng.integers(spare + 1 if spare >= 0 else length)
+    # Where a clip is too short, no more of it than must be runs backwards.
+    start = rng.integers(max(spare, 0) + 1)
     times = _bounce(start + stride * steps, length - 1)
     if rng.random() < REVERSE_SHARE:
         times = times[::-1]

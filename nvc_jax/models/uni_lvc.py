@@ -251,7 +251,7 @@ class ReferenceLookup(nn.Module):
         if c.near:
             moved = Alignment(c.groups, REACH / 8, self.dtype, name="align")(query, tokens)
             k, v = jnp.split(Pointwise(2 * c.tokens, self.dtype, name="key_value")(moved), 2, -1)
-            bias = self.param("bias", nn.initializers.zeros, (c.heads, c.window, c.window))
+            bias = self.param("bias", _looking_ahead, (c.heads, c.window, c.window))
             parts = (a.reshape(heads) for a in (query, k, v))
             found += neighbourhood_attention(*parts, bias).reshape(query.shape)
         if c.linear:
@@ -261,6 +261,13 @@ class ReferenceLookup(nn.Module):
             gate = jax.nn.sigmoid(Pointwise(c.heads, self.dtype, name="gate")(both))
             found = (found.reshape(heads) * gate[..., None]).reshape(query.shape)
         return found
+
+
+def _looking_ahead(key, shape, dtype=jnp.float32):
+    """Windows that first look at what is in their middle, from where flows learn: not at a mean."""
+    del key
+    _, height, width = shape
+    return jnp.zeros(shape, dtype).at[:, height // 2, width // 2].set(4.0)
 
 
 class Site(nn.Module):
@@ -281,12 +288,15 @@ class Site(nn.Module):
             _if_looked_at(lookup, slot, query.shape, query, t) * _share(slot).astype(query.dtype)
             for slot, t in zip(slots, tokens, strict=True)
         )
-        # Without a bias: of nothing found nothing is added.
-        out = nn.Dense(
-            x.shape[-1], use_bias=False, dtype=self.dtype, precision=precision_of(self.dtype),
-            kernel_init=nn.initializers.zeros, name="out",
-        )  # fmt: skip
-        return x + out(found)
+        return x + _at_first_nothing(x.shape[-1], self.dtype, name="out")(found)
+
+
+def _at_first_nothing(width, dtype=jnp.float32, **options):
+    """A dense layer without a bias: of nothing found nothing is added."""
+    zeros, precision = nn.initializers.zeros, precision_of(dtype)
+    return nn.Dense(
+        width, use_bias=False, dtype=dtype, precision=precision, kernel_init=zeros, **options
+    )
 
 
 def _share(slot):
@@ -306,7 +316,7 @@ def _if_looked_at(module, slot, shape, *args):
 
 
 class TemporalPrior(nn.Module):
-    """What references tell the entropy model: [b, h/16, w/16, temporal]."""
+    """What references tell the entropy model: [b, h/16, w/16, temporal]; at first, nothing."""
 
     cfg: Config
 
@@ -316,13 +326,10 @@ class TemporalPrior(nn.Module):
         query = Pointwise(c.tokens, name="query")(hyper)
         lookup = PriorLookup(c, name="lookup")
         shape = (*query.shape[:3], c.temporal)
-        total = sum(
+        return sum(
             _if_looked_at(lookup, slot, shape, query, t) * _share(slot)
             for slot, t in zip(slots, tokens, strict=True)
         )
-        nothing = self.param("nothing", nn.initializers.normal(0.1), (c.temporal,))
-        most = jnp.stack([slot.reliability for slot in slots]).max(0)
-        return total + (1 - most)[:, None, None, None] * nothing
 
 
 class PriorLookup(nn.Module):
@@ -335,7 +342,8 @@ class PriorLookup(nn.Module):
         c = self.cfg
         x = Pointwise(c.tokens, name="patch")(space_to_depth(tokens, 2))
         x = Alignment(c.groups, REACH / 16, name="align")(query, x)
-        return DepthConvBlock(c.temporal, c.form, name="block")(x)
+        x = DepthConvBlock(c.temporal, c.form, name="block")(x)
+        return _at_first_nothing(c.temporal, name="out")(x)
 
 
 class Judge(nn.Module):

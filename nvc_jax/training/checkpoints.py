@@ -2,7 +2,7 @@
 
 WORKDIR/checkpoints/STEP   training states, the newest two (Orbax; asynchronous, of any number of
                            hosts and devices)
-WORKDIR/teachers/STAGE     averaged weights with which a stage began, if it learns from them
+WORKDIR/stages/NUMBER      averaged weights with which each stage began, as the one before left them
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ from nvc_jax.training import stages
 from nvc_jax.training import step as training
 from nvc_jax.training.transform_start import transform_start
 
-CHECKPOINTS, TEACHERS = "checkpoints", "teachers"
+CHECKPOINTS, STAGES = "checkpoints", "stages"
 
 
 @contextmanager
@@ -178,67 +178,74 @@ def _with_intra_of(name: str, loaded: released.Released, model: WithIntra, param
 
 def check_weights(config: ml_collections.ConfigDict, run: tuple[stages.Stage, ...]) -> None:
     """Raises NvcError if weights that a run starts or learns from cannot be read."""
-    named = {stage.teacher.weights for stage in run if stage.teacher} - {"previous"}
-    for name in {config.init_from} - {""} | named:
+    named = {stage.teacher.weights for stage in run if stage.teacher}
+    for name in {config.init_from} - {""} | {n for n in named if stages.is_released(n)}:
         released.load(name)
 
 
-def _teacher_folder(workdir: str, number: int) -> Path:
-    return Path(workdir).absolute() / TEACHERS / str(number)
+def _stage_folder(workdir: str, number: int) -> Path:
+    return Path(workdir).absolute() / STAGES / str(number)
 
 
-def check_teacher(workdir: str, number: int, stage: stages.Stage) -> None:
-    """Raises NvcError if a stage should have kept the weights with which it began, but did not."""
-    folder = _teacher_folder(workdir, number)
-    if stage.teacher.get("weights") == "previous" and not folder.is_dir():
-        raise NvcError(
-            f"{folder} is missing: config.stages[{number}] learns from the weights with which it "
-            "began, but it began without a teacher"
-        )
-
-
-def save_teacher(workdir: str, number: int, stage: stages.Stage, state) -> None:
-    """Keeps the averaged weights with which a stage begins, if it learns from them."""
-    if stage.teacher.get("weights") != "previous":
-        return
-    folder = _teacher_folder(workdir, number)
+def keep_weights(workdir: str, number: int, state: training.TrainState) -> None:
+    """Keeps the averaged weights with which the stage of this number begins."""
+    folder = _stage_folder(workdir, number)
     with saving(folder), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder, state.average, force=True)
 
 
-def load_teacher(workdir: str, number: int, stage: stages.Stage, state, mesh: Mesh) -> dict | None:
-    """Parameters that a stage learns from, None if there are none.
+def _kept_weights(workdir: str, number: int, shapes: Any) -> dict:
+    """Those that `keep_weights` kept. Raises NvcError if they do not fit, or are not there."""
+    folder = _stage_folder(workdir, number)
+    if not folder.is_dir():
+        raise NvcError(f"{folder}: no weights there; a run keeps them when a stage begins")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(folder, shapes)
+    except ValueError as e:
+        reason = str(e).splitlines()[0]
+        raise NvcError(f"{folder}: does not fit this config's model ({reason})") from None
+
+
+def check_teacher(workdir: str, number: int, stage: stages.Stage) -> None:
+    """Raises NvcError if the run lacks the weights that the stage of this number learns from."""
+    if (of := stage.taught_by(number)) is not None and not _stage_folder(workdir, of).is_dir():
+        raise NvcError(
+            f"{_stage_folder(workdir, of)} is missing, from which config.stages[{number}] learns"
+        )
+
+
+def load_teacher(
+    workdir: str, number: int, stage: stages.Stage, state: training.TrainState, mesh: Mesh
+) -> dict | None:
+    """Parameters that the stage of this number learns from, None if there are none.
 
     Raises:
       NvcError: the weights are not there, or do not fit the model.
     """
     if not stage.teacher:
         return None
-    if stage.teacher.weights != "previous":
-        name = stage.teacher.weights
-        params = _with_weights_of(name, released.load(name), state.average)
-        everywhere = parallel.replicated(mesh)
-        return jax.jit(lambda x: x, out_shardings=everywhere)(params)
-    folder = _teacher_folder(workdir, number)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder, placed(mesh, state).average)
-    except ValueError as e:
-        reason = str(e).splitlines()[0]
-        raise NvcError(f"{folder}: does not fit this config's model ({reason})") from None
+    if (of := stage.taught_by(number)) is not None:
+        return _kept_weights(workdir, of, placed(mesh, state).average)
+    name = stage.teacher.weights
+    params = _with_weights_of(name, released.load(name), state.average)
+    return jax.jit(lambda x: x, out_shardings=parallel.replicated(mesh))(params)
 
 
-def release(config_file: str, workdir: str, output: str, **tables: Any) -> Path:
-    """Writes the averaged weights of a run's newest checkpoint as a released model.
+def release(
+    config_file: str, workdir: str, output: str, stage: int | None = None, **tables: Any
+) -> Path:
+    """Writes a run's averaged weights as a released model.
 
-    A scale head is left out if the run has not finished a stage with `exact`.
+    A scale head is left out if the run had not finished a stage with `exact`.
 
     Args:
       output: the .safetensors file to write.
+      stage: weights as config.stages[stage] left them; None for those of the newest checkpoint.
       tables: of the scales, see `nvc_jax.models.released.freeze`.
 
     Raises:
-      NvcError: no such config, no checkpoint in `workdir`, or `output` cannot be written.
+      NvcError: no such config, no such weights in `workdir`, or `output` cannot be written.
     """
     output = Path(output)
     if output.suffix != ".safetensors":
@@ -248,13 +255,22 @@ def release(config_file: str, workdir: str, output: str, **tables: Any) -> Path:
         raise NvcError(f"{workdir}: no checkpoint there to release")
     run = stages.read(config)
     model = registry.build(config.model.name, config.model.size, config.model.dtype)
-    with manager_of(workdir) as manager:
-        if manager.latest_step() is None:
-            raise NvcError(f"{workdir}: no checkpoint there to release")
-        one = parallel.make_mesh(devices=jax.devices()[:1])
-        state = resume(manager, model, config, run, one)
-    params = state.average
-    if registry.has_scale_head(model) and not _head_has_learnt(run, int(state.step)):
+    one = parallel.make_mesh(devices=jax.devices()[:1])
+    if stage is not None and not 0 <= stage < len(run):
+        raise NvcError(f"{config_file}: no stage {stage}; they count from 0 to {len(run) - 1}")
+    if stage is None or stage == len(run) - 1:
+        with manager_of(workdir) as manager:
+            if manager.latest_step() is None:
+                raise NvcError(f"{workdir}: no checkpoint there to release")
+            state = resume(manager, model, config, run, one)
+        params, step = state.average, int(state.step)
+        if stage is not None and step < sum(s.steps for s in run):
+            raise NvcError(f"{workdir}: stage {stage} has not ended, at step {step}")
+    else:
+        shapes = training.state_shapes(registry.entry(config.model.name), model, run[0])
+        params = _kept_weights(workdir, stage + 1, placed(one, shapes).average)
+        step = sum(s.steps for s in run[: stage + 1])
+    if registry.has_scale_head(model) and not _head_has_learnt(run, step):
         # Integer scales from an untrained head would cost many times the bits.
         model, params = released.without_scale_head(model, params)
     tensors, metadata = released.freeze(output.stem, config.model.name, model, params, **tables)

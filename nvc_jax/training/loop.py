@@ -147,7 +147,7 @@ def _train(
         work = Work(config, model, stage, number, start, mesh)
         state = work.prepared(state)
         if step == start:
-            checkpoints.save_teacher(workdir, number, stage, state)
+            checkpoints.keep_weights(workdir, number, state)
         parallel.together(lambda: checkpoints.check_teacher(workdir, number, stage))  # noqa: B023
         teacher = checkpoints.load_teacher(workdir, number, stage, state, mesh)
         window = Window(work)
@@ -293,11 +293,12 @@ def host_clips(
             begin, end = stage.temperature
             temperature = begin + (end - begin) * min(number / stage.steps, 1)
             places, run = draw_run(rng, stage.units, stage.spans, stage.orders, temperature)
-            yield training.Clip(frames[:, :1], frames[:, places], qp[mine], unit[mine], run), False
+            chosen = frames[:, _anywhere(rng, places, length)]
+            yield training.Clip(chosen[:, :1], chosen, qp[mine], unit[mine], run), False
             continue
         if in_layers:
             places, path = draw_path(rng, stage.units, stage.spans, stage.tail_share)
-            chosen = frames[:, places]
+            chosen = frames[:, _anywhere(rng, places, length)]
             yield (
                 training.Clip(chosen[:, :ANCHORS], chosen[:, ANCHORS:], qp[mine], unit[mine], path),
                 False,
@@ -316,6 +317,12 @@ def host_clips(
             )
             piece += 1
         piece = 0
+
+
+def _anywhere(rng: np.random.Generator, places: list[int], length: int) -> list[int]:
+    """The places, all moved on as far as it happens within a clip of this length."""
+    shift = int(rng.integers(length - max(places)))
+    return [place + shift for place in places]
 
 
 def _to_devices(mesh: Mesh, clip: training.Clip) -> training.Clip:

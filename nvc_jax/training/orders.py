@@ -24,7 +24,7 @@ from nvc_jax.training import losses
 
 STRIDES = (1, 1, 1, 2, 4)  # between frames of low delay: also what moves fast is to be learned
 PREDICTED = 0.25  # share of hierarchies whose second anchor refers to the first
-FAR = 16  # frames from which on also a good reference is not to be trusted fully
+FAR = 16  # frames from which on nobody knows how far a good reference is to be trusted
 
 
 class Run(NamedTuple):
@@ -172,8 +172,8 @@ class CodedRun(NamedTuple):
       distortion: [batch], likewise, of qualities too.
       recon: [batch, units, height, width, 3], Y, U, V.
       penalty: [batch], of the scales.
-      misjudged: [batch], cross-entropy of the reliability classifier, mean over references; 0 if
-        there were none.
+      misjudged: [batch], cross-entropy of the reliability classifier, mean over the references of
+        which it is known how far they are to be trusted; 0 if there were none.
     """
 
     bits: dict[str, jax.Array]
@@ -184,10 +184,13 @@ class CodedRun(NamedTuple):
 
 
 def _spoiled(key, slot: uni_lvc.Slot, share: float) -> tuple[uni_lvc.Slot, jax.Array]:
-    """Spoils some of a batch's references; also says how reliable each is, int32 [batch].
+    """Spoils some of a batch's references.
 
     A third of the spoiled ones come from another clip, of which nothing is to be trusted; the
     others get noise, half of it strong.
+
+    Returns:
+      (the slot; how reliable it is by that, int32 [batch], -1 for good ones that are far away).
     """
     batch = len(slot.reliability)
     keys = jax.random.split(key, 4)
@@ -200,7 +203,7 @@ def _spoiled(key, slot: uni_lvc.Slot, share: float) -> tuple[uni_lvc.Slot, jax.A
     noise = jax.random.normal(keys[3], feature.shape) * spread[:, None, None, None]
     changed = jnp.where((kind == 0)[:, None, None, None], other, feature + noise)
     feature = jnp.where(spoiled[:, None, None, None], changed, feature)
-    good = jnp.where(slot.distance >= FAR, 2, 3)
+    good = jnp.where(slot.distance >= FAR, -1, 3)
     # Weak noise takes one level, strong noise leaves one.
     label = jnp.where(spoiled, jnp.array([0, 2, 1])[kind], good)
     return slot._replace(ref=slot.ref._replace(feature=feature)), label
@@ -244,21 +247,25 @@ def code_run(
     batch, units = frames.shape[:2]
 
     def judged(params, frame, slots, row, key, run):
-        """(slots with reliabilities, cross-entropy [batch])"""
+        """(slots with reliabilities, (sum of cross-entropies, how many) [batch])"""
         spoil_key, choice_key = jax.random.split(key)
         if spoil or judge:
-            keys = jax.random.split(spoil_key)
+            # Half of the time the same happens to both, as at a cut.
+            same = jax.random.bernoulli(spoil_key)
+            keys = [jax.random.fold_in(spoil_key, i * (1 - same)) for i in range(2)]
             slots, labels = zip(*map(partial(_spoiled, share=spoil), keys, slots), strict=True)
         if not judge:
-            return slots, jnp.zeros(batch)
+            return slots, (jnp.zeros(batch), 0.0)
         logits = model.apply({"params": params}, frame[:, None], slots, row, method="reliability")
         chosen = _chosen(choice_key, logits, run.temperature)
         slots = tuple(
             slot._replace(reliability=slot.reliability * chosen[:, i])
             for i, slot in enumerate(slots)
         )
-        losses_of = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.stack(labels, 1))
-        return slots, losses_of @ run.there
+        labels = jnp.stack(labels, 1)
+        known = run.there * (labels >= 0)
+        entropy = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+        return slots, ((entropy * known).sum(1), known.sum(1))
 
     def code(params, frame, slots, qp, key):
         bottleneck = Estimate(key, **options)
@@ -288,7 +295,7 @@ def code_run(
         )
         row = jnp.minimum(qp + run.qp_offset, model.qp_rows - 1)[:, None]
         noise_key = None if key is None else jax.random.fold_in(key, number)
-        misjudged = jnp.zeros(batch)
+        misjudged = jnp.zeros(batch), 0.0
         if draws is not None:
             own = jax.random.fold_in(draws, number)
             slots, misjudged = judged(params, frame, slots, row, own, run)
@@ -297,7 +304,7 @@ def code_run(
             coded = partial(lax.cond, run.there.sum() > 0, partial(_zeros_like, coded), coded)
         recon, ref, bits, penalty = coded()
         put = partial(lax.dynamic_update_index_in_dim, index=number, axis=0)
-        bits, penalty = jax.tree.map(everywhere, (bits, penalty))
+        bits, penalty, misjudged = jax.tree.map(everywhere, (bits, penalty, misjudged))
         return jax.tree.map(put, kept, ref), (recon, bits, penalty, misjudged)
 
     inputs = jnp.arange(units), frames.swapaxes(0, 1), run
@@ -305,5 +312,6 @@ def code_run(
     recon = recon.swapaxes(0, 1)
     distortion = losses.distortion(recon, frames) @ (run.weight * run.quality)
     bits, penalty = jax.tree.map(lambda x: run.weight @ x, (bits, penalty))
-    misjudged = misjudged.sum(0) / jnp.maximum(run.there.sum(), 1)
+    misjudged, judged_at_all = (x.sum(0) for x in misjudged)
+    misjudged /= jnp.maximum(judged_at_all, 1)
     return CodedRun(bits, distortion, recon, penalty, misjudged)

@@ -81,7 +81,7 @@ class Stage:
         do, between the anchors of a path and its only unit, by `nvc_jax.training.losses.motion`.
         "coded": motion as B-frames code it does, along a path; `flow_loss` weighs what it leaves,
         by the same measure, against its bits.
-      cut_share: of clips whose first reference comes from elsewhere.
+      cut_share: of clips whose first picture comes from elsewhere, as before a scene cut.
       exact: whether scales come from the integer scale head.
       noise: whether noise stands for rounding in the rate. Without, rates are those of the symbols,
         and gradients pass through the rounding as if it were not there.
@@ -91,9 +91,10 @@ class Stage:
         codec that learns under integer scales stays good in the other modes.
       penalty: on scales near the boundaries of their levels, with its weight `beta`, see
         `nvc_jax.training.losses.scale_penalty`; {} for none.
-      teacher: {} for none, or `weights`, "previous" (as they were after the stage before) or a
-        released model, and the weights of the distance from its pictures, `recon`, and of the
-        squared distance from the references that it leaves, `refs`.
+      teacher: {} for none, or `weights`, "previous" (as they were after the stage before), the
+        number of an earlier stage (after that) or a released model, and the weights of the
+        distance from its pictures, `recon`, and of the squared distance from the references that
+        it leaves, `refs`.
     """
 
     steps: int
@@ -132,6 +133,12 @@ class Stage:
     penalty: FrozenConfigDict = NOTHING
     teacher: FrozenConfigDict = NOTHING
 
+    def taught_by(self, number: int) -> int | None:
+        """The stage whose first weights this one, of the given number, learns from, if any's."""
+        if not self.teacher or is_released(self.teacher.weights):
+            return None
+        return number if self.teacher.weights == "previous" else 1 + self.teacher.weights
+
     def learns(self, name: str) -> bool:
         """Whether the sub-network of this name does. An intra codec beside another one never."""
         if name == "intra":
@@ -145,6 +152,11 @@ class Stage:
         if dict(self.lr_scale).get(name) == 0:
             return False
         return not self.trainable or name in self.trainable
+
+
+def is_released(weights: str | int) -> bool:
+    """Whether a teacher's weights are a released model, and not what a stage left."""
+    return isinstance(weights, str) and weights != "previous"
 
 
 def load(config_file: str) -> ConfigDict:
@@ -241,6 +253,7 @@ def read(config: ConfigDict) -> tuple[Stage, ...]:
             values["lr_scale"] = tuple(dict(values.get("lr_scale", ())).items())
             stage = Stage(**values)
             _check(stage, where, networks, model)
+            _check_teacher(stage, where, number)
         except (TypeError, ValueError) as e:  # text where a number should be, and the like
             raise NvcError(f"{where} holds a value of a wrong kind ({e})") from None
         result.append(stage)
@@ -314,11 +327,18 @@ def _check(stage: Stage, where: str, networks: tuple[str, ...], model: nn.Module
             raise NvcError(
                 f"{where}.penalty.variant is {stage.penalty.variant!r}; give 'gaussian' or 'hinge'"
             )
-    if stage.teacher:
-        if unknown := sorted(set(stage.teacher) - {"weights", "recon", "refs"}):
-            raise NvcError(f"{where}.teacher.{unknown[0]} is nothing that a teacher can have")
-        if "weights" not in stage.teacher or len(stage.teacher) < 2:
-            raise NvcError(f"{where}.teacher needs `weights`, and `recon` or `refs`")
+
+
+def _check_teacher(stage: Stage, where: str, number: int) -> None:
+    if not stage.teacher:
+        return
+    if unknown := sorted(set(stage.teacher) - {"weights", "recon", "refs"}):
+        raise NvcError(f"{where}.teacher.{unknown[0]} is nothing that a teacher can have")
+    if "weights" not in stage.teacher or len(stage.teacher) < 2:
+        raise NvcError(f"{where}.teacher needs `weights`, and `recon` or `refs`")
+    weights = stage.teacher.weights
+    if isinstance(weights, int) and not 0 <= weights < number:
+        raise NvcError(f"{where}.teacher.weights is {weights}, which is not an earlier stage")
 
 
 def _check_hierarchy(stage: Stage, where: str) -> None:

@@ -117,13 +117,17 @@ NO_CARRY = (np.zeros((1,), np.float32),)
 
 
 def learning_rate(stage: Stage, start: int, warmup_steps: int) -> optax.Schedule:
-    """Of the optimiser step; `start` is the stage's first. The run's first steps warm up."""
+    """Of the optimiser step; `start` is the stage's first.
+
+    Every stage warms up: what only now starts to learn has moments of nothing, and Adam corrects
+    for that only in a run's first steps.
+    """
 
     def rate(step):
         done = jnp.clip((step - start) / stage.steps, 0, 1)
         way = {"constant": 0 * done, "linear": done, "cosine": 0.5 - 0.5 * jnp.cos(jnp.pi * done)}
         value = stage.lr + (stage.end_lr - stage.lr) * way[stage.schedule]
-        return value * jnp.minimum(1.0, (step + 1) / warmup_steps)
+        return value * jnp.minimum(1.0, (step - start + 1) / warmup_steps)
 
     return rate
 
@@ -398,7 +402,8 @@ def make_train_step(
             terms += lam * stage.flow_loss * coded.motion.moved
             still, moved = (jnp.maximum(errors.mean(), 1e-10) for errors in coded.motion[::-1])
             motion_gain = 10 * jnp.log10(still / moved)
-        terms += stage.judge_loss * coded.misjudged
+        # At all qualities alike: the weight below is undone.
+        terms += stage.judge_loss * coded.misjudged * lam**stage.rate_balance
         if stage.teacher:
             terms += lam * _distance(codec, model, stage, clip, refs, coded, teacher)
         # Rates span two orders of magnitude over qp. Without a weight the high ones would drown
