@@ -19,7 +19,7 @@ def test_readme_has_every_codec_as_it_is_now():
     rows = family.table([], [])
     _, _, text = README.read_text().partition(family.BEGIN)
     shown, counted = (
-        [line.strip("| ").split(" | ")[:6] for line in table.split("\n") if line][2:]
+        [[cell.strip() for cell in line.split("|")[1:7]] for line in table.split("\n") if line][2:]
         for table in (text.partition(family.END)[0], family.markdown(rows))
     )
     assert shown == counted

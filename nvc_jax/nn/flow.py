@@ -93,6 +93,4 @@ class SpyNet(nn.Module):
                 mean = a.mean((1, 2), keepdims=True)
                 seen = tuple(self.contrast * (x - mean) for x in seen)
             flow = flow + net(jnp.concatenate([*seen, flow], -1))
-            if self.is_mutable_collection("motion"):
-                note_motion(self, a, b, warp(b, flow))
         return flow

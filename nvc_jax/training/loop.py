@@ -210,7 +210,10 @@ class Work:
         self.config, self.model, self.stage, self.mesh = config, model, stage, mesh
         self.number, self.start = number, start
         pixels = stage.batch * stage.units * model.frames_per_unit * stage.crop**2
-        if stage.motion_only:
+        # What a step computes is counted as if all learned.
+        if stage.trainable or 0 in dict(stage.lr_scale).values():
+            self.flop_per_step = None
+        elif stage.motion_only:
             self.flop_per_step = complexity.motion_training_flop(model, stage.motion_only, pixels)
         else:
             self.flop_per_step = complexity.training_flop(model, stage.exact, pixels)
@@ -452,7 +455,7 @@ class Window:
         values = {name: float(value) for name, value in metrics.compute().items()}
         values["seconds_per_step"] = seconds / self.steps
         values["data_wait_share"] = self.waited / seconds
-        if not self._work.stage.trainable:  # what a step computes is counted as if all learned
+        if self._work.flop_per_step:
             devices = self._work.mesh.devices.ravel()
             speed = self._work.flop_per_step / values["seconds_per_step"] / len(devices) / 1e12
             values["tflops_per_device"] = speed

@@ -1,6 +1,6 @@
-"""Rate-distortion loss of DCVC-UF (arXiv 2606.04410), and the constraint on scales.
+"""Rate-distortion loss of DCVC-UF (arXiv 2606.04410), loss of motion, constraint on scales.
 
-Pictures are Y, U, V planes at 4:4:4 in [0, 1].
+Pictures are in [0, 1]: planes Y, U, V at 4:4:4 but where another colour space is named.
 """
 
 import math
@@ -45,24 +45,31 @@ def psnr(recon: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def visible(difference: jax.Array) -> jax.Array:
-    """What is wrong with a prediction, difference [b, h, w, 3] -> [b].
+    """What is wrong with a prediction, difference [b, h, w, 3] in any colours -> [b].
 
-    About the bits that the difference would take: where it is large, and as a rule beyond repair,
-    being less wrong counts little, so that what can be found decides; in squares of differences
-    just that would count most.
+    It grows as the bits that the difference would take: where that is large, and as a rule beyond
+    repair, being less wrong counts little, so that what can be found decides; in squares of
+    differences just that would count most.
     """
     return jnp.log1p((difference / VISIBLE) ** 2).mean((1, 2, 3)) / 2
 
 
 def motion(target: jax.Array, reference: jax.Array, flow: jax.Array) -> jax.Array:
-    """How badly a reference fits after motion, pictures [b, h, w, 3] and flow [b, h, w, 2] -> [b].
+    """How badly a reference fits after motion.
 
     Also at a half and a quarter of the size, where motion is found before details are.
+
+    Args:
+      target, reference: [b, h, w, 3] in any colours, sides multiples of 4.
+      flow: [b, h, w, 2] in pixels, see `nvc_jax.nn.warp`.
+
+    Returns:
+      [b], see `visible`.
     """
-    total = 0.0
-    for weight in (1.0, 0.5, 0.25):
-        total += weight * visible(target - warp(reference, flow))
+    total = visible(target - warp(reference, flow))
+    for weight in (0.5, 0.25):
         target, reference, flow = halve(target), halve(reference), halve(flow) / 2
+        total += weight * visible(target - warp(reference, flow))
     return total
 
 

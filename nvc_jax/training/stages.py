@@ -316,6 +316,10 @@ def _check(stage: Stage, where: str, networks: tuple[str, ...], model: nn.Module
         raise NvcError(f"{where}.motion_only is {stage.motion_only!r}; give {known} or nothing")
     if stage.motion_only and not set(MOTION_LEARNS[stage.motion_only]) <= set(networks):
         raise NvcError(f"{where}.motion_only: this codec has no motion to learn")
+    if stage.motion_only and (stage.teacher or stage.penalty):
+        raise NvcError(f"{where}.motion_only: no pictures are coded, for a teacher or a penalty")
+    if not any(stage.learns(name) for name in networks):
+        raise NvcError(f"{where}: no sub-network learns; see trainable, lr_scale and motion_only")
     if stage.exact and not registry.has_scale_head(model):
         raise NvcError(f"{where}.exact needs a model with a scale head")
     if stage.detached and not (stage.exact and stage.noise):

@@ -81,8 +81,9 @@ class Clip(NamedTuple):
 class StepMetrics(metrics.Collection):
     """What a step reports; merged over steps, `compute()` gives means and the newest counts.
 
-    `motion_gain`: how many dB closer references are to a B-frame after motion; 0 for other codecs.
-    `misjudged`: see `nvc_jax.training.orders.CodedRun`; 0 for other codecs.
+    `motion_gain`: how many dB closer references are to a B-frame after motion, as it was decoded; 0
+    for other codecs. `misjudged`: see `nvc_jax.training.orders.CodedRun`; 0 for other codecs. What
+    a stage with `motion_only` does not compute is 0; if that is "flow", motion was not coded.
     A step that was skipped counts with the values it had, so not a number stays to be seen.
     """
 
@@ -383,9 +384,6 @@ def make_train_step(
 
     def loss_fn(params, clip, refs, key, teacher):
         noise_key, draws_key = jax.random.split(key)
-        parts = registry.networks(model, params)
-        parts = {k: p if stage.learns(k) else lax.stop_gradient(p) for k, p in parts.items()}
-        params = registry.together(model, parts)
         coded = unroll(
             codec, model, params, clip, refs, noise_key if stage.noise else None,
             exact=stage.exact, detached=stage.detached, penalty=penalty, remat=stage.remat,
@@ -427,14 +425,17 @@ def make_train_step(
 
     def gradients(params, clip, carry, key, carried, teacher):
         clip = as_floats(clip)
+
+        def of(loss, *args):
+            return jax.grad(lambda p: loss(_learning(model, stage, p), *args), has_aux=True)(params)
+
         if stage.motion_only == "flow":
-            return jax.grad(partial(_flow_loss, model), has_aux=True)(params, clip)
+            return of(partial(_flow_loss, model), clip)
         refs_key, noise_key = jax.random.split(key)
         refs = carry if carried else first_refs(codec, model, params, stage, clip, refs_key)
         if stage.motion_only == "coded":
-            loss = partial(_coded_motion_loss, codec, model, stage)
-            return jax.grad(loss, has_aux=True)(params, clip, refs, noise_key)
-        return jax.grad(loss_fn, has_aux=True)(params, clip, refs, noise_key, teacher)
+            return of(partial(_coded_motion_loss, codec, model, stage), clip, refs, noise_key)
+        return of(loss_fn, clip, refs, noise_key, teacher)
 
     def train_step(state, clip, carried, teacher=None):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -495,6 +496,13 @@ def make_train_step(
     return train_step
 
 
+def _learning(model: nn.Module, stage: Stage, params: Any) -> Any:
+    """The parameters, with gradients only for the sub-networks that learn."""
+    parts = registry.networks(model, params)
+    parts = {k: p if stage.learns(k) else lax.stop_gradient(p) for k, p in parts.items()}
+    return registry.together(model, parts)
+
+
 def _flow_loss(model: nn.Module, params: Any, clip: Clip) -> tuple[jax.Array, tuple]:
     """(loss, (outputs, no references)) of a stage in which flows learn alone.
 
@@ -502,8 +510,11 @@ def _flow_loss(model: nn.Module, params: Any, clip: Clip) -> tuple[jax.Array, tu
     """
     past, future = jnp.moveaxis(colour.for_codec(model, clip.reference), 1, 0)
     frame = colour.for_codec(model, clip.frames)[:, 0]
-    targets = jnp.concatenate([frame, frame, past])
-    references = jnp.concatenate([past, future, future])
+    # Side by side, not one after the other: so every device keeps its samples.
+    targets, references = (
+        jnp.stack(pictures, 1).reshape(-1, *frame.shape[1:])
+        for pictures in ((frame, frame, past), (past, future, future))
+    )
     flows = model.apply({"params": params}, targets, references, method="motion")
     loss = losses.motion(targets, references, flows).mean()
     errors = motion_errors(targets, references, warp(references, flows))
@@ -537,7 +548,7 @@ def _motion_outputs(loss: jax.Array, errors: MotionErrors) -> dict[str, jax.Arra
     coded = "bpp_y bpp_y_float bpp_z bpp_side psnr_y psnr_u psnr_v misjudged"
     outputs = dict.fromkeys(coded.split(), jnp.float32(0))
     gain = 10 * jnp.log10(still / moved)
-    return outputs | {"loss": loss, "distortion": moved, "motion_gain": gain}
+    return outputs | {"loss": loss, "distortion": jnp.float32(0), "motion_gain": gain}
 
 
 def _in_parts(gradients: Callable, batch: Any, parts: int) -> tuple:
