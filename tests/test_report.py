@@ -146,10 +146,10 @@ def test_models_are_compared_with_the_first(results, tmp_path):
     results["points"] += [point("a<b", "other", "nvc", step, 1.0) for step in range(4)]
     results["bd_rates"] = bd_table(results["points"], "psnr")
     page = html_report(results, tmp_path)
-    assert "other against ours<small>the first model</small>" in page and "-20.0 %" in page
+    assert "other against ours<small>ours</small>" in page and "-20.0 %" in page
     with io.StringIO() as text:
         print_tables(results, Console(file=text, width=200))
-        assert "ours (the first model)" in text.getvalue()
+        assert "ours (ours)" in text.getvalue()
 
 
 def test_recovery_after_a_cut_is_stated_in_frames_and_units(results, tmp_path):

@@ -100,15 +100,17 @@ def mean_percent(results: Sequence[BdRate]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def bd_table(points: Sequence[dict], quality: str) -> list[dict]:
-    """BD-rates of every model against every anchor, clip by clip and as a mean over clips.
-
-    Of several models the first is an anchor for the others.
+def bd_table(
+    points: Sequence[dict], quality: str, against: Sequence[tuple[str, str]] = ()
+) -> list[dict]:
+    """BD-rates of models against anchors, clip by clip and as a mean over clips.
 
     Args:
       points: measured points as `nvc_jax.evaluation.runner.run_job` returns them; those with an
         `error` are left out.
       quality: which entry is the quality, "psnr" or "ms_ssim_db".
+      against: pairs of a model and its anchor, which may be a model too. () for every model against
+        every anchor, and those after the first model against that one.
     Returns:
       one dict per (model, anchor): `model`, `anchor`, `quality`, `mean_percent` (over the clips
       that have a figure; None without any) and `clips`, a dict from clip name to the fields of
@@ -121,24 +123,28 @@ def bd_table(points: Sequence[dict], quality: str) -> list[dict]:
             (point["bpp"], point[quality])
         )
     clips = list(dict.fromkeys(point["clip"] for point in good))
-    codecs = {
-        kind: list(dict.fromkeys(p["codec"] for p in good if p["kind"] == kind))
+    models, anchors = (
+        list(dict.fromkeys(p["codec"] for p in good if p["kind"] == kind))
         for kind in ("nvc", "anchor")
-    }
+    )
+    against = against or [
+        (model, anchor)
+        for number, model in enumerate(models)
+        for anchor in anchors + models[: min(number, 1)]
+    ]
     table = []
-    for number, model in enumerate(codecs["nvc"]):
-        for anchor in codecs["anchor"] + codecs["nvc"][: min(number, 1)]:
-            results = {
-                clip: bd_rate(curves.get((anchor, clip), []), curves.get((model, clip), []))
-                for clip in clips
+    for model, anchor in against:
+        results = {
+            clip: bd_rate(curves.get((anchor, clip), []), curves.get((model, clip), []))
+            for clip in clips
+        }
+        table.append(
+            {
+                "model": model,
+                "anchor": anchor,
+                "quality": quality,
+                "mean_percent": mean_percent(list(results.values())),
+                "clips": {clip: result._asdict() for clip, result in results.items()},
             }
-            table.append(
-                {
-                    "model": model,
-                    "anchor": anchor,
-                    "quality": quality,
-                    "mean_percent": mean_percent(list(results.values())),
-                    "clips": {clip: result._asdict() for clip, result in results.items()},
-                }
-            )
+        )
     return table

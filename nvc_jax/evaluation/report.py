@@ -19,8 +19,8 @@ from rich.table import Table
 from nvc_jax.evaluation.runner import all_passed
 from nvc_jax.metrics import recovery_frames
 
-# One colour and marker per family of codecs, low delay variants dashed; our own models take the
-# first two in turn. Colours are the CSS variables --c0 to --c5.
+# One colour and marker per family of anchors, low delay variants dashed, those with an intra period
+# of their own dotted; our models take others in turn. Colours are the CSS variables --c0 to --c9.
 _FAMILIES = {"x264": 2, "x265": 3, "svt-av1": 4, "vvenc": 5}
 _MARKERS = (
     "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z",
@@ -29,7 +29,12 @@ _MARKERS = (
     "M0,-4.5L4.5,3.5H-4.5z",
     "M0,4.5L4.5,-3.5H-4.5z",
     "M-4,-1.3H-1.3V-4H1.3V-1.3H4V1.3H1.3V4H-1.3V1.3H-4z",
+    "M-3.5,-1.5H3.5V1.5H-3.5z",
+    "M-1.5,-4.5H1.5V4.5H-1.5z",
+    "M-4,-4L4,4L4,-4L-4,4z",
+    "M-4,-4L4,4L-4,4L4,-4z",
 )
+_OURS = (0, 1, 6, 7, 8, 9)
 _QUALITIES = {"psnr": "PSNR, dB", "ms_ssim_db": "MS-SSIM, dB"}
 
 
@@ -271,7 +276,7 @@ def _frame_plots(clip: dict, points: list[dict], reference: dict | None, colours
                 reference["codec"],
                 colours[reference["codec"]],
                 list(enumerate(reference["frame_psnr"])),
-                dashed=True,
+                stroke="dashed",
             )
         )
         note = (
@@ -423,7 +428,7 @@ class Line:
     points: Sequence[tuple[float, float]]
     markers: bool = False
     emphasis: bool = False
-    dashed: bool = False
+    stroke: str = ""  # "dashed", "dotted"
     steps: bool = False
 
 
@@ -497,7 +502,7 @@ def plot(
             path = "".join(f"M{a[0]},{a[1]}H{b[0]}" for a, b in pairs)
         else:
             path = "M" + "L".join(f"{x},{y}" for x, y in corners)
-        kind = "line" + " strong" * line.emphasis + " dashed" * line.dashed + " step" * line.steps
+        kind = f"line {line.stroke}" + " strong" * line.emphasis + " step" * line.steps
         svg.append(f'<path class="{kind}" style="stroke:var(--c{line.colour})" d="{path}"/>')
         for (x, y), (x_value, y_value) in zip(corners, line.points, strict=True):
             title = f"{line.label}: {x_label} {x_value:.4g}, {y_label} {y_value:.4g}"
@@ -529,9 +534,7 @@ def _rate_plot(points: list[dict], quality: str, colours: dict) -> str:
     for codec in reversed(_codecs(points)):  # ours are drawn last, on top
         curve = sorted((p["bpp"], p[quality]) for p in points if p["codec"] == codec)
         mine = any(p["codec"] == codec and p["kind"] == "nvc" for p in points)
-        lines.append(
-            Line(codec, colours[codec], curve, True, mine, dashed=codec.endswith("-lowdelay"))
-        )
+        lines.append(Line(codec, colours[codec], curve, True, mine, _stroke(codec)))
     limits = (min(ours) - margin, max(ours) + margin)
     return plot(lines, "bits per pixel", _QUALITIES[quality], log_x=True, y_range=limits)
 
@@ -540,10 +543,9 @@ def _legend(codecs: list[str], colours: dict) -> str:
     items = ""
     for codec in codecs:
         colour = colours[codec]
-        dashed = " dashed" * codec.endswith("-lowdelay")
         items += (
             '<span><svg viewBox="0 0 34 14" class="key">'
-            f'<path class="line{dashed}" style="stroke:var(--c{colour})" d="M0,7H34"/>'
+            f'<path class="line {_stroke(codec)}" style="stroke:var(--c{colour})" d="M0,7H34"/>'
             f'<path transform="translate(17,7)" style="fill:var(--c{colour})" '
             f'd="{_MARKERS[colour]}"/></svg>{escape(codec)}</span>'
         )
@@ -600,15 +602,24 @@ def _colours(results: dict) -> dict[str, int]:
     ours, anchors = (
         _codecs([p for p in results["points"] if p["kind"] == kind]) for kind in ("nvc", "anchor")
     )
-    return {name: _FAMILIES[name.removesuffix("-lowdelay")] for name in anchors} | {
-        name: i % 2 for i, name in enumerate(ours)
+    return {name: _FAMILIES[_family(name)] for name in anchors} | {
+        name: _OURS[i % len(_OURS)] for i, name in enumerate(ours)
     }
+
+
+def _family(anchor: str) -> str:
+    return anchor.partition("@")[0].removesuffix("-lowdelay")
+
+
+def _stroke(codec: str) -> str:
+    """How the line of an anchor tells itself apart from those of its relatives."""
+    return "dotted" if "@" in codec else "dashed" if codec.endswith("-lowdelay") else ""
 
 
 def _reference(points: list[dict], point: dict) -> dict | None:
     """The anchor's point nearest in rate: x265 where there is one, else the first anchor."""
     anchors = [p for p in points if p["kind"] == "anchor"]
-    chosen = "x265" if any(p["codec"] == "x265" for p in anchors) else None
+    chosen = next((p["codec"] for p in anchors if _family(p["codec"]) == "x265"), None)
     anchors = [p for p in anchors if p["codec"] == (chosen or anchors[0]["codec"])]
     return min(anchors, key=lambda p: abs(math.log(p["bpp"] / point["bpp"])), default=None)
 
@@ -617,7 +628,7 @@ def _preset(results: dict, anchor: str) -> str:
     """Preset and structure of an anchor in a few words."""
     point = next(p for p in results["points"] if p["codec"] == anchor and "error" not in p)
     if point["kind"] == "nvc":
-        return "the first model"
+        return "ours"
     return f"preset {point['preset']}, {point['structure'].split(':')[0].split(' (')[0]}"
 
 
@@ -644,10 +655,12 @@ _PAGE = """<!DOCTYPE html>
 _STYLE = """
 :root { color-scheme: light dark; --bg: #fff; --ink: #1c1f23; --soft: #5c6570; --rule: #dfe3e8;
   --panel: #f6f7f9; --good: #2b8a3e; --bad: #c92a2a;
-  --c0: #c2255c; --c1: #0b7285; --c2: #1864ab; --c3: #2b8a3e; --c4: #d9680f; --c5: #6741d9; }
+  --c0: #c2255c; --c1: #0b7285; --c2: #1864ab; --c3: #2b8a3e; --c4: #d9680f; --c5: #6741d9;
+  --c6: #1c1f23; --c7: #a05a2c; --c8: #7a8b00; --c9: #868e96; }
 @media (prefers-color-scheme: dark) { :root { --bg: #15181c; --ink: #e6e9ed; --soft: #9aa4b0;
   --rule: #323941; --panel: #1d2126; --good: #69db7c; --bad: #ff8787;
-  --c0: #ff6f9f; --c1: #3bc9db; --c2: #5cb0ff; --c3: #62d676; --c4: #ffa556; --c5: #b79cff; } }
+  --c0: #ff6f9f; --c1: #3bc9db; --c2: #5cb0ff; --c3: #62d676; --c4: #ffa556; --c5: #b79cff;
+  --c6: #e6e9ed; --c7: #d9a06b; --c8: #c0d645; --c9: #adb5bd; } }
 body { margin: 0; background: var(--bg); color: var(--ink);
   font: 16px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 main { max-width: 1180px; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
@@ -680,7 +693,8 @@ svg text { font-size: 12px; fill: var(--soft); } svg .mid { text-anchor: middle;
 svg .end { text-anchor: end; } figure > svg { width: 100%; display: block; }
 .grid { stroke: var(--rule); fill: none; } .axis { stroke: var(--soft); fill: none; }
 .line { fill: none; stroke-width: 1.6; } .strong { stroke-width: 2.6; }
-.dashed { stroke-dasharray: 5 4; } .step { stroke-width: 3; stroke-linecap: round; }
+.dashed { stroke-dasharray: 5 4; } .dotted { stroke-dasharray: 2 3; }
+.step { stroke-width: 3; stroke-linecap: round; }
 .mark { stroke: var(--ink); stroke-dasharray: 2 4; fill: none; }
 svg .marktext { fill: var(--ink); } .touch { fill: transparent; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.5rem; margin: .6rem 0 0; max-width: none; }

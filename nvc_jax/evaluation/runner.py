@@ -25,12 +25,13 @@ from datetime import UTC, datetime
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
 
 from nvc_jax.errors import NvcError
-from nvc_jax.evaluation.anchors import ANCHORS, code_clip, ffmpeg_version, find_ffmpeg
+from nvc_jax.evaluation.anchors import ANCHORS, Anchor, code_clip, ffmpeg_version, find_ffmpeg
 from nvc_jax.evaluation.bdrate import bd_table
 from nvc_jax.files import replacing, writing
 from nvc_jax.machine import cores, processor
@@ -70,12 +71,12 @@ class Job:
     """One point: a clip coded by one codec at one setting."""
 
     clip: Clip
-    codec: str  # a model of ours as a config names it, or a name in `anchors.ANCHORS`
+    codec: str  # a model of ours or an anchor, as a config names it
     setting: int  # our qp, or the anchor's quality parameter
     preset: str | None  # of an anchor; None for a model of ours
     workdir: str
     cli: tuple[str, ...] = CLI
-    intra_period: int | None = None  # None: the default of each codec
+    intra_period: int | None = None  # of codecs that name none; None: the default of each
 
     @property
     def label(self) -> str:
@@ -83,20 +84,45 @@ class Job:
         return _label(self.codec)
 
     @property
+    def period(self) -> int | None:
+        """Frames from one intra picture to the next, 0 for one at the beginning."""
+        own = _split(self.codec).period
+        return self.intra_period if own is None else own
+
+    @property
+    def anchor(self) -> Anchor:
+        """Which anchor the codec is, if it is none of ours."""
+        return ANCHORS[_split(self.codec).name]
+
+    @property
     def name(self) -> str:
         return f"{self.clip.name}__{self.label}__{self.setting}"
 
 
-def _split(model: str) -> tuple[str, str | None]:
-    """(name or weights file, mode) of MODEL or MODEL:MODE."""
-    name, colon, mode = model.rpartition(":")
-    return (name, mode) if colon and mode in (*MODES, AUTO) else (model, None)
+class _Entry(NamedTuple):
+    """NAME[:MODE][@PERIOD] of a config, taken apart; NAME may be a weights file."""
+
+    name: str
+    mode: str | None
+    period: int | None
 
 
-def _label(model: str) -> str:
-    name, mode = _split(model)
-    name = Path(name).name.removesuffix(".safetensors")
-    return f"{name}-{mode}" if mode else name
+def _split(entry: str) -> _Entry:
+    rest, at, period = entry.rpartition("@")
+    known = bool(at) and period.isdecimal()
+    rest = rest if known else entry
+    name, colon, mode = rest.rpartition(":")
+    of_mode = bool(colon) and mode in (*MODES, AUTO)
+    return _Entry(
+        name if of_mode else rest, mode if of_mode else None, int(period) if known else None
+    )
+
+
+def _label(entry: str) -> str:
+    name, mode, period = _split(entry)
+    label = Path(name).name.removesuffix(".safetensors")
+    label += f"-{mode}" if mode else ""
+    return label if period is None else f"{label}@{period}"
 
 
 def check_config(config: Mapping) -> None:
@@ -104,7 +130,7 @@ def check_config(config: Mapping) -> None:
     known = {"clips", "frames", "models", "qps", "anchors", "presets", "workdir"}
     for key in sorted(known - set(config)):
         raise NvcError(f"config.{key} is missing; see configs/demo.py for an example")
-    for key in sorted(set(config) - known - {"intra_period"}):
+    for key in sorted(set(config) - known - {"intra_period", "against"}):
         raise NvcError(f"config.{key} is not an entry of evaluation configs")
     period = config.get("intra_period")
     if period is not None and (not _is_int(period) or period < 0):
@@ -121,13 +147,19 @@ def check_config(config: Mapping) -> None:
     for qp in config["qps"]:
         if not _is_int(qp) or not 0 <= qp <= 63:
             raise NvcError(f"config.qps: {qp!r} is not a whole number from 0 to 63")
-    names = {key: config[key] for key in ("qps", "anchors")}
-    for key, value in (names | {"models": [_label(model) for model in config["models"]]}).items():
+    labels = {key: [_label(entry) for entry in config[key]] for key in ("models", "anchors")}
+    for key, value in (labels | {"qps": config["qps"]}).items():
         if len(set(value)) < len(value):
             raise NvcError(f"config.{key}={config[key]!r} names something twice")
-    for name in (*config["anchors"], *config["presets"]):
+    for name in (*(_split(entry).name for entry in config["anchors"]), *config["presets"]):
         if name not in ANCHORS:
             raise NvcError(f"anchor {name!r} is unknown; choose from {', '.join(ANCHORS)}")
+    every = labels["models"] + labels["anchors"]
+    for pair in config.get("against", ()):
+        if isinstance(pair, str) or len(pair) != 2 or pair[0] not in labels["models"]:
+            raise NvcError(f"config.against: {pair!r} is not a model and what it is compared with")
+        if pair[1] not in every:
+            raise NvcError(f"config.against: {pair[1]!r} is none of {', '.join(every)}")
 
 
 def _is_int(value) -> bool:
@@ -240,8 +272,9 @@ def plan(config: Mapping, clips: Iterable[Clip], with_anchors: bool, cli=CLI) ->
         for model in config["models"]:
             jobs += [Job(clip, model, qp, None, **same) for qp in config["qps"]]
         for name in config["anchors"] if with_anchors else ():
-            preset = str(config["presets"].get(name, ANCHORS[name].preset))
-            jobs += [Job(clip, name, q, preset, **same) for q in ANCHORS[name].qualities]
+            anchor = ANCHORS[_split(name).name]
+            preset = str(config["presets"].get(anchor.name, anchor.preset))
+            jobs += [Job(clip, name, q, preset, **same) for q in anchor.qualities]
     return jobs
 
 
@@ -264,7 +297,7 @@ def run_job(job: Job) -> dict:
         "clip": job.clip.name,
         "codec": job.label,
         "kind": "nvc" if ours else "anchor",
-        "setting": f"qp {job.setting}" if ours else f"{ANCHORS[job.codec].quality} {job.setting}",
+        "setting": f"qp {job.setting}" if ours else f"{job.anchor.quality} {job.setting}",
     }
     try:
         with tempfile.TemporaryDirectory(dir=job.workdir) as scratch:
@@ -290,11 +323,11 @@ def run_job(job: Job) -> dict:
 def _code_ours(job: Job, scratch: Path) -> tuple[dict, Iterator[Planes]]:
     stream = Path(job.workdir) / "streams" / f"{job.name}.nvc"
     recon, decoded = scratch / "recon.y4m", scratch / "decoded.y4m"
-    model, mode = _split(job.codec)
+    model, mode, _ = _split(job.codec)
     options = ["--model", model, "--qp", str(job.setting), "--frames", str(job.clip.frames)]
     options += ["--recon", str(recon), *(["--mode", mode] if mode else [])]
-    if job.intra_period is not None:
-        options += ["--intra-period", str(job.intra_period)]
+    if job.period is not None:
+        options += ["--intra-period", str(job.period)]
     encoded, encode_seconds = _run_cli(job, "encode", job.clip.path, stream, options, scratch)
     weights = ["--model", model] if model != _label(model) else []  # not a shipped model
     report, decode_seconds = _run_cli(job, "decode", stream, decoded, weights, scratch)
@@ -359,7 +392,7 @@ def _compare(a: Iterable[Planes], b: Iterable[Planes]) -> dict:
 
 
 def _code_anchor(job: Job, scratch: Path) -> tuple[dict, Iterator[Planes]]:
-    anchor = ANCHORS[job.codec]
+    anchor = job.anchor
     return code_clip(
         anchor,
         job.preset,
@@ -369,7 +402,7 @@ def _code_anchor(job: Job, scratch: Path) -> tuple[dict, Iterator[Planes]]:
         Path(job.workdir) / "streams" / (job.name + anchor.suffix),
         scratch,
         find_ffmpeg(),
-        job.intra_period or 0,
+        job.period or 0,
     )
 
 
@@ -489,10 +522,18 @@ def evaluate(
         parts.append(_wait_for(workdir / f"points-{index}.json", len(jobs[index :: share.count])))
     results["points"] = [parts[n % share.count][n // share.count] for n in range(len(jobs))]
     results["bd_rates"] = [
-        row for quality in ("psnr", "ms_ssim_db") for row in bd_table(results["points"], quality)
+        row
+        for quality in ("psnr", "ms_ssim_db")
+        for row in bd_table(results["points"], quality, _compared(config, with_anchors))
     ]
     _write_results(workdir, results)
     return results
+
+
+def _compared(config: Mapping, with_anchors: bool) -> list[tuple[str, str]]:
+    """The pairs that a config wants compared, as far as they were measured."""
+    missing = () if with_anchors else [_label(entry) for entry in config["anchors"]]
+    return [tuple(pair) for pair in config.get("against", ()) if pair[1] not in missing]
 
 
 def _write_results(workdir: Path, results: dict) -> None:
