@@ -187,7 +187,7 @@ def main() -> int:
     p.add_argument("--clips", nargs="+", required=True)
     p.add_argument("--model", required=True)
     p.add_argument("--mode", choices=("ld", "ra"), default="ld")
-    p.add_argument("--qp", type=int, nargs="+", default=[32])
+    p.add_argument("--qp", type=int, nargs="+", default=[24, 40])
     p.add_argument("--frames", type=positive, default=33)
     p.add_argument("--size", type=picture_size, default=(352, 288), help="clips are cut to it")
     p.add_argument("--plot", help="draw it into this file: .png, .svg or .pdf")

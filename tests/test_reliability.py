@@ -35,6 +35,18 @@ def test_a_clip_with_a_cut_is_taken_as_it_is():
     assert same(scene.pictures[8], CLIP[8]) and same(scene.pictures[9], dark[0])
 
 
+def test_bits_at_equal_psnr():
+    """Intra coding takes twice the bits for every 3 dB."""
+    rows = [
+        dict(strike=0, never=dict(bits=[bits], psnr=[psnr]), judged=dict(bits=[1500], psnr=[own]))
+        for bits, psnr, own in ((1000, 30.0, 31.5), (2000, 33.0, 36.0), (4000, 36.0, 27.0))
+    ]
+    found = [reliability._at_equal_psnr(row, "judged", rows) for row in rows]
+    expected = [1.5 / 2**0.5, 1.5 / 4, 1.5 / 0.5]
+    np.testing.assert_allclose(found, 100 * (np.array(expected) - 1), rtol=1e-6)
+    assert reliability._at_equal_psnr(rows[0], "judged", rows[:1]) is None
+
+
 def test_command(model_files, prepare_once, tmp_path, monkeypatch, capsys):
     clip, plot, output = tmp_path / "clip.y4m", tmp_path / "a.png", tmp_path / "a.json"
     with write_video(clip, VideoInfo(37, 23, 25)) as out:
@@ -42,7 +54,7 @@ def test_command(model_files, prepare_once, tmp_path, monkeypatch, capsys):
             out.write(picture)
     model = str(model_files["uni_lvc"])
     command = ["bench.py", "reliability", "--clips", str(clip), "--model"]
-    options = ["--plot", str(plot), "--json", str(output), "--frames", "12"]
+    options = ["--plot", str(plot), "--json", str(output), "--frames", "12", "--qp", "20"]
     monkeypatch.setattr("sys.argv", [*command, model, *options])
     assert bench.main() == 0
     printed = capsys.readouterr().out
@@ -58,6 +70,7 @@ def test_command(model_files, prepare_once, tmp_path, monkeypatch, capsys):
         assert never[0] == always[0] and (never[1:] != always[1:]).any()
         bits = row["judged"]["bits"][6] / never[6] - 1
         assert row["at_strike"]["judged_bits_percent"] == pytest.approx(100 * bits)
+        assert row["at_strike"]["judged_percent_at_equal_psnr"] is None
 
     for name, frames, complaint in (
         (str(model_files["ui2c"]), "12", "does not judge its references"),

@@ -846,7 +846,7 @@ def arguments_of_configs():
         yield f"brhvc.py:{size}"
     for size in ("large", "dev", "fast,8"):
         yield f"uni_lvc.py:{size}"
-    for file in ("ablations.py", "brhvc_ablations.py"):
+    for file in ("ablations.py", "brhvc_ablations.py", "uni_lvc_ablations.py"):
         for change in runpy.run_path(str(ROOT / "configs" / file))["CHANGES"]:
             yield f"{file}:{change}"
 

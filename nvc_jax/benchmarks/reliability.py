@@ -77,6 +77,7 @@ def benchmark(
 
     Args:
       clips: paths; name: of the model, or its file.
+      qps: several for bits at equal PSNR.
       mode: of the model's, e.g. "ld".
       frames, size: of a clip at most, which is cut to them.
 
@@ -125,6 +126,10 @@ def benchmark(
                 bar.advance(task)
             row = {"clip": clip, "scene": scene.name, "strike": scene.strike, "qp": qp, **coded}
             rows.append(row | {"at_strike": _at_strike(coded, scene.strike)})
+    for row in rows:
+        same = [r for r in rows if (r["clip"], r["scene"]) == (row["clip"], row["scene"])]
+        for trust in ("judged", "always"):
+            row["at_strike"][f"{trust}_percent_at_equal_psnr"] = _at_equal_psnr(row, trust, same)
     _print(rows)
     return {"model": model.name, "mode": mode, "frames": frames, "size": size, "rows": rows}
 
@@ -158,22 +163,44 @@ def _at_strike(coded: dict[str, dict], frame: int) -> dict[str, float]:
     return result
 
 
+def _at_equal_psnr(row: dict, trust: str, same: list[dict]) -> float | None:
+    """How many percent more bits the frame takes than coded intra to the same PSNR.
+
+    By what intra coding takes at several qps, `same`; None if there is but one.
+    """
+    strike = row["strike"]
+    curve = sorted((r["never"]["psnr"][strike], np.log(r["never"]["bits"][strike])) for r in same)
+    if len(curve) < 2:
+        return None
+    psnr, bits = (row[trust][key][strike] for key in ("psnr", "bits"))
+    # Between the two nearest points, or beyond the last two.
+    after = int(np.clip(np.searchsorted([p for p, _ in curve], psnr), 1, len(curve) - 1))
+    (p0, b0), (p1, b1) = curve[after - 1 : after + 1]
+    needed = b0 + (b1 - b0) * (psnr - p0) / max(p1 - p0, 1e-6)
+    return 100 * float(bits / np.exp(needed) - 1)
+
+
 def _print(rows: list[dict[str, Any]]) -> None:
     width = max(len(Path(row["clip"]).stem) for row in rows)
     print(
-        f"{'':{width}} {'accident':13}  qp | trust before, then | against intra: judged"
-        "           always trusted"
+        f"{'':{width}} {'accident':13}  qp | trust before, then | against intra, bits, PSNR, bits "
+        "at equal PSNR: judged, always trusted"
     )
     for row in rows:
         at = row["at_strike"]
         print(
             f"{Path(row['clip']).stem:{width}} {row['scene']:13} {row['qp']:3} | "
             f"{at['level_before']:12.2f} {at['level']:5.2f} | "
-            + "  ".join(
+            + " | ".join(
                 f"{at[f'{trust}_bits_percent']:+7.1f} % {at[f'{trust}_psnr_difference']:+6.2f} dB"
+                f"{_percent(at[f'{trust}_percent_at_equal_psnr'])}"
                 for trust in ("judged", "always")
             )
         )
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:+7.1f} %"
 
 
 def plot(rows: list[dict[str, Any]], path: str) -> None:
