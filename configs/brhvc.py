@@ -45,9 +45,8 @@ def get_config(argument="full"):
     c.init_from = "intra.safetensors"
     long = dict(data=LONG, remat=True)
     c.stages = (
-        # Flows by themselves, then motion as it is coded; then everything.
-        stage(5, 1, (2, 4, 6), batch=8, crop=256, lr=1e-4, motion_only="flow"),
-        stage(8, 2, (4, 5, 6), batch=8, crop=256, lr=1e-4, motion_only="coded", flow_loss=0.02),
+        # Flows by themselves, then everything, for a while with an eye on motion.
+        stage(5, 1, (2, 4, 6), batch=8, crop=256, lr=1e-4, motion_only=True),
         stage(30, 1, (2, 3, 4, 6), batch=8, crop=256, lr=1e-4, flow_loss=0.1),
         # Two layers: B-frames between B-frames.
         stage(20, 2, (4, 5, 6), batch=8, crop=256, lr=5e-5),

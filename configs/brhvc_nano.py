@@ -33,7 +33,7 @@ def get_config():
     c.init_from = "intra-nano"
     c.stages = (
         # Motion by itself, which is quick. Without, it hardly gets started.
-        stage(3_000, 1, (2, 4, 8, 16, 32), 2e-3, 1e-5, batch=4, crop=128, motion_only="flow"),
+        stage(3_000, 1, (2, 4, 8, 16, 32), 2e-3, 1e-5, batch=4, crop=128, motion_only=True),
         stage(9_000, 3, LONG, 7e-4, 1e-5, flow_loss=0.2, **MUON),
     )
     return c

@@ -307,7 +307,7 @@ def changed(before, after):
 
 
 def test_motion_can_learn_alone(intra_file, tmp_path, capsys):
-    config = config_of(intra_file, 2, units=1, spans=(2, 4), motion_only="flow")
+    config = config_of(intra_file, 2, units=1, spans=(2, 4), motion_only=True)
     config.weight_decay = 0.0  # which would change everything
     state = loop.train(config, tmp_path / "run")
     assert int(state.skipped) == 0
@@ -320,14 +320,12 @@ def test_motion_can_learn_alone(intra_file, tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, complaint",
     [
-        (dict(motion_only="flow"), "motion_only 'flow' needs paths of one unit, not 2"),
-        (dict(motion_only="coded", flow_loss=0.0), "motion_only 'coded' needs a flow_loss"),
-        (dict(motion_only="flow", units=1, lr_scale=dict(flow=0.0)), "no sub-network learns"),
+        (dict(motion_only=True), "motion_only needs paths of one unit, not 2"),
+        (dict(motion_only=True, units=1, lr_scale=dict(flow=0.0)), "no sub-network learns"),
         (
-            dict(motion_only="flow", units=1, teacher=dict(weights="previous", recon=1.0)),
+            dict(motion_only=True, units=1, teacher=dict(weights="previous", recon=1.0)),
             "no pictures are coded",
         ),
-        (dict(motion_only="all"), "motion_only is 'all'; give 'flow', 'coded' or nothing"),
         (dict(spans=(2,)), "needs spans of 4 to 64"),
         (dict(spans=(128,)), "needs spans of 4 to 64"),
         (dict(spans=()), "spans must not be empty"),

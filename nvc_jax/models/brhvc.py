@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nvc_jax import quality
 from nvc_jax.nn.blocks import Conv3x3, Pointwise, depth_to_space, space_to_depth
 from nvc_jax.nn.flow import SpyNet, note_motion
 from nvc_jax.nn.hyperprior import FactorizedPrior, pad_to_multiple
@@ -38,16 +37,6 @@ LAYERS = 5  # of the hierarchy, each with its own feature adaptor
 # Weights on the distortion of a layer in training, which are not published: about one quality step
 # of classical codecs a layer, 2^(0.35 (layer - 2)), with a mean of 1 over a group of 32.
 LAYER_WEIGHTS = (0.79, 1.00, 1.28, 1.63, 2.07)
-# The sub-networks that code motion; `flow` finds it.
-MOTION = (
-    "guess_feature", "motion_encoder", "motion_hyper_encoder", "motion_hyper_decoder",
-    "motion_z_prior", "motion_guess", "motion_types", "motion_fusion_0", "motion_fusion_1",
-    "motion_prior", "motion_decoder", "q_motion_encoder", "q_motion_decoder",
-)  # fmt: skip
-
-# Of motion that is told block by block, see `Config.told`: a unit of the latent, in pixels of the
-# flow, for the decoder's factor to scale, and the bits that a block's correction is taken to cost.
-TOLD_STEP, TOLD_BITS = 0.25, 8.0
 
 
 @dataclass(frozen=True)
@@ -63,10 +52,7 @@ class Config:
     time. `flow_contrast`: see `nvc_jax.nn.flow.SpyNet`. `family`: of the latents' distributions.
     `direct` (our addition, for short trainings) makes decoded motion a correction of the guessed
     one, and the picture a correction of a weighted mean of both references after motion, as in the
-    direct mode of classical codecs. `told`, with it, makes the first channels of the motion latent
-    these corrections of blocks of 16x16 pixels, where that is worth its bits, plus what networks
-    add: left to find a way through the latent by themselves, in short trainings they learn
-    to send nothing.
+    direct mode of classical codecs.
     `converge` and `weigh` False leave out what the paper is named after, to see what it is worth:
     motion is found and decoded at one scale, contexts are joined without predicted weights.
     """
@@ -87,7 +73,6 @@ class Config:
     flow_contrast: float = 0.0
     family: str = "laplace"
     direct: bool = False
-    told: bool = False
     converge: bool = True
     weigh: bool = True
 
@@ -581,34 +566,12 @@ class BFrame(nn.Module):
         c2, c3 = warp(f2, flows[1]), warp(f3, flows[2])
         return self.scale_fusion(c1, c2, c3), warped
 
-    def _worth_telling(self, frame, ref, flow, guess, qp):
-        """How far a flow is from the guessed one, [b, h/16, w/16, 2]: means of blocks.
-
-        Nothing where the reference fits no better by as much as the bits are worth at this quality,
-        all of it from twice as much.
-        """
-
-        def blocks(x):
-            for _ in range(self.cfg.halvings + 2):
-                x = halve(x)
-            return x
-
-        if self.cfg.patch == 2:
-            frame, ref = halve(frame), halve(ref)
-        worse, better = (
-            ((frame - warp(ref, x)) ** 2).sum(-1, keepdims=True) for x in (guess, flow)
-        )
-        lam = quality.lambda_of_qp(qp, "video")[:, None, None, None]
-        gain = lam * 16**2 * blocks(worse - better)
-        worth = jnp.clip(gain / TOLD_BITS - 1, 0, 1)
-        return jax.lax.stop_gradient(worth) * blocks(flow - guess)
-
-    def _corrected(self, flows, known):
-        """(known flow plus its decoded corrections at three scales, weight of the reference)."""
+    def _corrected(self, flows, guess):
+        """(guessed flow plus its decoded corrections at three scales, weight of the reference)."""
         full, half, quarter = flows
         full, weight = full[..., :2], full[..., 2:]
-        scales = [known, halve(known) / 2, halve(halve(known)) / 4]
-        return [k + c for k, c in zip(scales, (full, half, quarter), strict=True)], weight
+        scales = [guess, halve(guess) / 2, halve(halve(guess)) / 4]
+        return [g + c for g, c in zip(scales, (full, half, quarter), strict=True)], weight
 
     def motion(self, a, b):
         """Flow from picture a to b, [batch, height, width, 2] in pixels, before it is coded."""
@@ -642,22 +605,6 @@ class BFrame(nn.Module):
         past, future = (completed(ref) for ref in refs)
         return Between(past, future, np.int32(unit.level), np.float32(unit.ratio))
 
-    def coded_motion(self, frames, refs, qp, bottleneck):
-        """Codes nothing but the motion of a frame between two others.
-
-        Args:
-          frames, refs, qp, bottleneck: see `__call__`; no features or latents of pictures are used.
-
-        Returns:
-          flows: two float32 [batch, height, width, 2] in pixels, towards both references.
-          mean: of both after motion, as the picture would be predicted; None if it would not.
-          ref: `Ref`, with the frame itself, for the motion of later ones.
-        """
-        motion = self._coded_motion(frames[:, 0], refs, qp[:, 0], bottleneck)
-        flows = [self._full_size(self.cfg.patch * flows[0]) for flows in motion.flows]
-        ref = Ref(frames[:, 0], motion_feature=motion.feature, motion_y=motion.y)
-        return flows, motion.mean if self.cfg.direct else None, ref
-
     def _coded_motion(self, frame, refs, qp, bottleneck) -> Motion:
         c = self.cfg
         f, b, _, ratio = refs
@@ -669,7 +616,6 @@ class BFrame(nn.Module):
         guesses = [guess_f, guess_b]
         guess = self.guess_feature(jnp.concatenate(guesses, -1))
         q = self.q_motion_decoder(qp)
-        steps = TOLD_STEP * q
 
         def analysis(m):
             sizes = range(3 if c.converge else 1)
@@ -678,12 +624,6 @@ class BFrame(nn.Module):
             )
             states = [ref.motion_feature for ref in (f, b)]
             y = m.motion_encoder(flows_f, flows_b, guess, states, bare, m.q_motion_encoder(qp))
-            if c.told:
-                told = [
-                    m._worth_telling(frame, ref.frame, found[0], guessed, qp)
-                    for ref, found, guessed in zip((f, b), (flows_f, flows_b), guesses, strict=True)
-                ]
-                y = y.at[..., :4].add(jnp.concatenate(told, -1) / steps[..., :4])
             return y, m.motion_hyper_encoder(pad_to_multiple(y, 4))
 
         y, z = bottleneck.encoder_only(self, analysis, *_latents(batch, h, w, c.motion))
@@ -700,13 +640,7 @@ class BFrame(nn.Module):
 
         if not c.direct:
             return Motion(tuple(flows), guesses, None, 0.0, y_hat, feature)
-        known = guesses
-        if c.told:
-            told = y_hat[..., :4] * steps[..., :4]
-            for _ in range(c.halvings + 2):
-                told = double(told)
-            known = [g + t for g, t in zip(guesses, jnp.split(told, 2, -1), strict=True)]
-        flows, logits = zip(*map(self._corrected, flows, known), strict=True)
+        flows, logits = zip(*map(self._corrected, flows, guesses), strict=True)
         share = jax.nn.sigmoid(self._full_size(logits[0] - logits[1]))
         moved = [
             warp(ref.frame, self._full_size(c.patch * own[0]))

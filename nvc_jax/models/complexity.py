@@ -287,6 +287,20 @@ def training_flop(model: nn.Module, exact: bool, pixels: int) -> int:
     return round(6 * count / (model.frames_per_unit * SIDE * SIDE) * pixels)
 
 
+def motion_training_flop(model: nn.Module, pixels: int) -> int:
+    """Likewise of a step in which flows learn alone, see `motion_only` of training stages.
+
+    Three flows for every frame that would be coded: to both references, and between these.
+    """
+    picture = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+
+    def flow(params, a, b):
+        return model.apply({"params": params}, a, b, method="motion")
+
+    count = 3 * macs(flow, param_shapes(model), picture, picture)
+    return round(6 * count / (SIDE * SIDE) * pixels)
+
+
 def coding_cost(model: nn.Module, alone: bool = False) -> dict[str, float]:
     """Thousand multiply-accumulates per pixel and frame, on each side.
 
@@ -306,23 +320,3 @@ def coding_cost(model: nn.Module, alone: bool = False) -> dict[str, float]:
         + (cost(judgement) if judgement else 0),
         "decode_kmac_per_pixel": cost(_forward(model, _Decode(exact))),
     }
-
-
-def motion_training_flop(model: nn.Module, kind: str, pixels: int) -> int:
-    """Likewise of a step that codes no pictures, see `motion_only` of training stages."""
-    if kind == "coded":
-        units = _units(model)
-
-        def motion(params, frames, refs, qp):
-            args = frames, refs, qp, _Everything(exact=False)
-            return model.apply({"params": params}, *args, method="coded_motion")[:2]
-
-        count = macs(motion, units.params, units.frames, units.kinds[-1], units.qp)
-    else:
-        picture = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
-
-        def flow(params, a, b):
-            return model.apply({"params": params}, a, b, method="motion")
-
-        count = 3 * macs(flow, param_shapes(model), picture, picture)  # flows for each frame
-    return round(6 * count / (SIDE * SIDE) * pixels)

@@ -81,10 +81,6 @@ class WithIntra(nn.Module):
         """Of inter codecs that look for motion: see `nvc_jax.models.brhvc.BFrame.motion`."""
         return self.inter.motion(a, b)
 
-    def coded_motion(self, frames, refs, qp, bottleneck):
-        """Likewise `nvc_jax.models.brhvc.BFrame.coded_motion`."""
-        return self.inter.coded_motion(frames, refs, qp, bottleneck)
-
     def __call__(self, frames, refs, qp, bottleneck):
         """Codes one frame: arguments and results as those of both codecs.
 

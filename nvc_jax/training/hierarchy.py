@@ -22,8 +22,7 @@ from jax import lax
 from nvc_jax import colour, schedule
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.models.brhvc import Between, Ref
-from nvc_jax.nn.flow import MotionErrors, motion_errors, noted_motion
-from nvc_jax.nn.warp import warp
+from nvc_jax.nn.flow import MotionErrors, noted_motion
 from nvc_jax.training import losses
 
 ANCHORS = 2  # intra frames that a path starts from
@@ -144,59 +143,6 @@ def code_path(
     bits, penalty = jax.tree.map(lambda x: path.weight @ x, (bits, penalty))
     motion = jax.tree.map(lambda x: x.mean(0), motion)
     return CodedPath(bits, distortion, recon, penalty, motion)
-
-
-class CodedMotion(NamedTuple):
-    """What `code_motion` adds up, weighted sums over units where nothing else is said.
-
-    Attributes:
-      bits: of the motion, [batch].
-      misfit: [batch], what motion leaves, see `nvc_jax.training.losses.motion`: of each reference,
-        mean of both, and of their weighted mean where pictures are predicted from that.
-      motion: [batch] each, of the references, mean over units.
-    """
-
-    bits: dict[str, jax.Array]
-    misfit: jax.Array
-    motion: MotionErrors
-
-
-def code_motion(
-    model: nn.Module,
-    params: Any,
-    path: Path,
-    frames: jax.Array,
-    anchors: jax.Array,
-    qp: jax.Array,
-    key: jax.Array | None,
-    *,
-    remat: bool = False,
-) -> CodedMotion:
-    """Codes the motion of a path's units, but not their pictures: later units refer to these.
-
-    Arguments as of `code_path`.
-    """
-
-    def code(frame, refs, key):
-        bottleneck = Estimate(key)
-        flows, mean, ref = model.apply(
-            {"params": params}, frame[:, None], refs, qp[:, None], bottleneck,
-            method="coded_motion",
-        )  # fmt: skip
-        sources = refs.past.frame, refs.future.frame
-        misfit, errors = 0.0, []
-        for source, flow in zip(sources, flows, strict=True):
-            misfit += losses.motion(frame, source, flow) / 2
-            errors.append(motion_errors(frame, source, warp(source, flow)))
-        if mean is not None:
-            misfit += losses.visible(frame - mean)
-        errors = jax.tree.map(lambda *x: sum(x) / len(x), *errors)
-        return ref, (bottleneck.bits, misfit, errors)
-
-    pictures = colour.for_codec(model, frames)
-    bits, misfit, motion = _along(path, code, pictures, anchors, key, remat)
-    bits, misfit = jax.tree.map(lambda x: path.weight @ x, (bits, misfit))
-    return CodedMotion(bits, misfit, jax.tree.map(lambda x: x.mean(0), motion))
 
 
 def _along(path, code, pictures, anchors, key, remat):

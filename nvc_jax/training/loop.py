@@ -214,7 +214,7 @@ class Work:
         if stage.trainable or 0 in dict(stage.lr_scale).values():
             self.flop_per_step = None
         elif stage.motion_only:
-            self.flop_per_step = complexity.motion_training_flop(model, stage.motion_only, pixels)
+            self.flop_per_step = complexity.motion_training_flop(model, pixels)
         else:
             self.flop_per_step = complexity.training_flop(model, stage.exact, pixels)
         self.codec = registry.entry(config.model.name)

@@ -10,7 +10,6 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from nvc_jax.errors import NvcError
 from nvc_jax.models import registry
-from nvc_jax.models.brhvc import MOTION
 from nvc_jax.models.with_intra import WithIntra
 from nvc_jax.schedule import MODES
 
@@ -33,7 +32,7 @@ OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
 REFERENCES = ("blank", "true", "degraded", "coded")
 MAX_SPAN = 64
-MOTION_LEARNS = {"flow": ("flow",), "coded": ("flow", *MOTION)}  # by motion_only
+MOTION = "flow"  # the sub-network that finds it
 PENALTY_FIELDS = {"variant", "eta", "delta", "beta"}
 NOTHING = FrozenConfigDict()
 
@@ -76,11 +75,10 @@ class Stage:
       judged: whether their reliability classifier decides how far references count; else fully.
       judge_loss: weight of its cross-entropy against what is known of them.
       temperature: of its decisions, when the stage starts and when it ends.
-      flow_loss: weight, beside that of the distortion, of what motion alone leaves of a picture.
-      motion_only: pictures are not coded, which makes steps quick, and learn nothing. "flow": flows
-        do, between the anchors of a path and its only unit, by `nvc_jax.training.losses.motion`.
-        "coded": motion as B-frames code it does, along a path; `flow_loss` weighs what it leaves,
-        by the same measure, against its bits.
+      flow_loss: weight, beside that of the distortion, of the squared errors that decoded motion
+        leaves in the references of B-frames.
+      motion_only: nothing is coded, which makes steps quick, and nothing learns but flows, between
+        the anchors of a path and its only unit, by `nvc_jax.training.losses.motion`.
       cut_share: of clips whose first picture comes from elsewhere, as before a scene cut.
       exact: whether scales come from the integer scale head.
       noise: whether noise stands for rounding in the rate. Without, rates are those of the symbols,
@@ -124,7 +122,7 @@ class Stage:
     judge_loss: float = 0.0
     temperature: tuple[float, float] = (1.0, 0.3)
     flow_loss: float = 0.0
-    motion_only: str = ""
+    motion_only: bool = False
     cut_share: float = 0.05
     exact: bool = False
     noise: bool = True
@@ -143,7 +141,7 @@ class Stage:
         """Whether the sub-network of this name does. An intra codec beside another one never."""
         if name == "intra":
             return False
-        if self.motion_only and name not in MOTION_LEARNS[self.motion_only]:
+        if self.motion_only and name != MOTION:
             return False
         if name == "scale_head" and not self.exact:
             return False  # no gradient reaches it, and weight decay alone would wear it down
@@ -311,10 +309,7 @@ def _check(stage: Stage, where: str, networks: tuple[str, ...], model: nn.Module
             raise NvcError(f"{where}: references are not judged by this codec, nor to be spoiled")
         if model.references == 2:
             _check_hierarchy(stage, where)
-    if stage.motion_only not in ("", *MOTION_LEARNS):
-        known = _listed(tuple(MOTION_LEARNS))
-        raise NvcError(f"{where}.motion_only is {stage.motion_only!r}; give {known} or nothing")
-    if stage.motion_only and not set(MOTION_LEARNS[stage.motion_only]) <= set(networks):
+    if stage.motion_only and MOTION not in networks:
         raise NvcError(f"{where}.motion_only: this codec has no motion to learn")
     if stage.motion_only and (stage.teacher or stage.penalty):
         raise NvcError(f"{where}.motion_only: no pictures are coded, for a teacher or a penalty")
@@ -347,10 +342,8 @@ def _check_teacher(stage: Stage, where: str, number: int) -> None:
 
 def _check_hierarchy(stage: Stage, where: str) -> None:
     _check_spans(stage, where, stage.units)
-    if stage.motion_only == "flow" and stage.units > 1:
-        raise NvcError(f"{where}.motion_only 'flow' needs paths of one unit, not {stage.units}")
-    if stage.motion_only == "coded" and not stage.flow_loss:
-        raise NvcError(f"{where}.motion_only 'coded' needs a flow_loss, or there is no motion")
+    if stage.motion_only and stage.units > 1:
+        raise NvcError(f"{where}.motion_only needs paths of one unit, not {stage.units}")
     if not 0 <= stage.tail_share <= 1:
         raise NvcError(f"{where}: tail_share must be from 0 to 1")
 

@@ -28,7 +28,7 @@ from nvc_jax.models.with_intra import WithIntra
 from nvc_jax.nn.flow import MotionErrors, motion_errors
 from nvc_jax.nn.warp import warp
 from nvc_jax.training import losses
-from nvc_jax.training.hierarchy import Path, code_motion, code_path
+from nvc_jax.training.hierarchy import Path, code_path
 from nvc_jax.training.orders import Run, code_run
 from nvc_jax.training.references import BLANK, degraded
 from nvc_jax.training.stages import Stage
@@ -83,7 +83,7 @@ class StepMetrics(metrics.Collection):
 
     `motion_gain`: how many dB closer references are to a B-frame after motion, as it was decoded; 0
     for other codecs. `misjudged`: see `nvc_jax.training.orders.CodedRun`; 0 for other codecs. What
-    a stage with `motion_only` does not compute is 0; if that is "flow", motion was not coded.
+    a stage with `motion_only` does not compute is 0, and its motion was not coded.
     A step that was skipped counts with the values it had, so not a number stays to be seen.
     """
 
@@ -429,12 +429,10 @@ def make_train_step(
         def of(loss, *args):
             return jax.grad(lambda p: loss(_learning(model, stage, p), *args), has_aux=True)(params)
 
-        if stage.motion_only == "flow":
+        if stage.motion_only:
             return of(partial(_flow_loss, model), clip)
         refs_key, noise_key = jax.random.split(key)
         refs = carry if carried else first_refs(codec, model, params, stage, clip, refs_key)
-        if stage.motion_only == "coded":
-            return of(partial(_coded_motion_loss, codec, model, stage), clip, refs, noise_key)
         return of(loss_fn, clip, refs, noise_key, teacher)
 
     def train_step(state, clip, carried, teacher=None):
@@ -519,27 +517,6 @@ def _flow_loss(model: nn.Module, params: Any, clip: Clip) -> tuple[jax.Array, tu
     loss = losses.motion(targets, references, flows).mean()
     errors = motion_errors(targets, references, warp(references, flows))
     return loss, (_motion_outputs(loss, errors), ())
-
-
-def _coded_motion_loss(
-    codec: Entry, model: nn.Module, stage: Stage, params: Any, clip: Clip, refs: tuple, key: Any
-) -> tuple[jax.Array, tuple]:
-    """Likewise of a stage in which nothing is coded but motion.
-
-    What it leaves, on a logarithmic scale already, is worth about as many bits more at a higher
-    quality as the root of lambda says.
-    """
-    anchors = jnp.stack([ref.frame for ref in refs], 1)
-    key = key if stage.noise else None
-    coded = code_motion(
-        model, params, clip.path, clip.frames, anchors, clip.qp, key, remat=stage.remat
-    )
-    bpp = {name: bits / math.prod(clip.frames.shape[2:4]) for name, bits in coded.bits.items()}
-    lam = quality.lambda_of_qp(clip.qp, codec.content)
-    terms = bpp["z"] + bpp["y"] + stage.flow_loss * lam**0.5 * coded.misfit
-    loss = jnp.mean(terms * lam**-stage.rate_balance)
-    outputs = _motion_outputs(loss, coded.motion)
-    return loss, (outputs | {f"bpp_{name}": jnp.mean(b) for name, b in bpp.items()}, ())
 
 
 def _motion_outputs(loss: jax.Array, errors: MotionErrors) -> dict[str, jax.Array]:
