@@ -4,7 +4,9 @@
       --config.data.folder=FOLDER_OF_VIDEOS_AND_PHOTOS
   nvc release --workdir=runs/brhvc_nano --config=configs/brhvc_nano.py OUT.safetensors
 
-The intra codec is that of intra-nano and does not learn.
+The intra codec is that of intra-nano and does not learn. The released weights came by more and
+shorter stages, see docs/weights.md; their model card (nvc_jax/weights/brhvc-nano.md) says what they
+reach.
 """
 
 from ml_collections import ConfigDict
