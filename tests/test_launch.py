@@ -112,6 +112,11 @@ def test_an_accelerator_is_recognised(monkeypatch, tmp_path):
     assert launch._huge_pages_would_help()
 
 
+def heed_interrupts():
+    """Also where the tests run in the background of a shell, which has its children ignore them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @needs_glibc
 def test_interruption_and_exit_status_come_through(tmp_path):
     script = tmp_path / "tool.py"
@@ -125,7 +130,9 @@ def test_interruption_and_exit_status_come_through(tmp_path):
     environ["PYTHONPATH"] = str(Path(launch.__file__).parents[1])
     assert subprocess.run([sys.executable, script, "2"], env=environ).returncode == 2
     pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, script], env=environ, stdin=pipe, stdout=pipe) as child:
+    with subprocess.Popen(
+        [sys.executable, script], env=environ, stdin=pipe, stdout=pipe, preexec_fn=heed_interrupts
+    ) as child:
         child.stdin.write(b"input survives\n")
         child.stdin.flush()
         assert child.stdout.readline() == b"input survives\n"

@@ -2,7 +2,8 @@
 
 WORKDIR/checkpoints/STEP   training states, the newest two (Orbax; asynchronous, of any number of
                            hosts and devices)
-WORKDIR/stages/NUMBER      averaged weights with which each stage began, as the one before left them
+WORKDIR/stages/NUMBER      averaged weights with which each stage but the first began, as the one
+                           before left them; of the first, if it learns from them
 """
 
 from collections.abc import Iterator, Sequence

@@ -146,7 +146,7 @@ def _train(
         stage, start = run[number], int(ends[number]) - run[number].steps
         work = Work(config, model, stage, number, start, mesh)
         state = work.prepared(state)
-        if step == start:
+        if step == start and (number or stage.taught_by(number) == number):
             checkpoints.keep_weights(workdir, number, state)
         parallel.together(lambda: checkpoints.check_teacher(workdir, number, stage))  # noqa: B023
         teacher = checkpoints.load_teacher(workdir, number, stage, state, mesh)
