@@ -619,7 +619,7 @@ def _stroke(codec: str) -> str:
 def _reference(points: list[dict], point: dict) -> dict | None:
     """The anchor's point nearest in rate: x265 where there is one, else the first anchor."""
     anchors = [p for p in points if p["kind"] == "anchor"]
-    chosen = next((p["codec"] for p in anchors if _family(p["codec"]) == "x265"), None)
+    chosen = next((p["codec"] for p in anchors if p["codec"].partition("@")[0] == "x265"), None)
     anchors = [p for p in anchors if p["codec"] == (chosen or anchors[0]["codec"])]
     return min(anchors, key=lambda p: abs(math.log(p["bpp"] / point["bpp"])), default=None)
 

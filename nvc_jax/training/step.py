@@ -398,15 +398,13 @@ def make_train_step(
         motion_gain = jnp.float32(0)
         if coded.motion is not None:
             terms += lam * stage.flow_loss * coded.motion.moved
-            still, moved = (jnp.maximum(errors.mean(), 1e-10) for errors in coded.motion[::-1])
-            motion_gain = 10 * jnp.log10(still / moved)
-        # At all qualities alike: the weight below is undone.
-        terms += stage.judge_loss * coded.misjudged * lam**stage.rate_balance
+            motion_gain = _motion_gain(coded.motion)
         if stage.teacher:
             terms += lam * _distance(codec, model, stage, clip, refs, coded, teacher)
         # Rates span two orders of magnitude over qp. Without a weight the high ones would drown
         # the low ones; lambda^-balance brings the terms to one scale (0: the published loss).
-        loss = jnp.mean(terms * lam**-stage.rate_balance)
+        # What is known of references counts alike at all of them.
+        loss = jnp.mean(terms * lam**-stage.rate_balance + stage.judge_loss * coded.misjudged)
         psnr = losses.psnr(coded.recon, clip.frames).mean((0, 1))
         outputs = {
             "loss": loss,
@@ -521,11 +519,15 @@ def _flow_loss(model: nn.Module, params: Any, clip: Clip) -> tuple[jax.Array, tu
 
 def _motion_outputs(loss: jax.Array, errors: MotionErrors) -> dict[str, jax.Array]:
     """Of a step that codes no pictures: all that `StepMetrics` has."""
-    still, moved = (jnp.maximum(error.mean(), 1e-10) for error in errors[::-1])
-    coded = "bpp_y bpp_y_float bpp_z bpp_side psnr_y psnr_u psnr_v misjudged"
+    coded = "bpp_y bpp_y_float bpp_z bpp_side distortion psnr_y psnr_u psnr_v misjudged"
     outputs = dict.fromkeys(coded.split(), jnp.float32(0))
-    gain = 10 * jnp.log10(still / moved)
-    return outputs | {"loss": loss, "distortion": jnp.float32(0), "motion_gain": gain}
+    return outputs | {"loss": loss, "motion_gain": _motion_gain(errors)}
+
+
+def _motion_gain(errors: MotionErrors) -> jax.Array:
+    """How many dB closer references are after motion, mean over a batch's squared errors."""
+    moved, still = (jnp.maximum(error.mean(), 1e-10) for error in errors)
+    return 10 * jnp.log10(still / moved)
 
 
 def _in_parts(gradients: Callable, batch: Any, parts: int) -> tuple:
