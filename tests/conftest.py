@@ -199,7 +199,7 @@ def prepare_once(prepared, monkeypatch):
     prepare = codec.prepare
 
     def cached(model, *args):
-        if model.name not in [f"tiny-{name}" for name in (*SIZES, "brhvc")]:
+        if model.name not in [f"tiny-{name}" for name in (*SIZES, "brhvc", "uni_lvc")]:
             return prepare(model, *args)
         return prepared(model.codec, *args)
 

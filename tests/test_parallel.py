@@ -102,6 +102,7 @@ def reference(folder, tmp_path_factory):  # noqa: F811
     return config, workdir
 
 
+@pytest.mark.slow
 def test_four_devices_train_like_one(reference, tmp_path):
     config, one = reference
     assert "devices: 4 x cpu, " in train(config, tmp_path / "four", devices=4)
@@ -232,29 +233,28 @@ def test_batches_that_devices_cannot_share_are_refused():
 PLATFORMS = ("tpu", "cuda")
 
 
-@pytest.mark.parametrize("name", ["ui2c", "intra"])
-def test_training_steps_lower_for_accelerators(name):
+@pytest.mark.parametrize("name, number", [("ui2c", -1), ("intra", 0)])
+def test_training_steps_lower_for_accelerators(name, number):
+    """A last stage, whose scales are integer ones, and a first."""
     config = runpy.run_path(str(ROOT / f"configs/{name}_nano.py"))["get_config"]()
     config.model = ConfigDict(dict(name=name, size=SIZES[name], dtype="bfloat16"))
     entry, model = registry.entry(name), registry.build(name, SIZES[name], "bfloat16")
-    run = stages.read(stages.complete(config))
     savings = dict(remat=True, accumulate=2)
     if model.references:
         savings["references"] = {"coded": 0.5, "blank": 0.5}
-    # Under float scales, and under integer ones.
-    for only in (dataclasses.replace(run[0], **savings), run[-1]):
-        step = train_step.make_train_step(entry, model, only, 0, seed=0, warmup_steps=1)
-        shapes = train_step.state_shapes(entry, model, only)
-        coded = only.units * model.frames_per_unit
-        pictures = (only.batch, coded, only.crop, only.crop, 3)
-        clip = train_step.Clip(
-            jax.ShapeDtypeStruct((pictures[0], 1, *pictures[2:]), np.uint8),
-            jax.ShapeDtypeStruct(pictures, np.uint8),
-            *[jax.ShapeDtypeStruct((only.batch,), np.int32)] * 2,
-        )
-        traced = jax.jit(step, static_argnums=2).trace(shapes, clip, only.walk > 1)
-        text = traced.lower(lowering_platforms=PLATFORMS).as_text()
-        assert "dot_general" in text and "xbf16>" in text
+    only = dataclasses.replace(stages.read(stages.complete(config))[number], **savings)
+    step = train_step.make_train_step(entry, model, only, 0, seed=0, warmup_steps=1)
+    shapes = train_step.state_shapes(entry, model, only)
+    coded = only.units * model.frames_per_unit
+    pictures = (only.batch, coded, only.crop, only.crop, 3)
+    clip = train_step.Clip(
+        jax.ShapeDtypeStruct((pictures[0], 1, *pictures[2:]), np.uint8),
+        jax.ShapeDtypeStruct(pictures, np.uint8),
+        *[jax.ShapeDtypeStruct((only.batch,), np.int32)] * 2,
+    )
+    traced = jax.jit(step, static_argnums=2).trace(shapes, clip, only.walk > 1)
+    text = traced.lower(lowering_platforms=PLATFORMS).as_text()
+    assert "dot_general" in text and "xbf16>" in text
 
 
 class Captured(Exception):

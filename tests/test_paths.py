@@ -32,6 +32,8 @@ from nvc_jax.training import step as training
 from nvc_jax.training.hierarchy import ANCHORS, Path, code_path, draw_path
 from nvc_jax.training.transform_start import transform_start
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @dataclass(frozen=True)
 class ToyConfig:

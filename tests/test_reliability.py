@@ -10,6 +10,7 @@ from nvc_jax.benchmarks import reliability
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.video import Planes, VideoInfo, write_video
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CLIP = moving_texture(37, 23, 14)
 
 

@@ -11,6 +11,7 @@ from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.errors import NvcError
 from nvc_jax.video import VideoInfo, write_video
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CURVE = [(0.1, 30.0), (0.2, 33.0), (0.4, 36.0), (0.8, 39.0)]
 
 

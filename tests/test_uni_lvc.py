@@ -225,7 +225,7 @@ def test_the_encoder_chooses_the_cheapest_mode(prepared, tmp_path):
         assert_same_pictures([p for _, ps in codec.decode(unit_codec, stream) for p in ps], recons)
 
 
-def test_choices_are_explained(model_files, tmp_path, capsys):
+def test_choices_are_explained(model_files, prepare_once, tmp_path, capsys):
     clip, coded, facts = (tmp_path / name for name in ("clip.y4m", "a.nvc", "a.json"))
     with write_video(clip, VideoInfo(WIDTH, HEIGHT, 25)) as out:
         for picture in CLIP[:4]:
