@@ -13,7 +13,7 @@ def main() -> int:
     # Programs that call back to the host are safest when nothing runs behind their back (jax issues
     # 24255 and 25861); coding waits for every unit anyway.
     os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
-    # They need a thread to spare (see `nvc_jax.codec.decode_unit`), which a single core has not.
+    # They need a thread to spare (see `nvc_jax.unit_program.decode_unit`), which one core has not.
     if cores() == 1:
         os.environ.setdefault("NPROC", "2")
     from nvc_jax import cli

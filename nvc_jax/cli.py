@@ -215,16 +215,16 @@ def encode(args: argparse.Namespace) -> None:
     info, pictures = video.open_video(args.input, args.size, args.fps)
 
     # JAX takes a second to import; errors in the arguments should not wait for it.
-    from nvc_jax import codec
+    from nvc_jax import codec, unit_program
     from nvc_jax.entropy.coder import SKIP
     from nvc_jax.models import released
 
     model = released.load(args.model)
     schedule = codec.schedule_for(model, args.intra_period, args.gop, args.closed_gop, args.mode)
-    mode, margins = codec.default_mode(model), ()
+    mode, margins = unit_program.default_mode(model), ()
     if args.calibration is not None:
         mode, margins = (CALIBRATED if args.calibration else FLOAT), args.calibration
-    unit_codec = codec.prepare(model, info.width, info.height, mode, margins)
+    unit_codec = unit_program.prepare(model, info.width, info.height, mode, margins)
     if args.frames:
         pictures = islice(pictures, args.frames)
     qp = 32 if args.qp is None else args.qp
@@ -333,7 +333,7 @@ def decode(args: argparse.Namespace) -> None:
         _check_limit(args, "pixels", header.width * header.height)  # before memory is taken
         _check_limit(args, "frames", stream.frame_count or 0)
 
-        from nvc_jax import codec
+        from nvc_jax import codec, conceal, unit_program
         from nvc_jax.models import released
 
         known = released.shipped()
@@ -344,7 +344,7 @@ def decode(args: argparse.Namespace) -> None:
             )
         model = released.load(args.model or header.model)
         codec.check_model(header, model)
-        unit_codec = codec.prepare(
+        unit_codec = unit_program.prepare(
             model, header.width, header.height, header.entropy_mode, header.margin_exponents
         )
         info = video.VideoInfo(
@@ -357,9 +357,9 @@ def decode(args: argparse.Namespace) -> None:
             if args.start >= end:
                 raise NvcError(f"there is nothing between frames {args.start} and {args.end}")
             total = end - args.start
-            decoded = codec.decode_part(unit_codec, stream, start, range(args.start, end))
+            decoded = conceal.decode_part(unit_codec, stream, start, range(args.start, end))
         else:
-            decoded = codec.decode_concealing(unit_codec, stream)
+            decoded = conceal.decode_concealing(unit_codec, stream)
         clock, units, losses, written = _Clock(begin), [], [], 0
         with video.write_video(args.output, info) as out, _progress() as bar:
             task = bar.add_task("decoding", total=total, note="")
@@ -453,12 +453,12 @@ def calibrate(args: argparse.Namespace) -> None:
     if args.record:
         info, pictures = video.open_video(args.input)
 
-    from nvc_jax import codec, platforms
+    from nvc_jax import codec, platforms, unit_program
     from nvc_jax.models import released
 
     model = released.load(args.model)
     if args.record:
-        unit_codec = codec.prepare(model, info.width, info.height, CALIBRATED)
+        unit_codec = unit_program.prepare(model, info.width, info.height, CALIBRATED)
         schedule = codec.schedule_for(model, mode=args.mode)
         record = platforms.make_record(unit_codec, islice(pictures, args.frames), args.qp, schedule)
         platforms.save(args.record, record)
@@ -468,7 +468,7 @@ def calibrate(args: argparse.Namespace) -> None:
                 f"and run: nvc calibrate {Path(args.record).name}")  # fmt: skip
     else:
         record = platforms.load(args.input)
-        unit_codec = codec.prepare(model, record.width, record.height, CALIBRATED)
+        unit_codec = unit_program.prepare(model, record.width, record.height, CALIBRATED)
         levels = platforms.compare(unit_codec, record)
         result = {"recorded_on": record.machine, "compared_on": platforms.machine()}
         result["levels"] = {str(k): v._asdict() for k, v in levels.items()}

@@ -19,12 +19,12 @@ import numpy as np
 
 from nvc_jax import codec as coding
 from nvc_jax import schedule as schedules
-from nvc_jax.codec import UnitCodec
 from nvc_jax.entropy import calibration
 from nvc_jax.entropy.calibration import LARGEST_EXPONENT, LEAST_EXPONENT
 from nvc_jax.errors import NvcError, WeightsMismatch
 from nvc_jax.files import replacing, writing
 from nvc_jax.machine import cores, processor
+from nvc_jax.unit_program import CodedUnit, UnitCodec, replay_unit
 from nvc_jax.video import Planes
 
 FORMAT = "nvc-record-3"
@@ -127,7 +127,7 @@ def make_record(
     )  # fmt: skip
 
 
-def _scales(unit: coding.CodedUnit) -> np.ndarray:
+def _scales(unit: CodedUnit) -> np.ndarray:
     return np.concatenate(jax.device_get(unit.scales))
 
 
@@ -143,7 +143,7 @@ def machine() -> str:
     return ", ".join(words)
 
 
-def replay(codec: UnitCodec, record: Record) -> Iterator[tuple[schedules.Unit, coding.CodedUnit]]:
+def replay(codec: UnitCodec, record: Record) -> Iterator[tuple[schedules.Unit, CodedUnit]]:
     """Goes through a record's symbols on this machine.
 
     Raises:
@@ -159,7 +159,7 @@ def replay(codec: UnitCodec, record: Record) -> Iterator[tuple[schedules.Unit, c
     for number, (unit, recorded) in enumerate(zip(plan, record.units, strict=True)):
         refs = coding.references(unit, slots)
         known = unit._replace(reliability=recorded.reliability)
-        coded = coding.replay_unit(codec, recorded.symbols, refs, recorded.qps, known)
+        coded = replay_unit(codec, recorded.symbols, refs, recorded.qps, known)
         slots[number] = coded.refs
         for slot in unit.release:
             del slots[slot]

@@ -19,7 +19,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from flax import traverse_util  # noqa: E402
 
-from nvc_jax import codec  # noqa: E402
+from nvc_jax import unit_program  # noqa: E402
 from nvc_jax.data.synthetic import moving_texture  # noqa: E402
 from nvc_jax.entropy.calibration import FLOAT  # noqa: E402
 from nvc_jax.models import registry, released  # noqa: E402
@@ -171,11 +171,11 @@ def small_models_shipped(model_files, monkeypatch):
 
 @pytest.fixture(scope="session")
 def prepared(model_files):
-    """prepared(name in `MODELS`, width, height, ...): as `codec.prepare`, compiled once.
+    """prepared(name in `MODELS`, width, height, ...): as `unit_program.prepare`, compiled once.
 
     Margins are inputs of a program, so that codecs that differ in nothing else share one.
     """
-    prepare = codec.prepare
+    prepare = unit_program.prepare
 
     @functools.cache
     def model_of(name):
@@ -186,9 +186,11 @@ def prepared(model_files):
         return prepare(model_of(name), width, height, mode)
 
     def cached(name, width, height, mode=None, margin_exponents=()):
-        mode = codec.default_mode(model_of(name)) if mode is None else mode
+        mode = unit_program.default_mode(model_of(name)) if mode is None else mode
         unit_codec = compiled(name, width, height, mode)
-        return codec.with_margins(unit_codec, margin_exponents) if margin_exponents else unit_codec
+        if margin_exponents:
+            unit_codec = unit_program.with_margins(unit_codec, margin_exponents)
+        return unit_codec
 
     return cached
 
@@ -196,19 +198,19 @@ def prepared(model_files):
 @pytest.fixture
 def prepare_once(prepared, monkeypatch):
     """Commands run inside the test share its compiled programs, which take seconds to compile."""
-    prepare = codec.prepare
+    prepare = unit_program.prepare
 
     def cached(model, *args):
         if model.name not in [f"tiny-{name}" for name in (*SIZES, "brhvc", "uni_lvc")]:
             return prepare(model, *args)
         return prepared(model.codec, *args)
 
-    monkeypatch.setattr(codec, "prepare", cached)
+    monkeypatch.setattr(unit_program, "prepare", cached)
 
 
 class LargeClip(NamedTuple):
     model_file: Path
-    codec: codec.UnitCodec
+    codec: unit_program.UnitCodec
     pictures: list[Planes]
 
 
@@ -227,6 +229,5 @@ def large(tmp_path_factory) -> LargeClip:
         params["scale_head"][f"levels_{step}"]["bias"][:] = 32 / 16
     path = tmp_path_factory.mktemp("large") / "wide-ui2c.safetensors"
     released.save(path, *released.freeze(path.stem, "ui2c", module, params))
-    return LargeClip(
-        path, codec.prepare(released.load(path), 1280, 720, FLOAT), moving_texture(1280, 720, 4)
-    )
+    codec = unit_program.prepare(released.load(path), 1280, 720, FLOAT)
+    return LargeClip(path, codec, moving_texture(1280, 720, 4))

@@ -43,7 +43,7 @@ with (
     if FUZZING
     else nullcontext()
 ):
-    from nvc_jax import bitstream, codec, schedule
+    from nvc_jax import bitstream, codec, conceal, schedule, unit_program
     from nvc_jax.entropy import calibration
 
 FOLDER = tempfile.TemporaryDirectory(prefix="nvc-fuzz-")
@@ -158,7 +158,7 @@ def _packets(order, length):
         for unit in schedule.units(order, frame, count, first, mode):
             payload, qps = bytes([number]) * (3 * number), (30,) * len(unit.frames)
             packet = bitstream.Packet(
-                unit.frames, qps, payload, codec.symbols_crc(_symbols(payload))
+                unit.frames, qps, payload, unit_program.symbols_crc(_symbols(payload))
             )
             if number == first:
                 short = count if count < size and schedule.in_layers(order) else None
@@ -176,7 +176,7 @@ def _decode_unit(_, payload, refs, qps, unit):
     """In place of a model: payloads are their own symbols."""
     if payload[:1] == b"\xff":
         raise StreamError("the stand-in for a model refuses this")
-    return codec.CodedUnit([_GREY] * len(qps), (), _symbols(payload), [], [], [], None)
+    return unit_program.CodedUnit([_GREY] * len(qps), (), _symbols(payload), [], [], [], None)
 
 
 _GREY = Planes(*(np.full((1, 1), 128, np.uint8) for _ in range(3)))
@@ -209,7 +209,7 @@ def container(data: bytes) -> None:
                 readable(error)
             for wanted in (range(point.frame, point.frame + 2), range(point.frame + 1, 2**40)):
                 frame = wanted.start
-                for unit, pictures in codec.decode_part(_UNIT_CODEC, stream, point, wanted):
+                for unit, pictures in conceal.decode_part(_UNIT_CODEC, stream, point, wanted):
                     assert isinstance(unit, codec.Lost) or frame in unit.frames
                     frame += len(list(pictures))
                 assert frame <= wanted.stop
@@ -221,7 +221,7 @@ def container(data: bytes) -> None:
             readable(error)
             complaint = str(error)
         shown, losses = 0, []
-        for unit, pictures in codec.decode_concealing(_UNIT_CODEC, stream):
+        for unit, pictures in conceal.decode_concealing(_UNIT_CODEC, stream):
             if isinstance(unit, codec.Lost):
                 assert unit.frame == shown
                 losses.append(unit)
@@ -245,7 +245,7 @@ def element_list(data: bytes) -> None:
     steps = [SimpleNamespace(size=n, family=f) for n, f in zip(sizes, families, strict=True)]
     unit_codec = SimpleNamespace(mode=calibration.CALIBRATED, steps_of=lambda refs: steps)
     try:
-        flags, payload = codec._split_payload(unit_codec, data[8:], ())
+        flags, payload = unit_program._split_payload(unit_codec, data[8:], ())
     except StreamError as error:
         readable(error)
         return

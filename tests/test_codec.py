@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import assert_same_pictures, noise, random_parameters
 
-from nvc_jax import bitstream, codec
+from nvc_jax import bitstream, codec, unit_program
 from nvc_jax import schedule as schedules
 from nvc_jax.bitstream import varint
 from nvc_jax.data.synthetic import moving_texture
@@ -110,7 +110,7 @@ def test_the_test_is_hard_enough(unit_codec):
     for qp in (0, 63):
         refs = ()
         n = unit_codec.model.module.frames_per_unit
-        _, unit = codec.encode_unit(unit_codec, CLIPS["noise"][:n], refs, [qp] * n, True)
+        _, unit = unit_program.encode_unit(unit_codec, CLIPS["noise"][:n], refs, [qp] * n, True)
         for symbols, indices in zip(unit.symbols, unit.indices, strict=True):
             values |= set(symbols)
             tables |= set(indices)
@@ -126,9 +126,9 @@ def test_unit_by_unit_with_both_ways_to_decode(unit_codec):
     encoder = called_back = driven = ()
     for start, qps in ((0, (50, 58)), (2, (63, 63)), (4, (0, 8))):
         pictures, qps = CLIPS["noise"][start : start + n], qps[:n][: 5 - start]
-        payload, encoded = codec.encode_unit(unit_codec, pictures, encoder, qps, True)
-        first = codec.decode_unit(unit_codec, payload, called_back, qps)
-        second = codec.decode_unit_from_host(unit_codec, payload, driven, qps)
+        payload, encoded = unit_program.encode_unit(unit_codec, pictures, encoder, qps, True)
+        first = unit_program.decode_unit(unit_codec, payload, called_back, qps)
+        second = unit_program.decode_unit_from_host(unit_codec, payload, driven, qps)
         for unit in (first, second):
             for ours, theirs in (
                 (unit.symbols, encoded.symbols),
@@ -174,8 +174,8 @@ def test_payloads_of_every_size_are_coded_by_the_same_program(pairs):
     noted = pairs._replace(program=noting)
     blank = ()
     for pictures, qp in ((CLIPS["texture"][:2], 0), (CLIPS["noise"][:2], 63)):
-        payload, encoded = codec.encode_unit(noted, pictures, blank, (qp, qp), True)
-        for decode_unit in (codec.decode_unit, codec.decode_unit_from_host):
+        payload, encoded = unit_program.encode_unit(noted, pictures, blank, (qp, qp), True)
+        for decode_unit in (unit_program.decode_unit, unit_program.decode_unit_from_host):
             decoded = decode_unit(noted, payload, blank, (qp, qp))
             assert_same_pictures(decoded.pictures, encoded.pictures)
         sizes.append(len(payload))
@@ -185,14 +185,14 @@ def test_payloads_of_every_size_are_coded_by_the_same_program(pairs):
 @pytest.mark.parametrize("mode", [FLOAT, EXACT])
 def test_estimate_predicts_the_size(large, mode):
     """The rate that training sees is the rate of the file: within 1 % above 10 kB."""
-    unit_codec = codec.prepare(large.codec.model, 336, 208, mode)
+    unit_codec = unit_program.prepare(large.codec.model, 336, 208, mode)
     pictures = noise(336, 208, 4)
     module = unit_codec.model.module
 
     @jax.jit
     def estimate(variables, planes, refs, qp):
         bottleneck = Estimate(exact=mode == EXACT)
-        frames = codec.planes_to_frames(planes, unit_codec.height, unit_codec.width)
+        frames = unit_program.planes_to_frames(planes, unit_codec.height, unit_codec.width)
         module.apply(variables, frames, refs, qp, bottleneck)
         return bottleneck.bits
 
@@ -202,7 +202,7 @@ def test_estimate_predicts_the_size(large, mode):
         planes = tuple(np.stack(p) for p in zip(*pair, strict=True))
         bits = estimate(unit_codec.model.variables, planes, refs, np.array([qps], np.int32))
         expected = float(bits["y"][0] + bits["z"][0]) / 8
-        payload, unit = codec.encode_unit(unit_codec, pair, refs, qps, False)
+        payload, unit = unit_program.encode_unit(unit_codec, pair, refs, qps, False)
         levels = np.concatenate(unit.indices[1:])
         assert len(np.unique(levels)) > 3
         assert len(payload) > 10_000
@@ -242,7 +242,7 @@ def test_a_refresh_begins_anew_from_the_picture_before(prepared, tmp_path, monke
         other = ref._replace(feature=ref.feature[:, ::-1])
         qps = packets[number].qps
         arguments = unit_codec, clip[number : number + 1], (other,), qps, False, plan[number]
-        payload, _ = codec.encode_unit(*arguments)
+        payload, _ = unit_program.encode_unit(*arguments)
         assert (payload == packets[number].payload) == as_before
 
 
@@ -379,15 +379,15 @@ def test_a_schedule_that_is_not_the_models_is_refused(prepared):
 @pytest.mark.parametrize("width, height", [(1, 1), (2, 3), (16, 16), (WIDTH, HEIGHT)])
 def test_planes_survive_the_network_format(width, height):
     planes = tuple(np.stack(p) for p in zip(*noise(width, height, 2), strict=True))
-    full = codec.planes_to_frames(planes, height, width)
+    full = unit_program.planes_to_frames(planes, height, width)
     assert full.shape == (1, 2, -(-height // 16) * 16, -(-width // 16) * 16, 3)
     assert full.min() >= 0 and full.max() <= 1
-    for a, b in zip(codec.frames_to_planes(full, height, width), planes, strict=True):
+    for a, b in zip(unit_program.frames_to_planes(full, height, width), planes, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_pictures_outside_the_range_are_clipped():
     frames = np.full((1, 1, 16, 16, 3), 7, np.float32)
     frames[..., 1] = -3
-    y, u, v = (np.unique(p) for p in codec.frames_to_planes(frames, 16, 16))
+    y, u, v = (np.unique(p) for p in unit_program.frames_to_planes(frames, 16, 16))
     assert list(y) == list(v) == [255] and list(u) == [0]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import assert_same_pictures, noise
 
-from nvc_jax import bitstream, cli, codec
+from nvc_jax import bitstream, cli, codec, unit_program
 from nvc_jax.entropy.calibration import FLOAT
 from nvc_jax.video import VideoInfo, open_video
 
@@ -253,7 +253,7 @@ def test_large_pictures_are_refused_before_anything_is_allocated(coded, decode, 
         raise AssertionError("memory would be taken")
 
     write(coded)
-    monkeypatch.setattr(codec, "prepare", forbidden)
+    monkeypatch.setattr(unit_program, "prepare", forbidden)
     status, complaint, _, pictures = decode("--max-pixels", WIDTH * HEIGHT - 1)
     assert (status, pictures) == (2, None)
     assert "851 pixels are more than the limit of 850" in complaint and "--max-pixels" in complaint

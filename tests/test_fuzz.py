@@ -16,7 +16,7 @@ from conftest import noise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nvc_jax import bitstream, cli, codec, schedule
+from nvc_jax import bitstream, cli, codec, conceal, schedule, unit_program
 from nvc_jax.entropy.calibration import CALIBRATED
 from nvc_jax.errors import NvcError
 from nvc_jax.video import WRITABLE, Colour, VideoInfo, open_video, write_video
@@ -92,7 +92,7 @@ def test_the_targets_notice_what_they_are_for(monkeypatch):
     data[len(data) // 2] ^= 1
     fuzz_stream.container(b"\x01" + data)
     with monkeypatch.context() as patch, pytest.raises(AssertionError):
-        patch.setattr(codec, "repeat", lambda *_: ())
+        patch.setattr(conceal, "repeat", lambda *_: ())
         fuzz_stream.container(b"\x01" + data)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(fuzz_stream.coder, "finish_decode", lambda *_: 1 / 0)
@@ -186,7 +186,7 @@ def test_decoding_damaged_headers(stream, outcome, data):
     mangled = fuzz_stream.seal(data.draw(damaged(whole[:first])) + whole[first:])
     with pytest.MonkeyPatch.context() as patch:
         # Smaller ones compile a program of their own.
-        patch.setattr(codec, "prepare", _only_this_size(codec.prepare))
+        patch.setattr(unit_program, "prepare", _only_this_size(unit_program.prepare))
         with suppress(_OtherSizeError):
             outcome(mangled, "out.y4m", "--max-pixels", str(WIDTH * HEIGHT))
 

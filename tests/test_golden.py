@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch_writer
 
-from nvc_jax import bitstream, cli, codec, video
+from nvc_jax import bitstream, cli, unit_program, video
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.importing import checkpoints
@@ -340,7 +340,7 @@ def test_imported_weights_code_files(tmp_path):
     assert (tmp_path / "a.y4m").read_bytes() == (tmp_path / "b.y4m").read_bytes()
     # The file has the size that the published way of counting says.
     loaded = released.load(model)
-    frames = codec.planes_to_frames([p[None] for p in picture], 128, 192, rgb=True)
+    frames = unit_program.planes_to_frames([p[None] for p in picture], 128, 192, rgb=True)
 
     @jax.jit
     def estimate(params, frames):

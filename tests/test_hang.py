@@ -34,7 +34,7 @@ def decode(unit_codec):
     return [zlib.crc32(plane) for _, pictures in units for p in pictures for plane in p]
 
 with ThreadPoolExecutor(int(at_once)) as pool:
-    for result in pool.map(decode, [codec.prepare(model, 1280, 720, FLOAT)] * int(at_once)):
+    for result in pool.map(decode, [unit_program.prepare(model, 1280, 720, FLOAT)] * int(at_once)):
         print(*result)
 """
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import assert_same_pictures
 
-from nvc_jax import bitstream, cli, codec, schedule, video
+from nvc_jax import bitstream, cli, codec, conceal, schedule, unit_program, video
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy.calibration import CALIBRATED
 from nvc_jax.errors import NvcError, StreamError
@@ -95,7 +95,7 @@ def test_decoding_begins_at_every_intra_frame(unit_codec, tmp_path, order, lengt
 def test_only_what_is_wanted_is_decoded(unit_codec, tmp_path, monkeypatch, first, last):
     path = tmp_path / "a.nvc"
     pictures, _ = coded(unit_codec, path, schedule.hierarchical(8), 17)
-    decode_unit, count = codec.decode_unit, []
+    decode_unit, count = unit_program.decode_unit, []
 
     def counting(*arguments):
         count.append(1)
@@ -132,7 +132,7 @@ def stand_in(monkeypatch, tmp_path, order, length):
         token = Token()
         alive.add(token)
         most[0] = max(most[0], len(alive))
-        return codec.CodedUnit([None], (token,), [], [], [], [], None)
+        return unit_program.CodedUnit([None], (token,), [], [], [], [], None)
 
     monkeypatch.setattr(codec, "decode_unit", decode_unit)
     path = tmp_path / "empty.nvc"
@@ -165,10 +165,10 @@ def test_the_host_can_drive(unit_codec):
     order, slots, held = schedule.hierarchical(4), {}, {}
     for number, unit in enumerate(schedule.plan(order, 5)):
         refs, others = codec.references(unit, slots), codec.references(unit, held)
-        payload, encoded = codec.encode_unit(
+        payload, encoded = unit_program.encode_unit(
             unit_codec, [CLIP[unit.frames[0]]], refs, (40,), True, unit
         )
-        driven = codec.decode_unit_from_host(unit_codec, payload, others, (40,), unit)
+        driven = unit_program.decode_unit_from_host(unit_codec, payload, others, (40,), unit)
         assert_same_pictures(driven.pictures, encoded.pictures)
         slots[number], held[number] = encoded.refs, driven.refs
 
@@ -180,14 +180,15 @@ def test_layers_and_places_between_references_matter(unit_codec):
     slots = {}
     for number, intra in enumerate((first, second)):
         picture = [CLIP[intra.frames[0]]]
-        slots[number] = codec.encode_unit(unit_codec, picture, (), (40,), True, intra)[1].refs
+        _, first_coded = unit_program.encode_unit(unit_codec, picture, (), (40,), True, intra)
+        slots[number] = first_coded.refs
     refs = codec.references(unit, slots)
-    _, encoded = codec.encode_unit(unit_codec, [CLIP[2]], refs, (40,), True, unit)
+    _, encoded = unit_program.encode_unit(unit_codec, [CLIP[2]], refs, (40,), True, unit)
     symbols = np.concatenate(encoded.symbols)
-    same = codec.replay_unit(unit_codec, symbols, refs, (40,), unit)
+    same = unit_program.replay_unit(unit_codec, symbols, refs, (40,), unit)
     assert_same_pictures(same.pictures, encoded.pictures)
     for other in (unit._replace(level=4), unit._replace(ratio=0.25)):
-        changed = codec.replay_unit(unit_codec, symbols, refs, (40,), other)
+        changed = unit_program.replay_unit(unit_codec, symbols, refs, (40,), other)
         assert (changed.pictures[0].y != encoded.pictures[0].y).any()
 
 
@@ -216,7 +217,7 @@ def test_a_damaged_unit_costs_what_refers_to_it(unit_codec, tmp_path, inside, br
     path.write_bytes(data)
     frames, losses = [], 0
     with bitstream.open_stream(path) as stream:
-        for unit, shown in codec.decode_concealing(unit_codec, stream):
+        for unit, shown in conceal.decode_concealing(unit_codec, stream):
             shown = list(shown)
             if isinstance(unit, codec.Lost):
                 assert (unit.unit, unit.frame, unit.frames) == (broken, len(frames), len(shown))

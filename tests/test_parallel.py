@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 from test_training import ROOT, TRAIN, config_of, folder, logged, stage, write_config  # noqa: F401
 
-from nvc_jax import codec, parallel
+from nvc_jax import parallel, unit_program
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT
 from nvc_jax.errors import NvcError
@@ -273,10 +273,10 @@ def test_encoders_and_decoders_lower_for_accelerators(model_files, monkeypatch, 
         raise Captured(*args)
 
     monkeypatch.setattr(jax, "pure_callback", no_host)
-    unit_codec = codec.prepare(released.load(model_files[name]), 37, 23, mode)
+    unit_codec = unit_program.prepare(released.load(model_files[name]), 37, 23, mode)
     n, refs = unit_codec.model.module.frames_per_unit, ()
     with pytest.raises(Captured) as call:
         capturing = unit_codec._replace(program=capture)
-        codec.encode_unit(capturing, moving_texture(37, 23, n), refs, (30, 38)[:n], True)
+        unit_program.encode_unit(capturing, moving_texture(37, 23, n), refs, (30, 38)[:n], True)
     traced = unit_codec.program.trace(*call.value.args)
     assert "dot_general" in traced.lower(lowering_platforms=PLATFORMS).as_text()

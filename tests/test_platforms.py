@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import noise
 
-from nvc_jax import cli, codec, platforms
+from nvc_jax import cli, codec, platforms, unit_program
 from nvc_jax.benchmarks import platforms as bench
 from nvc_jax.benchmarks.clips import clip_pictures
 from nvc_jax.data.synthetic import moving_texture
@@ -54,12 +54,12 @@ def failures(here, there):
         for unit in codec.encode(here, CLIP, qp, schedule):
             packet = unit.packet
             try:
-                decoded = codec.decode_unit(there, packet.payload, refs, packet.qps)
-                wrong = codec.symbols_crc(decoded.symbols) != packet.symbols_crc
+                decoded = unit_program.decode_unit(there, packet.payload, refs, packet.qps)
+                wrong = unit_program.symbols_crc(decoded.symbols) != packet.symbols_crc
             except StreamError:
                 wrong = True
             if wrong:
-                decoded = codec.replay_unit(
+                decoded = unit_program.replay_unit(
                     there, np.concatenate(unit.coded.symbols), refs, packet.qps
                 )
             if here.model.module.references:
@@ -112,7 +112,7 @@ def test_records_keep_how_far_references_were_trusted(prepared, monkeypatch, tmp
     """Uni-LVC's encoder judges them; whoever goes through its symbols must see them alike."""
     here = prepared("uni_lvc", WIDTH, HEIGHT, CALIBRATED)
     levels = itertools.cycle([(3, 1), (0, 2), (1, 0)])
-    monkeypatch.setattr(codec, "_judged", lambda *args: next(levels)[: len(args[1])])
+    monkeypatch.setattr(unit_program, "_judged", lambda *args: next(levels)[: len(args[1])])
     order = codec.schedule_for(here.model, mode="ld")
     record = platforms.make_record(here, CLIP[:5], 30, order)
     assert [unit.reliability for unit in record.units] == [(), (3,), (0, 2), (1, 0), (3, 1)]

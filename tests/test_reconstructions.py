@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from nvc_jax import bitstream, codec, video
+from nvc_jax import bitstream, codec, unit_program, video
 from nvc_jax.entropy import calibration
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT
@@ -45,7 +45,7 @@ def estimated_bits(unit_codec, picture, refs, qps):
     @jax.jit
     def estimate(variables, planes, refs, qp):
         bottleneck = Estimate(exact=unit_codec.mode == EXACT)
-        frames = codec.planes_to_frames(planes, unit_codec.height, unit_codec.width)
+        frames = unit_program.planes_to_frames(planes, unit_codec.height, unit_codec.width)
         unit_codec.model.module.apply(variables, frames, refs, qp, bottleneck)
         return bottleneck.bits
 
@@ -60,7 +60,7 @@ def test_decoder_repeats_the_encoder_on_real_clips(models, clip, tmp_path):
     info, pictures = video.open_video(clip)
     pictures = list(islice(pictures, FRAMES))
     for model in models:
-        unit_codec = codec.prepare(model, info.width, info.height)
+        unit_codec = unit_program.prepare(model, info.width, info.height)
         schedule = codec.schedule_for(model)
         for qp in QPS:
             path = tmp_path / "clip.nvc"
@@ -83,12 +83,12 @@ def test_files_are_as_large_as_the_estimate_says():
     model = released.load("ui2c-nano")
     info, pictures = video.open_video(next(c for c in CLIPS if c.stem.startswith("city")))
     pictures = list(islice(pictures, 4))
-    unit_codec = codec.prepare(model, info.width, info.height)
+    unit_codec = unit_program.prepare(model, info.width, info.height)
     refs = ()
     large = 0
     for start, qps in ((0, (60, 68)), (2, (60, 64))):
         pair = pictures[start : start + 2]
-        payload, unit = codec.encode_unit(unit_codec, pair, refs, qps, False)
+        payload, unit = unit_program.encode_unit(unit_codec, pair, refs, qps, False)
         estimate = estimated_bits(unit_codec, pair, refs, qps) / 8
         if unit_codec.mode == CALIBRATED:
             listed = calibration.write_flags(unit.flags)

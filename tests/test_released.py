@@ -10,7 +10,7 @@ import safetensors.numpy
 from conftest import SIZES, random_parameters
 from flax import traverse_util
 
-from nvc_jax import codec
+from nvc_jax import unit_program
 from nvc_jax.entropy import tables
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT
 from nvc_jax.errors import NvcError
@@ -99,10 +99,10 @@ def test_models_of_the_first_format_have_no_integer_scales(frozen, tmp_path):
     path = tmp_path / "old.safetensors"
     released.save(path, tensors, metadata)
     model = released.load(path)
-    assert not model.exact and codec.default_mode(model) == CALIBRATED
+    assert not model.exact and unit_program.default_mode(model) == CALIBRATED
     assert model.spec.families == {"gaussian": tuple(families["gaussian"])}
     with pytest.raises(NvcError, match="no integer scales"):
-        codec.prepare(model, 32, 32, EXACT)
+        unit_program.prepare(model, 32, 32, EXACT)
 
 
 def test_a_processor_that_computes_something_else_is_refused(saved, monkeypatch):
@@ -114,7 +114,7 @@ def test_a_processor_that_computes_something_else_is_refused(saved, monkeypatch)
     head = model.variables["integers"]["scale_head"]
     head["levels_0"]["bias"] = head["levels_0"]["bias"].at[0].add(1000)
     with pytest.raises(NvcError, match="known-answer"):
-        codec.prepare(model, 32, 32, EXACT)
+        unit_program.prepare(model, 32, 32, EXACT)
 
 
 def test_the_fingerprint_depends_on_every_weight_and_table(frozen, tmp_path):

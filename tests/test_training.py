@@ -30,7 +30,7 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from nvc_jax import cli, codec, parallel, quality
+from nvc_jax import cli, parallel, quality, unit_program
 from nvc_jax.data import build, pipeline
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.errors import NvcError
@@ -744,12 +744,12 @@ def test_a_run_becomes_a_model_that_codes(run, tmp_path, capsys):
     ):
         np.testing.assert_array_equal(ours, np.float32(np.float16(average)))
 
-    unit_codec, pictures = codec.prepare(model, 21, 19), moving_texture(21, 19, 4)
+    unit_codec, pictures = unit_program.prepare(model, 21, 19), moving_texture(21, 19, 4)
     refs = ()
     for start in (0, 2):
         pair = pictures[start : start + 2]
-        payload, encoded = codec.encode_unit(unit_codec, pair, refs, (40, 44), True)
-        decoded = codec.decode_unit(unit_codec, payload, refs, (40, 44))
+        payload, encoded = unit_program.encode_unit(unit_codec, pair, refs, (40, 44), True)
+        decoded = unit_program.decode_unit(unit_codec, payload, refs, (40, 44))
         assert_same_pictures(decoded.pictures, encoded.pictures)
         refs = encoded.refs
 
@@ -999,7 +999,7 @@ def test_transform_start_passes_pictures_through(name, special):
         neutral["bias"][: module.cfg.y] = 1
     start = transform_start(name, module.cfg, params)
     planes = tuple(np.stack(p) for p in zip(*moving_texture(64, 64, 2), strict=True))
-    frames = codec.planes_to_frames(planes, 64, 64)[:, : module.frames_per_unit]
+    frames = unit_program.planes_to_frames(planes, 64, 64)[:, : module.frames_per_unit]
     qp = np.zeros((1, module.frames_per_unit), np.int32)
     code = jax.jit(lambda params: module.apply({"params": params}, frames, (), qp, Open())[0])
     assert losses.psnr(code(start), frames).mean() > 25 > losses.psnr(code(params), frames).mean()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ANY_ORDER, assert_same_pictures, random_parameters
 
-from nvc_jax import bitstream, cli, codec
+from nvc_jax import bitstream, cli, codec, conceal, unit_program
 from nvc_jax import schedule as schedules
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy.bottleneck import Estimate
@@ -31,7 +31,7 @@ QP = jnp.full((1, 1), 30)
 
 def frames_of(number):
     planes = tuple(plane[None] for plane in CLIP[number])
-    return codec.planes_to_frames(planes, HEIGHT, WIDTH)
+    return unit_program.planes_to_frames(planes, HEIGHT, WIDTH)
 
 
 @jax.jit
@@ -92,27 +92,27 @@ def test_a_reference_that_is_named_twice_counts_once():
 def test_without_trust_a_unit_is_an_intra_unit(prepared, mode):
     """Bit for bit, whatever the references are."""
     unit_codec = prepared("uni_lvc", WIDTH, HEIGHT, mode)
-    _, first = codec.encode_unit(unit_codec, CLIP[:1], (), (30,), False, INTRA)
-    _, last = codec.encode_unit(unit_codec, CLIP[6:], (), (30,), False, INTRA)
+    _, first = unit_program.encode_unit(unit_codec, CLIP[:1], (), (30,), False, INTRA)
+    _, last = unit_program.encode_unit(unit_codec, CLIP[6:], (), (30,), False, INTRA)
     refs = (*first.refs, *last.refs)
     nobody = BETWEEN._replace(reliability=(0, 0))
-    intra, coded_intra = codec.encode_unit(unit_codec, CLIP[3:4], (), (30,), True, INTRA)
-    inter, coded_inter = codec.encode_unit(unit_codec, CLIP[3:4], refs, (30,), True, nobody)
+    intra, coded_intra = unit_program.encode_unit(unit_codec, CLIP[3:4], (), (30,), True, INTRA)
+    inter, coded_inter = unit_program.encode_unit(unit_codec, CLIP[3:4], refs, (30,), True, nobody)
     assert inter == b"\0" + intra
     assert_same_pictures(coded_inter.pictures, coded_intra.pictures)
     full = BETWEEN._replace(reliability=(3, 3))
-    trusting, _ = codec.encode_unit(unit_codec, CLIP[3:4], refs, (30,), True, full)
+    trusting, _ = unit_program.encode_unit(unit_codec, CLIP[3:4], refs, (30,), True, full)
     assert trusting[:1] == b"\x0f" and trusting[1:] != intra
 
 
 def test_damaged_reliabilities_are_refused(prepared):
     unit_codec = prepared("uni_lvc", WIDTH, HEIGHT)
-    _, first = codec.encode_unit(unit_codec, CLIP[:1], (), (30,), False, INTRA)
+    _, first = unit_program.encode_unit(unit_codec, CLIP[:1], (), (30,), False, INTRA)
     unit = BETWEEN._replace(refs=(0,), distances=(-1,))
-    payload, _ = codec.encode_unit(unit_codec, CLIP[3:4], first.refs, (30,), False, unit)
+    payload, _ = unit_program.encode_unit(unit_codec, CLIP[3:4], first.refs, (30,), False, unit)
     for wrong in (b"", b"\x04" + payload[1:], b"\xf0" + payload[1:]):
         with pytest.raises(StreamError, match="references is damaged"):
-            codec.decode_unit(unit_codec, wrong, first.refs, (30,), unit)
+            unit_program.decode_unit(unit_codec, wrong, first.refs, (30,), unit)
 
 
 def write(path, unit_codec, units, order):
@@ -182,7 +182,7 @@ def test_damage_in_groups_of_all_modes(prepared, tmp_path, broken, inside, lost)
     path.write_bytes(data)
     found = {}
     with bitstream.open_stream(path) as stream:
-        for unit, pictures in codec.decode_concealing(unit_codec, stream):
+        for unit, pictures in conceal.decode_concealing(unit_codec, stream):
             for picture in pictures:
                 found[len(found)] = picture, isinstance(unit, codec.Lost)
     assert [frame for frame, (_, gone) in found.items() if gone] == lost

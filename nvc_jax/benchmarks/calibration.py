@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nvc_jax import codec as coding
+from nvc_jax import unit_program
 from nvc_jax.benchmarks.clips import clip_pictures, encode_clip
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FIXED, FLOAT, RICE, write_flags
 from nvc_jax.entropy.coder import SKIP
@@ -82,7 +83,7 @@ class Clips:
             for clip in self.paths:
                 pictures = clip_pictures(clip, self.size, self.frames)
                 height, width = pictures[0].y.shape
-                codec = coding.prepare(model, width, height, mode, exponents)
+                codec = unit_program.prepare(model, width, height, mode, exponents)
                 key = id(codec.model), mode, width, height
                 _, program = self.compiled.setdefault(key, (codec.model, codec.program))
                 codec = codec._replace(program=program)

@@ -8,6 +8,7 @@ from nvc_jax import bitstream
 from nvc_jax import codec as coding
 from nvc_jax.metrics import psnr_611
 from nvc_jax.schedule import Schedule
+from nvc_jax.unit_program import UnitCodec
 from nvc_jax.video import Planes, VideoInfo, open_video
 
 
@@ -29,7 +30,7 @@ def clip_pictures(path: str, size: tuple[int, int], frames: int) -> list[Planes]
 
 
 def encode_clip(
-    codec: coding.UnitCodec,
+    codec: UnitCodec,
     pictures: list[Planes],
     fps: Fraction,
     qp: int,

@@ -13,6 +13,7 @@ import numpy as np
 
 from nvc_jax import codec as coding
 from nvc_jax import schedule as schedules
+from nvc_jax import unit_program
 from nvc_jax.benchmarks import own_process
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy import coder
@@ -95,7 +96,7 @@ def benchmark(
     if width < 1 or height < 1:
         raise NvcError(f"size {width}x{height}: width and height must be positive")
     loaded = model_of(model)
-    codec = coding.prepare(loaded, width, height)
+    codec = unit_program.prepare(loaded, width, height)
     schedule = coding.schedule_for(loaded, mode=mode)
     pictures = moving_texture(width, height, frames)
 
@@ -113,7 +114,7 @@ def benchmark(
     for number, unit in enumerate(schedules.plan(schedule, frames)):
         packet, refs = packets[number], coding.references(unit, slots)
         begin = time.perf_counter()
-        decoded = coding.decode_unit(codec, packet.payload, refs, packet.qps, unit)
+        decoded = unit_program.decode_unit(codec, packet.payload, refs, packet.qps, unit)
         slots[number] = jax.block_until_ready(decoded.refs)
         middle = time.perf_counter()
         for slot in unit.release:

@@ -32,6 +32,7 @@ from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT
 from nvc_jax.errors import NvcError, StreamError
 from nvc_jax.metrics import psnr_611
 from nvc_jax.models import released
+from nvc_jax.unit_program import decode_unit, prepare, read_reliability, replay_unit, symbols_crc
 from nvc_jax.video import open_video
 
 
@@ -114,7 +115,7 @@ def _codecs(job: dict):
         height, width = pictures[clip][0].y.shape
         if (width, height, variant) not in prepared:
             mode, exponents = job["variants"][variant]
-            codec = coding.prepare(model, width, height, mode, exponents)
+            codec = prepare(model, width, height, mode, exponents)
             # With the program of the first of this mode, that nothing is compiled twice.
             program = programs.setdefault((width, height, mode), codec.program)
             prepared[width, height, variant] = codec._replace(program=program)
@@ -149,14 +150,14 @@ def run_decode(job: dict) -> None:
             for (number, packet), unit in zip(stream.packets(), plan, strict=True):
                 refs = coding.references(unit, slots)
                 try:
-                    decoded = coding.decode_unit(codec, packet.payload, refs, packet.qps, unit)
-                    wrong = coding.symbols_crc(decoded.symbols) != packet.symbols_crc
+                    decoded = decode_unit(codec, packet.payload, refs, packet.qps, unit)
+                    wrong = symbols_crc(decoded.symbols) != packet.symbols_crc
                 except StreamError:
                     wrong = True
                 failed.append(wrong)
                 if wrong:
-                    unit, _ = coding.read_reliability(codec, packet.payload, refs, unit)
-                    decoded = coding.replay_unit(codec, symbols[number], refs, packet.qps, unit)
+                    unit, _ = read_reliability(codec, packet.payload, refs, unit)
+                    decoded = replay_unit(codec, symbols[number], refs, packet.qps, unit)
                 slots[number] = decoded.refs
                 for slot in unit.release:
                     del slots[slot]

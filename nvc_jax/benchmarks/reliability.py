@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nvc_jax import bitstream
+from nvc_jax import bitstream, unit_program
 from nvc_jax import codec as coding
 from nvc_jax.benchmarks.clips import clip_pictures, encode_clip
 from nvc_jax.errors import NvcError
@@ -110,7 +110,7 @@ def benchmark(
         for clip, scene, qp in runs:
             height, width = scene.pictures[0].y.shape
             if (width, height) not in codecs:
-                codecs[width, height] = coding.prepare(model, width, height)
+                codecs[width, height] = unit_program.prepare(model, width, height)
             judging = codecs[width, height]
             fps = open_video(clip)[0].fps
             coded = {}

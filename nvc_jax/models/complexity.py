@@ -305,8 +305,8 @@ def coding_cost(model: nn.Module, alone: bool = False) -> dict[str, float]:
     """Thousand multiply-accumulates per pixel and frame, on each side.
 
     Encoding goes without what turns features into pictures, decoding without analysis transform
-    and hyper-encoder, as in `nvc_jax.codec`. Units refer to an earlier one if the codec does that,
-    and are not `alone`.
+    and hyper-encoder, as in `nvc_jax.unit_program`. Units refer to an earlier one if the codec does
+    that, and are not `alone`.
     """
     units, exact = _units(model), has_scale_head(model)
 
