@@ -25,7 +25,7 @@ from nvc_jax.entropy.calibration import (
     MODES,
 )
 from nvc_jax.errors import NvcError, StreamError
-from nvc_jax.schedule import AUTO, in_layers
+from nvc_jax.schedule import AUTO, group_size, in_layers
 from nvc_jax.schedule import MODES as CODING_MODES
 
 DEFAULT_MODEL = "ui2c-nano"
@@ -229,8 +229,10 @@ def encode(args: argparse.Namespace) -> None:
         pictures = islice(pictures, args.frames)
     qp = 32 if args.qp is None else args.qp
     if args.target_bpp is not None or args.target_psnr is not None:
-        # Of a hierarchy a whole group, or it would be coded otherwise than in the file.
-        whole = schedule.gop + 1 if in_layers(schedule) else PROBE_FRAMES
+        # Of a hierarchy a whole group, or it would be coded otherwise than in the file; where the
+        # first frame is a group of its own, the next one.
+        alone = group_size(schedule, 0) == 1
+        whole = schedule.gop + alone if in_layers(schedule) else PROBE_FRAMES
         probe = list(islice(pictures, whole))
         trial = partial(codec.encode, unit_codec, probe, schedule=schedule, layer_qp=args.layer_qp)
         probed_pixels = len(probe) * info.width * info.height
@@ -274,8 +276,7 @@ def encode(args: argparse.Namespace) -> None:
                     "listed_elements": sum(int(step.sum()) for step in unit.coded.flags),
                 }
             )
-            steps = unit_codec.steps_of(unit.plan.refs)
-            latent = [i for i, s in zip(unit.coded.indices, steps, strict=True) if s.family]
+            latent = unit_codec.latents(unit.coded, unit.plan.refs)
             elements += sum(step.size for step in latent)
             skipped += sum(int((step == SKIP).sum()) for step in latent)
             bpp = 8 * coded_bytes / (clock.frames * pixels)

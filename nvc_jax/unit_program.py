@@ -91,6 +91,11 @@ class UnitCodec(NamedTuple):
         """The coding steps of a unit with references, or without if `refs` is empty or False."""
         return self.steps[bool(refs) if len(self.steps) > 1 else next(iter(self.steps))]
 
+    def latents(self, coded: CodedUnit, refs: Any) -> list[np.ndarray]:
+        """Indices of a unit's steps that have scales: those of latents, not of hyper-latents."""
+        steps = zip(coded.indices, self.steps_of(refs), strict=True)
+        return [indices for indices, step in steps if step.family]
+
 
 def default_mode(model: Released) -> int:
     """EXACT if the model can do that, else CALIBRATED."""

@@ -41,6 +41,10 @@ def test_the_benchmark(folder, tmp_path, capsys):  # noqa: F811
         assert results[name] > 0 and name in printed
     with pytest.raises(NvcError, match="has stages 0 to 0"):
         benchmark(file, None, 7, 2, [], False)
+    taught = stage(6, teacher=dict(weights="previous", recon=1.0), lr_scale=dict(prior=0.0))
+    file = str(write_config(tmp_path / "config.py", config_of(folder, stage(6), taught)))
+    results = benchmark(file, None, 1, 2, [], False)
+    assert results["steps_per_second_resident"] > 0 and "tflop_per_step" not in results
 
 
 @pytest.mark.slow

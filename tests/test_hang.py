@@ -21,7 +21,7 @@ WATCHDOG_SECONDS = 240
 LIBRARY = """\
 import sys, zlib
 from concurrent.futures import ThreadPoolExecutor
-from nvc_jax import bitstream, codec
+from nvc_jax import bitstream, codec, unit_program
 from nvc_jax.entropy.calibration import FLOAT
 from nvc_jax.models import released
 

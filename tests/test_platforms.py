@@ -16,7 +16,7 @@ from conftest import noise
 
 from nvc_jax import cli, codec, platforms, unit_program
 from nvc_jax.benchmarks import platforms as bench
-from nvc_jax.benchmarks.clips import clip_pictures
+from nvc_jax.benchmarks.clips import read_clip
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT
 from nvc_jax.errors import NvcError, StreamError, WeightsMismatch
@@ -185,7 +185,7 @@ def test_pictures_are_cut_from_the_middle(tmp_path):
     with write_video(path, VideoInfo(WIDTH, HEIGHT, 25)) as out:
         for picture in CLIP:
             out.write(picture)
-    pictures = clip_pictures(str(path), (32, 100), 3)
+    _, pictures = read_clip(str(path), (32, 100), 3)
     assert [p.shape for p in pictures[0]] == [(HEIGHT, 32), (25, 16), (25, 16)] and len(
         pictures
     ) == 3

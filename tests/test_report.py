@@ -152,6 +152,12 @@ def test_models_are_compared_with_the_first(results, tmp_path):
         assert "ours (ours)" in text.getvalue()
 
 
+def test_an_anchor_that_failed_leaves_the_rest_of_the_page(results, tmp_path):
+    pytest.importorskip("bjontegaard", reason="optional extra `anchors`")
+    results["bd_rates"] = bd_table(results["points"], "psnr", [("ours", "vvenc")])
+    assert "ours against vvenc<small>failed</small>" in html_report(results, tmp_path)
+
+
 def test_recovery_after_a_cut_is_stated_in_frames_and_units(results, tmp_path):
     # After the cut: -9, -3, +3 dB; mean -3; so the second frame is back, in the same unit.
     page = html_report(results, tmp_path)

@@ -522,6 +522,7 @@ def test_muon_steps_along_all_directions_alike():
         ({"data": ConfigDict(dict(folder="", imageshare=0.5))}, "imageshare is nothing"),
         ({"data": ConfigDict(dict(folder="", image_share=2.0))}, "image_share is 2.0"),
         ({"stages": (stage(2, references="blank"),)}, "wrong kind"),
+        ({"stages": (stage(2, remat="no"),)}, "'no' is neither True nor False"),
         ({"stages": (stage(2, trainable="hyper"),)}, "must be a tuple"),
         ({"stages": (stage("two"),)}, "it must be a whole number"),
         ({"stages": ()}, "stages is empty"),

@@ -5,26 +5,22 @@ clips. Everything runs on this machine: whether files decode elsewhere is what
 `nvc_jax.benchmarks.platforms` measures.
 """
 
-import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nvc_jax import codec as coding
-from nvc_jax import unit_program
-from nvc_jax.benchmarks.clips import clip_pictures, encode_clip
+from nvc_jax.benchmarks.clips import compiled_once, encode_clip, progress, read_clip
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FIXED, FLOAT, RICE, write_flags
 from nvc_jax.entropy.coder import SKIP
 from nvc_jax.entropy.likelihood import LEVELS, SCALE_MAX, SCALE_MIN
 from nvc_jax.evaluation.bdrate import bd_rate, mean_percent
 from nvc_jax.models import released
 from nvc_jax.models.released import Released
-from nvc_jax.video import open_video
+from nvc_jax.unit_program import UnitCodec
 
 # Levels, least and largest scale, middle of a level or its lower end. The last one is printed.
 LADDERS = (
@@ -59,46 +55,36 @@ class Point(NamedTuple):
     mean_gap_bits: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Clips:
-    """What is coded for every variant.
-
-    Attributes:
-      paths, qps, frames, size: see `benchmark`.
-      compiled: what earlier calls of `measure` have compiled, by model and picture size.
-    """
+class Clips(NamedTuple):
+    """What is coded for every variant: see `benchmark`."""
 
     paths: list[str]
     qps: list[int]
     frames: int
     size: tuple[int, int]
-    compiled: dict = dataclasses.field(default_factory=dict)
 
     def measure(
-        self, model: Released, mode: int, exponents: tuple[int, ...], on_done: Callable
+        self, prepared: Callable, mode: int, exponents: tuple[int, ...], on_done: Callable
     ) -> dict[str, list[Point]]:
-        """Codes everything: clip -> a point for every qp."""
+        """Codes everything with a `compiled_once` model: clip -> a point for every qp."""
         points = {}
         with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "clip.nvc"
             for clip in self.paths:
-                pictures = clip_pictures(clip, self.size, self.frames)
-                height, width = pictures[0].y.shape
-                codec = unit_program.prepare(model, width, height, mode, exponents)
-                key = id(codec.model), mode, width, height
-                _, program = self.compiled.setdefault(key, (codec.model, codec.program))
-                codec = codec._replace(program=program)
-                points[clip] = []
+                info, pictures = read_clip(clip, self.size, self.frames)
+                codec, points[clip] = prepared(info, mode, exponents), []
                 for qp in self.qps:
-                    path = Path(folder) / "clip.nvc"
-                    units, scores = encode_clip(codec, pictures, open_video(clip)[0].fps, qp, path)
-                    point = _point(path.stat().st_size, float(np.mean(scores)), units)
-                    points[clip].append(point)
+                    units, scores = encode_clip(codec, info, pictures, qp, path)
+                    size, psnr = path.stat().st_size, float(np.mean(scores))
+                    points[clip].append(_point(codec, size, psnr, units))
                     on_done()
         return points
 
 
-def _point(file_bytes: int, psnr: float, units: list[coding.EncodedUnit]) -> Point:
-    latents = [unit.coded.indices[1:] for unit in units]  # the hyper-latent comes first
+def _point(
+    codec: UnitCodec, file_bytes: int, psnr: float, units: list[coding.EncodedUnit]
+) -> Point:
+    latents = [codec.latents(unit.coded, unit.plan.refs) for unit in units]
     elements = sum(len(step) for latent in latents for step in latent)
     flags = sum(int(step.sum()) for unit in units for step in unit.coded.flags)
     lists = [unit.coded.flags for unit in units if unit.coded.flags]
@@ -119,24 +105,25 @@ def _point(file_bytes: int, psnr: float, units: list[coding.EncodedUnit]) -> Poi
 
 def _variants(
     models: list[Released], exponents: list[int], skip_scales: list[float]
-) -> Iterator[tuple[str, str, Released, int, tuple[int, ...]]]:
-    """(table, name of the row, model, mode, margin exponents)."""
+) -> Iterator[tuple[str, str, Callable, int, tuple[int, ...]]]:
+    """(table, name of the row, `compiled_once` model, mode, margin exponents)."""
     for model in models:
-        yield "margins", f"{model.name}, float", model, FLOAT, ()
+        prepared = compiled_once(model)
+        yield "margins", f"{model.name}, float", prepared, FLOAT, ()
         for e in exponents:
-            yield "margins", f"{model.name}, 2^-{e}", model, CALIBRATED, (e,)
+            yield "margins", f"{model.name}, 2^-{e}", prepared, CALIBRATED, (e,)
         if model.exact:
-            yield "margins", f"{model.name}, exact", model, EXACT, ()
+            yield "margins", f"{model.name}, exact", prepared, EXACT, ()
     base = models[0]
     for scale in skip_scales:
         below = int(np.searchsorted(base.spec.scale_boundaries, scale, side="right"))
-        gaussian = base.spec.families["gaussian"]._replace(skip_below=below)
-        spec = base.spec._replace(families=base.spec.families | {"gaussian": gaussian})
-        yield "skip", f"scales below {scale:g}", base._replace(spec=spec), FLOAT, ()
+        families = {k: f._replace(skip_below=below) for k, f in base.spec.families.items()}
+        skipping = base._replace(spec=base.spec._replace(families=families))
+        yield "skip", f"scales below {scale:g}", compiled_once(skipping), FLOAT, ()
     for ladder in LADDERS:
         levels, low, high, middle = ladder
         name = f"{levels} levels, {low:g}..{high:g}, {'middle' if middle else 'lower end'}"
-        yield "ladder", name, with_ladder(base, *ladder), FLOAT, ()
+        yield "ladder", name, compiled_once(with_ladder(base, *ladder)), FLOAT, ()
 
 
 def with_ladder(model: Released, levels: int, low: float, high: float, middle: bool) -> Released:
@@ -166,19 +153,18 @@ def benchmark(
     Args:
       clips: paths; models: names or files, of which the first is the one compared with.
       qps: at least four, for BD-rates.
-      frames, size: of a clip at most; its middle is coded.
+      frames, size: of a clip at most, which is cut to them.
       exponents: of the margins 2^-e.
       skip_scales: scales below which nothing is coded, the first for comparison.
     """
     work = Clips(clips, qps, frames, size)
     variants = list(_variants([released.load(m) for m in models], exponents, skip_scales))
-    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
     tables: dict[str, dict[str, dict[str, list[Point]]]] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with progress() as bar:
         task = bar.add_task("", total=len(variants) * len(clips) * len(qps))
-        for table, name, model, mode, margins in variants:
+        for table, name, prepared, mode, margins in variants:
             bar.update(task, description=name)
-            points = work.measure(model, mode, margins, lambda: bar.advance(task))
+            points = work.measure(prepared, mode, margins, lambda: bar.advance(task))
             tables.setdefault(table, {})[name] = points
     results = {name: summarise(rows) for name, rows in tables.items()}
     for name, rows in results.items():

@@ -1,19 +1,23 @@
-"""Clips as benchmarks take them: cut to a size and a number of frames, coded into a file."""
+"""What benchmarks do with clips: cut them to a size and some frames, code them into files."""
 
-from fractions import Fraction
+import functools
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-from nvc_jax import bitstream
-from nvc_jax import codec as coding
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nvc_jax import bitstream, codec, unit_program
 from nvc_jax.metrics import psnr_611
+from nvc_jax.models.released import Released
 from nvc_jax.schedule import Schedule
 from nvc_jax.unit_program import UnitCodec
 from nvc_jax.video import Planes, VideoInfo, open_video
 
 
-def clip_pictures(path: str, size: tuple[int, int], frames: int) -> list[Planes]:
-    """The middle of a clip's pictures, cut to (width, height) at most."""
+def read_clip(path: str, size: tuple[int, int], frames: int) -> tuple[VideoInfo, list[Planes]]:
+    """The first pictures of a clip, of which the middle is cut out, (width, height) at most."""
     info, pictures = open_video(path)
     width, height = min(size[0], info.width), min(size[1], info.height)
     left, top = (info.width - width) // 4 * 2, (info.height - height) // 4 * 2
@@ -26,29 +30,50 @@ def clip_pictures(path: str, size: tuple[int, int], frames: int) -> list[Planes]
         )
         return Planes(y[top : top + height, left : left + width], u[rows, cols], v[rows, cols])
 
-    return [cut(planes) for planes in islice(pictures, frames)]
+    return VideoInfo(width, height, info.fps), [cut(planes) for planes in islice(pictures, frames)]
+
+
+def compiled_once(model: Released) -> Callable[..., UnitCodec]:
+    """prepared(info of a clip, mode, margin exponents): as `unit_program.prepare`.
+
+    Every size and mode is compiled but once.
+    """
+
+    @functools.cache
+    def compiled(width, height, mode):
+        return unit_program.prepare(model, width, height, mode)
+
+    def prepared(info: VideoInfo, mode: int | None = None, exponents: tuple = ()) -> UnitCodec:
+        found = compiled(info.width, info.height, mode)
+        return unit_program.with_margins(found, exponents) if exponents else found
+
+    return prepared
 
 
 def encode_clip(
-    codec: UnitCodec,
+    unit_codec: UnitCodec,
+    info: VideoInfo,
     pictures: list[Planes],
-    fps: Fraction,
     qp: int,
     path: Path,
     schedule: Schedule | None = None,
-) -> tuple[list[coding.EncodedUnit], list[float]]:
+) -> tuple[list[codec.EncodedUnit], list[float]]:
     """Encodes pictures into a file, by default in the model's own order.
 
     Returns:
       The `EncodedUnit`s, and PSNR 6:1:1 of every picture, both in the order of coding.
     """
-    schedule = schedule or coding.schedule_for(codec.model)
-    info = VideoInfo(codec.width, codec.height, fps)
-    header = coding.make_header(codec, info, schedule)
+    schedule = schedule or codec.schedule_for(unit_codec.model)
     units, scores = [], []
-    with bitstream.write_stream(path, header) as out:
-        for unit in coding.encode(codec, pictures, qp, schedule, render=True):
+    with bitstream.write_stream(path, codec.make_header(unit_codec, info, schedule)) as out:
+        for unit in codec.encode(unit_codec, pictures, qp, schedule, render=True):
             out.write(unit.packet)
             units.append(unit)
             scores += map(psnr_611, unit.pictures, unit.recons)
     return units, scores
+
+
+def progress() -> Progress:
+    """A bar on stderr, for what takes minutes; nothing is left of it."""
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True), transient=True)

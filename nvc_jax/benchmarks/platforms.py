@@ -21,19 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nvc_jax import bitstream
 from nvc_jax import codec as coding
 from nvc_jax import schedule as schedules
-from nvc_jax.benchmarks.clips import clip_pictures, encode_clip
+from nvc_jax.benchmarks.clips import compiled_once, encode_clip, progress, read_clip
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT
 from nvc_jax.errors import NvcError, StreamError
 from nvc_jax.metrics import psnr_611
 from nvc_jax.models import released
-from nvc_jax.unit_program import decode_unit, prepare, read_reliability, replay_unit, symbols_crc
-from nvc_jax.video import open_video
+from nvc_jax.unit_program import UnitCodec, decode_unit, read_reliability, replay_unit, symbols_crc
+from nvc_jax.video import Planes, VideoInfo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,55 +93,34 @@ def variants(exact: bool, exponents: list[int]) -> dict[str, tuple[int, tuple[in
     return result | ({"exact": (EXACT, ())} if exact else {})
 
 
-def _tasks(job: dict) -> Iterator[tuple[str, str, int, str]]:
-    """(clip, variant, qp, stem of its files) for everything in a job."""
-    for clip in job["clips"]:
-        for variant in job["variants"]:
+def _work(job: dict) -> Iterator[tuple[dict, UnitCodec, VideoInfo, list[Planes], Path]]:
+    """(what it is called in results, codec, the clip, file) for everything in a job."""
+    prepared = compiled_once(released.load(job["model"]))
+    for number, clip in enumerate(job["clips"]):
+        info, pictures = read_clip(clip, job["size"], job["frames"])
+        for variant, (mode, exponents) in job["variants"].items():
+            codec = prepared(info, mode, tuple(exponents))
             for qp in job["qps"]:
-                number = job["clips"].index(clip)
-                yield clip, variant, qp, f"{number}-{variant.replace(' ', '')}-{qp}"
-
-
-def _codecs(job: dict):
-    """(clip, variant) -> (pictures, prepared codec), compiled once per picture size and mode."""
-    model = released.load(job["model"])
-    pictures, prepared, programs = {}, {}, {}
-
-    def get(clip: str, variant: str):
-        if clip not in pictures:
-            pictures[clip] = clip_pictures(clip, job["size"], job["frames"])
-        height, width = pictures[clip][0].y.shape
-        if (width, height, variant) not in prepared:
-            mode, exponents = job["variants"][variant]
-            codec = prepare(model, width, height, mode, exponents)
-            # With the program of the first of this mode, that nothing is compiled twice.
-            program = programs.setdefault((width, height, mode), codec.program)
-            prepared[width, height, variant] = codec._replace(program=program)
-        return pictures[clip], prepared[width, height, variant]
-
-    return get
+                path = Path(job["folder"]) / f"{number}-{variant.replace(' ', '')}-{qp}.nvc"
+                yield {"clip": clip, "variant": variant, "qp": qp}, codec, info, pictures, path
+                print("done", flush=True)
 
 
 def run_encode(job: dict) -> None:
     """Encodes everything into job["folder"]; keeps symbols and reconstructions' PSNR beside."""
-    get = _codecs(job)
-    for clip, variant, qp, stem in _tasks(job):
-        pictures, codec = get(clip, variant)
-        path = Path(job["folder"]) / f"{stem}.nvc"
-        units, scores = encode_clip(codec, pictures, open_video(clip)[0].fps, qp, path)
-        symbols = np.stack([np.concatenate(unit.coded.symbols) for unit in units])
-        np.savez_compressed(path.with_suffix(".npz"), symbols=symbols, psnr=scores)
-        print("done", flush=True)
+    for what, codec, info, pictures, path in _work(job):
+        units, scores = encode_clip(codec, info, pictures, what["qp"], path)
+        symbols = {str(n): np.concatenate(unit.coded.symbols) for n, unit in enumerate(units)}
+        np.savez_compressed(path.with_suffix(".npz"), psnr=scores, **symbols)
 
 
 def run_decode(job: dict) -> None:
     """Decodes what an encoder wrote; writes a list of results to job["results"]."""
-    get, results = _codecs(job), []
-    for clip, variant, qp, stem in _tasks(job):
-        pictures, codec = get(clip, variant)
-        path = Path(job["folder"]) / f"{stem}.nvc"
+    results = []
+    for what, codec, _, pictures, path in _work(job):
         with np.load(path.with_suffix(".npz")) as arrays:
-            symbols, expected = arrays["symbols"], arrays["psnr"]
+            symbols = dict(arrays)
+        expected = symbols.pop("psnr")
         failed, scores, slots = [], [], {}
         with bitstream.open_stream(path) as stream:
             plan = schedules.plan(stream.header.schedule, stream.frame_count)
@@ -157,7 +134,7 @@ def run_decode(job: dict) -> None:
                 failed.append(wrong)
                 if wrong:
                     unit, _ = read_reliability(codec, packet.payload, refs, unit)
-                    decoded = replay_unit(codec, symbols[number], refs, packet.qps, unit)
+                    decoded = replay_unit(codec, symbols[str(number)], refs, packet.qps, unit)
                 slots[number] = decoded.refs
                 for slot in unit.release:
                     del slots[slot]
@@ -165,10 +142,8 @@ def run_decode(job: dict) -> None:
                 scores += map(psnr_611, originals, decoded.pictures)
         difference = np.abs(np.array(scores) - expected)
         results.append(
-            {
-                "clip": clip,
-                "variant": variant,
-                "qp": qp,
+            what
+            | {
                 "units": len(failed),
                 "failed_units": sum(failed),
                 "units_after_failure": len(failed)
@@ -177,7 +152,6 @@ def run_decode(job: dict) -> None:
                 "file_bytes": path.stat().st_size,
             }
         )
-        print("done", flush=True)
     Path(job["results"]).write_text(json.dumps(results))
 
 
@@ -219,12 +193,7 @@ def benchmark(
     job |= {"frames": frames, "size": size, "variants": ways}
     per_process = len(clips) * len(qps) * len(ways)
     rows = []
-    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-    console = Console(stderr=True)
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        Progress(*columns, console=console, transient=True) as bar,
-    ):
+    with tempfile.TemporaryDirectory() as scratch, progress() as bar:
         total = per_process * len(platforms) * (1 + len(platforms))
         task = bar.add_task("", total=total)
         for encoder in platforms:

@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nvc_jax import bitstream, unit_program
+from nvc_jax import bitstream
 from nvc_jax import codec as coding
-from nvc_jax.benchmarks.clips import clip_pictures, encode_clip
+from nvc_jax.benchmarks.clips import compiled_once, encode_clip, progress, read_clip
 from nvc_jax.errors import NvcError
 from nvc_jax.models import released
 from nvc_jax.models.uni_lvc import RELIABILITIES
 from nvc_jax.shots import scene_cuts
-from nvc_jax.video import Planes, open_video
+from nvc_jax.video import Planes
 
 HIGHEST = RELIABILITIES - 1
 FROZEN = 4  # pictures in a row
@@ -89,31 +87,21 @@ def benchmark(
     if not hasattr(model.module, "reliability"):
         raise NvcError(f"'{model.name}' does not judge its references")
     schedule = coding.schedule_for(model, mode=mode)
-    taken = {}
-    for clip in clips:
-        taken[clip] = clip_pictures(clip, size, frames)
-        if len(taken[clip]) < 2 * FROZEN + 4:
-            raise NvcError(f"{clip}: {len(taken[clip])} pictures; give at least {2 * FROZEN + 4}")
+    taken = {clip: read_clip(clip, size, frames) for clip in clips}
+    for clip, (_, pictures) in taken.items():
+        if len(pictures) < 2 * FROZEN + 4:
+            raise NvcError(f"{clip}: {len(pictures)} pictures; give at least {2 * FROZEN + 4}")
     runs = [
-        (clip, scene, qp)
-        for clip, pictures in taken.items()
+        (clip, info, scene, qp)
+        for clip, (info, pictures) in taken.items()
         for scene in scenes(pictures)
         for qp in qps
     ]
-    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-    rows, codecs = [], {}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Progress(*columns, console=Console(stderr=True), transient=True) as bar,
-    ):
+    rows, prepared = [], compiled_once(model)
+    with tempfile.TemporaryDirectory() as folder, progress() as bar:
         task = bar.add_task("", total=3 * len(runs))
-        for clip, scene, qp in runs:
-            height, width = scene.pictures[0].y.shape
-            if (width, height) not in codecs:
-                codecs[width, height] = unit_program.prepare(model, width, height)
-            judging = codecs[width, height]
-            fps = open_video(clip)[0].fps
-            coded = {}
+        for clip, info, scene, qp in runs:
+            judging, coded = prepared(info), {}
             for trust, judge in (
                 ("judged", judging.judge),
                 ("always", _constant(HIGHEST)),
@@ -121,7 +109,7 @@ def benchmark(
             ):
                 bar.update(task, description=f"{Path(clip).name}, {scene.name}, qp {qp}, {trust}")
                 codec, path = judging._replace(judge=judge), Path(folder) / "clip.nvc"
-                units, psnr = encode_clip(codec, scene.pictures, fps, qp, path, schedule)
+                units, psnr = encode_clip(codec, info, scene.pictures, qp, path, schedule)
                 coded[trust] = _by_frame(units, psnr, path)
                 bar.advance(task)
             row = {"clip": clip, "scene": scene.name, "strike": scene.strike, "qp": qp, **coded}

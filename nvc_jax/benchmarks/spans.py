@@ -12,17 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nvc_jax import bitstream, unit_program
+from nvc_jax import bitstream
 from nvc_jax import codec as coding
 from nvc_jax import schedule as schedules
-from nvc_jax.benchmarks.clips import clip_pictures, encode_clip
+from nvc_jax.benchmarks.clips import compiled_once, encode_clip, progress, read_clip
 from nvc_jax.errors import NvcError
 from nvc_jax.evaluation.bdrate import bd_rate, mean_percent
 from nvc_jax.models import released
-from nvc_jax.video import open_video
 
 # model -> span -> clip -> (bits per pixel, PSNR) by qp
 Curves = dict[str, dict[int, dict[str, list[tuple[float, float]]]]]
@@ -42,29 +39,20 @@ def benchmark(
       NvcError: a model or clips without B-frames, or a clip or model that cannot be read.
     """
     curves: Curves = {}
-    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Progress(*columns, console=Console(stderr=True), transient=True) as bar,
-    ):
+    with tempfile.TemporaryDirectory() as folder, progress() as bar:
         task = bar.add_task("", total=len(models) * len(clips) * len(qps))
         for name in models:
             model = released.load(name)
             if not schedules.in_layers(coding.schedule_for(model)):
                 raise NvcError(f"'{model.name}' has no B-frames")
             by_span = curves.setdefault(name, defaultdict(lambda: defaultdict(list)))
-            codecs = {}  # by picture size: compiled once
+            prepared = compiled_once(model)
             for clip in clips:
-                pictures = clip_pictures(clip, size, frames)
-                height, width = pictures[0].y.shape
-                if (width, height) not in codecs:
-                    codecs[width, height] = unit_program.prepare(model, width, height)
-                codec = codecs[width, height]
-                fps = open_video(clip)[0].fps
+                info, pictures = read_clip(clip, size, frames)
                 for qp in qps:
                     bar.update(task, description=f"{model.name}, {Path(clip).name}, qp {qp}")
                     path = Path(folder) / "clip.nvc"
-                    points = _points(codec, pictures, fps, qp, path)
+                    points = _points(prepared(info), info, pictures, qp, path)
                     for span, point in points.items():
                         by_span[span][clip].append(point)
                     bar.advance(task)
@@ -75,9 +63,9 @@ def benchmark(
     return {"rows": rows, "clips": clips, "qps": qps, "frames": frames, "size": size}
 
 
-def _points(codec, pictures, fps, qp: int, path: Path) -> dict[int, tuple[float, float]]:
+def _points(codec, info, pictures, qp: int, path: Path) -> dict[int, tuple[float, float]]:
     """Span -> (bits per pixel, PSNR 6:1:1), means over the B-frames of this span."""
-    _, scores = encode_clip(codec, pictures, fps, qp, path)
+    _, scores = encode_clip(codec, info, pictures, qp, path)
     order = coding.schedule_for(codec.model)
     plan = schedules.plan(order, len(pictures))
     written = bitstream.stream_info(path)["units"]

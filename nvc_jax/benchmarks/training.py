@@ -69,6 +69,8 @@ class Run:
         self.work = Work(config, self.model, stage, number, 0, mesh)
         state = checkpoints.fresh(self.model, config, stage, mesh)
         self._state, self._metrics = self.work.prepared(state), Window(self.work).metrics
+        # Any weights take as long to learn from.
+        self._teacher = jax.tree.map(jnp.copy, self._state.average) if stage.teacher else None
         self.clips = self.work.clips(pipeline.open_sets(stage.data, config.data_root), 0)
 
     def seconds(self, clips: Iterator, steps: int) -> float:
@@ -77,7 +79,7 @@ class Run:
         for _ in range(steps):
             clip, carried = next(clips)
             self._state, self._metrics = self.work.train_step(
-                self._state, self._metrics, clip, carried, None
+                self._state, self._metrics, clip, carried, self._teacher
             )
         jax.block_until_ready(self._state)
         return (time.perf_counter() - begin) / steps
@@ -139,8 +141,6 @@ def benchmark(
                 "real": lambda: run.seconds(run.clips, steps),
             }
         )
-    speed = run.work.flop_per_step / measured["resident"] / jax.device_count() / 1e12
-    product = matrix_tflops(run.model.dtype)
     results = {
         "config": config,
         "stage": stage,
@@ -148,12 +148,14 @@ def benchmark(
         "steps_per_second_resident": 1 / measured["resident"],
         "steps_per_second_real_data": 1 / measured["real"],
         "real_data_share": measured["resident"] / measured["real"],
-        "tflop_per_step": run.work.flop_per_step / 1e12,
-        "tflops_per_device": speed,
-        "share_of_a_matrix_product": speed / product,
     }
-    if peak := parallel.peak_tflops(jax.devices()[0]):
-        results["mfu"] = speed / peak
+    if flop := run.work.flop_per_step:  # not known where something does not learn
+        speed = flop / measured["resident"] / jax.device_count() / 1e12
+        results["tflop_per_step"] = flop / 1e12
+        results["tflops_per_device"] = speed
+        results["share_of_a_matrix_product"] = speed / matrix_tflops(run.model.dtype)
+        if peak := parallel.peak_tflops(jax.devices()[0]):
+            results["mfu"] = speed / peak
     if plain:
         results["plain_convolutions_times_slower"] = _plain(config, folder, stage, measured)
     for count in devices:

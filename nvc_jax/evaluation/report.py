@@ -626,7 +626,9 @@ def _reference(points: list[dict], point: dict) -> dict | None:
 
 def _preset(results: dict, anchor: str) -> str:
     """Preset and structure of an anchor in a few words."""
-    point = next(p for p in results["points"] if p["codec"] == anchor and "error" not in p)
+    points = (p for p in results["points"] if p["codec"] == anchor and "error" not in p)
+    if (point := next(points, None)) is None:
+        return "failed"
     if point["kind"] == "nvc":
         return "ours"
     return f"preset {point['preset']}, {point['structure'].split(':')[0].split(' (')[0]}"

@@ -26,8 +26,9 @@ from nvc_jax.models.with_intra import WithIntra
 from nvc_jax.nn.attention import neighbourhood_attention
 from nvc_jax.nn.blocks import depthwise
 
-# Any multiple of 64 gives the same counts per pixel: the hyper-latent is 64 times smaller.
-SIDE = 64
+# Hyper-latents are 64 times smaller; flows are found at 1/16 of the size and in multiples of 16, so
+# that smaller pictures would pay for padding.
+SIDE = 256
 
 
 class SubNetwork(NamedTuple):

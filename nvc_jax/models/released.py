@@ -272,6 +272,8 @@ def find(model: str | Path) -> Path:
 
 def without_scale_head(module: nn.Module, params: dict) -> tuple[nn.Module, dict]:
     """The same model for the calibrated mode only."""
+    if not registry.has_scale_head(module):
+        return module, params
     cfg = dataclasses.replace(module.cfg, scale_head=0)
     return module.clone(cfg=cfg), {k: p for k, p in params.items() if k != "scale_head"}
 

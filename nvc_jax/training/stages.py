@@ -250,6 +250,9 @@ def read(config: ConfigDict) -> tuple[Stage, ...]:
             values["orders"] = dict(values.get("orders") or dict.fromkeys(MODES, 1 / 3))
             values["lr_scale"] = tuple(dict(values.get("lr_scale", ())).items())
             stage = Stage(**values)
+            for name, field in known.items():  # any text would count as True
+                if field.type is bool and not isinstance(values.get(name, False), bool):
+                    raise TypeError(f"{name}={values[name]!r} is neither True nor False")
             _check(stage, where, networks, model)
             _check_teacher(stage, where, number)
         except (TypeError, ValueError) as e:  # text where a number should be, and the like
