@@ -2,11 +2,11 @@
 
 python bench.py coder [--symbols N] [--repeats N] [--json FILE]
 python bench.py codec [--model NAME...] [--mode MODE] [--size WxH...] [--frames N] [--json FILE]
-python bench.py complexity [--json FILE]
+python bench.py complexity [--model CODEC:SIZE] [--json FILE]
 python bench.py train [--config FILE] [--folder DIR] [--stage N] [--steps N] [--json FILE]
 python bench.py platforms --clips CLIP... [--model NAME] [--qp Q...] [--json FILE]
-python bench.py calibration --clips CLIP... [--models NAME...] [--qp Q...] [--json FILE]
-python bench.py spans --clips CLIP... --models NAME... [--qp Q...] [--plot FILE] [--json FILE]
+python bench.py calibration --clips CLIP... [--model NAME...] [--qp Q...] [--json FILE]
+python bench.py spans --clips CLIP... --model NAME... [--qp Q...] [--plot FILE] [--json FILE]
 python bench.py reliability --clips CLIP... --model NAME [--mode MODE] [--plot FILE] [--json FILE]
 python bench.py family [--rates RESULTS...] [--speeds FILE...] [--write README.md] [--json FILE]
 """
@@ -21,6 +21,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from nvc_jax.errors import NvcError
 from nvc_jax.schedule import MODES
@@ -33,7 +34,6 @@ def coder(args: argparse.Namespace) -> dict:
 
 
 def codec(args: argparse.Namespace) -> dict | list[dict]:
-    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")  # as in the nvc command
     from nvc_jax.benchmarks.codec import benchmark, print_one, table
 
     if len(args.model) * len(args.size) > 1:
@@ -55,37 +55,36 @@ def platforms(args: argparse.Namespace) -> dict:
 
 
 def calibration(args: argparse.Namespace) -> dict:
-    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
     from nvc_jax.benchmarks.calibration import benchmark
 
     return benchmark(
-        args.clips, args.models, args.qp, args.frames, args.size, args.margins, args.skip_scales
+        args.clips, args.model, args.qp, args.frames, args.size, args.margins, args.skip_scales
     )
 
 
 def spans(args: argparse.Namespace) -> dict:
-    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
-    from nvc_jax.benchmarks.plots import check_plot
-    from nvc_jax.benchmarks.spans import benchmark, plot
+    from nvc_jax.benchmarks import spans
 
-    if args.plot:
-        check_plot(args.plot)
-    results = benchmark(args.clips, args.models, args.qp, args.frames, args.size)
-    if args.plot:
-        plot(results["rows"], args.plot)
-    return results
+    return _plotted(spans, args, args.clips, args.model, args.qp, args.frames, args.size)
 
 
 def reliability(args: argparse.Namespace) -> dict:
-    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")
+    from nvc_jax.benchmarks import reliability as judged
+
+    return _plotted(
+        judged, args, args.clips, args.model, args.mode, args.qp, args.frames, args.size
+    )
+
+
+def _plotted(benchmark: ModuleType, args: argparse.Namespace, *arguments) -> dict:
+    """Results of a benchmark that can draw what it found; whether it can is known before."""
     from nvc_jax.benchmarks.plots import check_plot
-    from nvc_jax.benchmarks.reliability import benchmark, plot
 
     if args.plot:
         check_plot(args.plot)
-    results = benchmark(args.clips, args.model, args.mode, args.qp, args.frames, args.size)
+    results = benchmark.benchmark(*arguments)
     if args.plot:
-        plot(results["rows"], args.plot)
+        benchmark.plot(results["rows"], args.plot)
     return results
 
 
@@ -97,20 +96,25 @@ def train(args: argparse.Namespace) -> dict:
     )
 
 
-def complexity(args: argparse.Namespace) -> dict:
-    from nvc_jax.models import complexity, registry
+def complexity(args: argparse.Namespace) -> list[dict]:
+    from nvc_jax.benchmarks import family
+    from nvc_jax.models import registry
+    from nvc_jax.models.complexity import subnetworks
 
-    results = {}
-    print(f"{'model':12} {'parameters':>12} {'encode':>8} {'decode':>8}  kMAC per pixel and frame")
-    for name, codec in registry.CODECS.items():
-        for size in codec.sizes:
-            model = registry.build(name, size)
-            parameters = sum(row.parameters for row in complexity.subnetworks(model))
-            cost = complexity.coding_cost(model)
-            results[f"{name}-{size}"] = {"parameters": parameters, **cost}
-            print(f"{name + '-' + size:12} {parameters:12,} {cost['encode_kmac_per_pixel']:8.2f} "
-                  f"{cost['decode_kmac_per_pixel']:8.2f}")  # fmt: skip
-    return results
+    if args.model:
+        codec, _, size = args.model.partition(":")
+        rows = [row._asdict() for row in subnetworks(registry.build(codec, size))]
+        print(f"{'sub-network':24} {'parameters':>12} {'kMAC/px':>9}  of all its uses in a unit")
+        for row in rows:
+            print(f"{row['name']:24} {row['parameters']:12,} {row['kmac_per_pixel']:9.2f}")
+        return rows
+    rows = family.table([], [])
+    print(f"{'model':16} {'parameters':>12} {'encode':>8} {'decode':>8}  kMAC per pixel and frame")
+    for row in rows:
+        name = f"{row['codec']}:{row['size']}"
+        encode, decode = (row[f"{side}_kmac_per_pixel"] for side in ("encode", "decode"))
+        print(f"{name:16} {row['parameters']:12,} {encode:8.2f} {decode:8.2f}")
+    return rows
 
 
 def family(args: argparse.Namespace) -> list[dict]:
@@ -121,6 +125,16 @@ def family(args: argparse.Namespace) -> list[dict]:
     if args.write:
         family.write(rows, args.write)
     return rows
+
+
+def _add_clips(parser, qps: list[int], frames=33, size=(352, 288), at_least=None) -> None:
+    """Options of what is coded."""
+    from nvc_jax.cli import picture_size, positive
+
+    parser.add_argument("--clips", nargs="+", required=True)
+    parser.add_argument("--qp", type=int, nargs="+", default=qps, help=at_least)
+    parser.add_argument("--frames", type=positive, default=frames)
+    parser.add_argument("--size", type=picture_size, default=size, help="clips are cut to it")
 
 
 def main() -> int:
@@ -141,6 +155,7 @@ def main() -> int:
     p.add_argument("--mode", choices=MODES, help="of models that know several")
     p.set_defaults(run=codec)
     p = commands.add_parser("complexity", help="parameters and MACs of every model and size")
+    p.add_argument("--model", metavar="CODEC:SIZE", help="its sub-networks, in place of all models")
     p.set_defaults(run=complexity)
     p = commands.add_parser("train", help="training steps beside a resident batch and plain layers")
     p.add_argument("--config", default="configs/ui2c_nano.py")
@@ -150,12 +165,10 @@ def main() -> int:
     p.add_argument("--devices", type=positive, nargs="*", default=[], help="numbers to emulate")
     p.add_argument("--no-plain", action="store_true", help="leave plain convolutions out")
     p.set_defaults(run=train)
+    qps = [8, 24, 40, 56]
     p = commands.add_parser("platforms", help="write on one platform, decode on another")
-    p.add_argument("--clips", nargs="+", required=True)
+    _add_clips(p, qps=[0, 16, 32, 48, 63], frames=97, size=(176, 144))
     p.add_argument("--model", default=DEFAULT_MODEL)
-    p.add_argument("--qp", type=int, nargs="+", default=[0, 16, 32, 48, 63])
-    p.add_argument("--frames", type=positive, default=97)
-    p.add_argument("--size", type=picture_size, default=(176, 144), help="clips are cut to it")
     p.add_argument("--margins", type=int, nargs="*", default=[14, 10, 6],
                    help="exponents e of calibration margins 2^-e")  # fmt: skip
     p.add_argument(
@@ -164,11 +177,8 @@ def main() -> int:
     p.add_argument("--platforms", nargs="*", help="names of those to use, in place of all")
     p.set_defaults(run=platforms)
     p = commands.add_parser("calibration", help="rates under margins, skipping and scale tables")
-    p.add_argument("--clips", nargs="+", required=True)
-    p.add_argument("--models", nargs="+", default=[DEFAULT_MODEL], help="compared with the first")
-    p.add_argument("--qp", type=int, nargs="+", default=[8, 24, 40, 56], help="four or more")
-    p.add_argument("--frames", type=positive, default=33)
-    p.add_argument("--size", type=picture_size, default=(352, 288), help="clips are cut to it")
+    _add_clips(p, qps, at_least="four or more")
+    p.add_argument("--model", nargs="+", default=[DEFAULT_MODEL], help="compared with the first")
     p.add_argument("--margins", type=int, nargs="*", default=[13, 11, 10, 7],
                    help="exponents e of calibration margins 2^-e")  # fmt: skip
     p.add_argument("--skip-scales", type=float, nargs="+",
@@ -176,20 +186,14 @@ def main() -> int:
                    help="scales below which nothing is coded")  # fmt: skip
     p.set_defaults(run=calibration)
     p = commands.add_parser("spans", help="bits of B-frames against their references' distance")
-    p.add_argument("--clips", nargs="+", required=True)
-    p.add_argument("--models", nargs="+", required=True, help="compared with the first")
-    p.add_argument("--qp", type=int, nargs="+", default=[8, 24, 40, 56], help="four or more")
-    p.add_argument("--frames", type=positive, default=33)
-    p.add_argument("--size", type=picture_size, default=(352, 288), help="clips are cut to it")
+    _add_clips(p, qps, at_least="four or more")
+    p.add_argument("--model", nargs="+", required=True, help="compared with the first")
     p.add_argument("--plot", help="draw it into this file: .png, .svg or .pdf")
     p.set_defaults(run=spans)
     p = commands.add_parser("reliability", help="what judging references is worth at scene cuts")
-    p.add_argument("--clips", nargs="+", required=True)
+    _add_clips(p, qps=[24, 40])
     p.add_argument("--model", required=True)
     p.add_argument("--mode", choices=("ld", "ra"), default="ld")
-    p.add_argument("--qp", type=int, nargs="+", default=[24, 40])
-    p.add_argument("--frames", type=positive, default=33)
-    p.add_argument("--size", type=picture_size, default=(352, 288), help="clips are cut to it")
     p.add_argument("--plot", help="draw it into this file: .png, .svg or .pdf")
     p.set_defaults(run=reliability)
     p = commands.add_parser("family", help="one table of all codecs, for the README")
@@ -200,6 +204,8 @@ def main() -> int:
     for p in commands.choices.values():
         p.add_argument("--json", help="write the results to this file")
     args = parser.parse_args()
+    if args.run is not train:
+        os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "0")  # as in the nvc command
     try:
         results = args.run(args)
         if args.json:

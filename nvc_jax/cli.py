@@ -358,7 +358,7 @@ def decode(args: argparse.Namespace) -> None:
             if args.start >= end:
                 raise NvcError(f"there is nothing between frames {args.start} and {args.end}")
             total = end - args.start
-            decoded = conceal.decode_part(unit_codec, stream, start, range(args.start, end))
+            decoded = codec.decode_part(unit_codec, stream, start, range(args.start, end))
         else:
             decoded = conceal.decode_concealing(unit_codec, stream)
         clock, units, losses, written = _Clock(begin), [], [], 0

@@ -25,6 +25,7 @@ from nvc_jax.unit_program import CodedUnit, UnitCodec, decode_unit, encode_unit,
 from nvc_jax.video import Planes, VideoInfo
 
 MAX_QP = QP_COUNT - 1
+OPEN_END = 2**63  # of frames that are wanted: however many come
 
 
 class Trial(NamedTuple):
@@ -331,10 +332,20 @@ class Lost(NamedTuple):
     reason: str
 
 
-OPEN_END = 2**63  # of frames that are wanted: however many come
+def decode_part(
+    codec: UnitCodec, stream: Stream, start: AccessPoint | None, wanted: range
+) -> Iterator[tuple[Packet | Lost, Iterable[Planes]]]:
+    """As `decode`; what cannot be decoded comes as one `Lost` at the end, without pictures."""
+    frame = wanted.start
+    try:
+        for packet, pictures in decode(codec, stream, start, wanted):
+            yield packet, pictures
+            frame += len(pictures)
+    except StreamError as e:
+        yield Lost(start.unit if start else 0, None, frame, wanted.stop - frame, str(e)), ()
 
 
-class _Outcome(NamedTuple):
+class Outcome(NamedTuple):
     """What became of a unit. `frames`: display indices of those that are wanted."""
 
     number: int
@@ -351,7 +362,7 @@ def outcomes(
     wanted: range,
     slots: dict[int, tuple | Lost],
     missing: Lost | None = None,
-) -> Iterator[_Outcome]:
+) -> Iterator[Outcome]:
     """Decodes units in a row, in coding order; the first of them must read no reference.
 
     Units that cannot be decoded, and all that refer to them, come as `Lost`, of which `unit` and
@@ -386,16 +397,16 @@ def outcomes(
                     lost = Lost(number, 1, unit.frames[0], len(unit.frames), str(e))
             if lost is None:
                 shown = zip(unit.frames, decoded.pictures, strict=True)
-                yield _Outcome(number, frames, packet, [p for f, p in shown if f in wanted])
+                yield Outcome(number, frames, packet, [p for f, p in shown if f in wanted])
             else:
                 slots[number] = lost
                 lost = lost._replace(frame=unit.frames[0], frames=len(unit.frames))
-                yield _Outcome(number, frames, lost, [])
+                yield Outcome(number, frames, lost, [])
         for slot in unit.release:
             slots.pop(slot, None)  # not there if it was not needed
 
 
-def _unless_lost(outcomes: Iterable[_Outcome]) -> Iterator[_Outcome]:
+def _unless_lost(outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
     """Raises StreamError with the reason where a unit was lost."""
     for outcome in outcomes:
         if isinstance(outcome.what, Lost):
@@ -404,7 +415,7 @@ def _unless_lost(outcomes: Iterable[_Outcome]) -> Iterator[_Outcome]:
 
 
 def in_display_order(
-    outcomes: Iterable[_Outcome], wanted: range, fill_gaps: bool = False
+    outcomes: Iterable[Outcome], wanted: range, fill_gaps: bool = False
 ) -> Iterator[tuple[Packet | Lost, list[Planes]]]:
     """Hands units out when all frames before theirs were, up to the last that is wanted.
 
@@ -415,7 +426,7 @@ def in_display_order(
     Raises:
       StreamError: a frame is missing.
     """
-    waiting: dict[int, _Outcome] = {}
+    waiting: dict[int, Outcome] = {}
     shown, number = wanted.start, -1  # every frame that is wanted below was handed out
     try:
         for outcome in outcomes:

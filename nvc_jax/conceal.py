@@ -7,24 +7,11 @@ from itertools import chain, groupby, repeat
 import numpy as np
 
 from nvc_jax import schedule as schedules
-from nvc_jax.bitstream import AccessPoint, BrokenStream, Packet, Stream
-from nvc_jax.codec import OPEN_END, Lost, decode, in_display_order, outcomes
+from nvc_jax.bitstream import BrokenStream, Packet, Stream
+from nvc_jax.codec import OPEN_END, Lost, in_display_order, outcomes
 from nvc_jax.errors import StreamError
 from nvc_jax.unit_program import UnitCodec
 from nvc_jax.video import Planes
-
-
-def decode_part(
-    codec: UnitCodec, stream: Stream, start: AccessPoint | None, wanted: range
-) -> Iterator[tuple[Packet | Lost, Iterable[Planes]]]:
-    """As `decode`; what cannot be decoded comes as one `Lost` at the end, without pictures."""
-    frame = wanted.start
-    try:
-        for packet, pictures in decode(codec, stream, start, wanted):
-            yield packet, pictures
-            frame += len(pictures)
-    except StreamError as e:
-        yield Lost(start.unit if start else 0, None, frame, wanted.stop - frame, str(e)), ()
 
 
 def decode_concealing(

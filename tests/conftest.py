@@ -2,7 +2,8 @@
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from nvc_jax.data.synthetic import moving_texture  # noqa: E402
 from nvc_jax.entropy.calibration import FLOAT  # noqa: E402
 from nvc_jax.models import registry, released  # noqa: E402
 from nvc_jax.nn.blocks import quality_ramp  # noqa: E402
-from nvc_jax.video import Planes  # noqa: E402
+from nvc_jax.video import Planes, VideoInfo, write_video  # noqa: E402
 
 # No deadline: the first example compiles, and other processes compute beside this one.
 hypothesis.settings.register_profile("nvc", deadline=None)
@@ -42,10 +43,7 @@ SIZES = {
     ),
 }  # fmt: skip
 B_FRAMES = dict(  # of "brhvc"
-    intra=dict(
-        width=16, y=16, z=8, prior=16, spatial_width=16, encoder=1, decoder=1, fusion=1, spatial=1,
-        offset=0.5, form="uf", latent_gain=True, scale_head=0,
-    ),
+    intra=SIZES["intra"] | dict(scale_head=0),
     inter=dict(
         widths=(8, 8, 8), y=16, motion=8, guess=8, tail=8, groups=2, offsets=2, unet=(8, 8, 8),
         unet_blocks=1, flow=(8, 8), flow_kernel=3, patch=2, flow_halvings=1, family="laplace",
@@ -99,6 +97,15 @@ def noise(width: int, height: int, frames: int, seed: int = 0) -> list[Planes]:
     return [
         Planes(*(rng.integers(0, 256, shape, np.uint8) for shape in shapes)) for _ in range(frames)
     ]
+
+
+def write_clip(path: Path, pictures: Iterable[Planes]) -> None:
+    """A video file of 25 pictures a second."""
+    pictures = list(pictures)
+    height, width = pictures[0].y.shape
+    with write_video(path, VideoInfo(width, height, Fraction(25))) as out:
+        for picture in pictures:
+            out.write(picture)
 
 
 def assert_same_pictures(some, others) -> None:
@@ -201,9 +208,8 @@ def prepare_once(prepared, monkeypatch):
     prepare = unit_program.prepare
 
     def cached(model, *args):
-        if model.name not in [f"tiny-{name}" for name in (*SIZES, "brhvc", "uni_lvc")]:
-            return prepare(model, *args)
-        return prepared(model.codec, *args)
+        name = model.name.removeprefix("tiny-")
+        return prepared(name, *args) if name in MODELS else prepare(model, *args)
 
     monkeypatch.setattr(unit_program, "prepare", cached)
 

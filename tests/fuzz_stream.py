@@ -209,7 +209,7 @@ def container(data: bytes) -> None:
                 readable(error)
             for wanted in (range(point.frame, point.frame + 2), range(point.frame + 1, 2**40)):
                 frame = wanted.start
-                for unit, pictures in conceal.decode_part(_UNIT_CODEC, stream, point, wanted):
+                for unit, pictures in codec.decode_part(_UNIT_CODEC, stream, point, wanted):
                     assert isinstance(unit, codec.Lost) or frame in unit.frames
                     frame += len(list(pictures))
                 assert frame <= wanted.stop

@@ -5,11 +5,11 @@ import signal
 import subprocess
 import sys
 import time
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,7 @@ from nvc_jax.data import build, builders
 from nvc_jax.data.builders import ClipConfig, Source, records, tiles
 from nvc_jax.data.pipeline import Stored
 from nvc_jax.errors import NvcError
-from nvc_jax.video import Planes, VideoInfo, open_video, write_video
+from nvc_jax.video import Planes, open_video
 
 SMALL = ["--min-size", "16", "--min-frames", "2"]
 
@@ -37,10 +37,7 @@ def shot(count, height=32, width=48, seed=0):
 
 def save(path: Path, pictures) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    height, width = pictures[0].y.shape
-    with write_video(path, VideoInfo(width, height, Fraction(25))) as out:
-        for planes in pictures:
-            out.write(planes)
+    write_clip(path, pictures)
     return path
 
 

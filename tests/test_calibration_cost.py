@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import noise
+from conftest import noise, write_clip
 
 import bench
 from nvc_jax.benchmarks import calibration as cost
@@ -14,7 +14,6 @@ from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy.calibration import FLOAT
 from nvc_jax.errors import NvcError
 from nvc_jax.models import released
-from nvc_jax.video import VideoInfo, write_video
 
 WIDTH, HEIGHT = 64, 48
 
@@ -72,12 +71,10 @@ def test_impossible_scale_tables_are_refused(model_files, tables):
 @pytest.mark.slow
 def test_the_benchmark(model_files, tmp_path, monkeypatch, capsys):
     path = tmp_path / "clip.y4m"
-    with write_video(path, VideoInfo(WIDTH, HEIGHT, 25)) as out:
-        for picture in [*moving_texture(WIDTH, HEIGHT, 3), *noise(WIDTH, HEIGHT, 1)]:
-            out.write(picture)
+    write_clip(path, [*moving_texture(WIDTH, HEIGHT, 3), *noise(WIDTH, HEIGHT, 1)])
     monkeypatch.setattr(cost, "LADDERS", cost.LADDERS[:2])
     command = ["bench.py", "calibration", "--clips", str(path)]
-    command += ["--models", str(model_files["ui2c"]), "--frames", "4"]
+    command += ["--model", str(model_files["ui2c"]), "--frames", "4"]
     command += ["--qp", "0", "20", "40", "60", "--margins", "8", "5"]
     command += ["--skip-scales", "0", "0.3", "--json", str(tmp_path / "out.json")]
     monkeypatch.setattr("sys.argv", command)
@@ -102,9 +99,7 @@ def test_every_clip_is_measured_at_every_quality(model_files, tmp_path):
     paths = []
     for seed in range(2):
         paths.append(tmp_path / f"clip{seed}.y4m")
-        with write_video(paths[-1], VideoInfo(WIDTH, HEIGHT, 25)) as out:
-            for picture in noise(WIDTH, HEIGHT, 2, seed):
-                out.write(picture)
+        write_clip(paths[-1], noise(WIDTH, HEIGHT, 2, seed))
     work = cost.Clips([str(p) for p in paths], [10, 50], 2, (WIDTH, HEIGHT))
     done = []
     measured = work.measure(

@@ -1,14 +1,14 @@
 """Training clips in memory."""
 
 import logging
-from fractions import Fraction
 
 import numpy as np
 import pytest
+from conftest import write_clip
 
 from nvc_jax.data.clips import load_clips, stats
 from nvc_jax.errors import NvcError
-from nvc_jax.video import Planes, VideoInfo, write_video
+from nvc_jax.video import Planes
 
 
 def save(path, count, height, width, seed=0):
@@ -17,9 +17,7 @@ def save(path, count, height, width, seed=0):
     shapes = ((height, width), chroma, chroma)
     path.parent.mkdir(exist_ok=True)
     pictures = [Planes(*(rng.integers(0, 256, s, np.uint8) for s in shapes)) for _ in range(count)]
-    with write_video(path, VideoInfo(width, height, Fraction(25))) as out:
-        for planes in pictures:
-            out.write(planes)
+    write_clip(path, pictures)
     return pictures
 
 
@@ -58,7 +56,6 @@ def test_folder_is_read_in_order_and_damaged_files_are_named(tmp_path, caplog):
         "skipped_files": 4,
         "gigabytes": (6 * 16 * 24 + 4 * 16 * 32 + 20 * 20) * 1.5e-9,
     }
-    assert len(load_clips(tmp_path, max_frames_per_clip=3, progress=False).videos[0].y) == 3
 
 
 def test_useless_folders_are_refused(tmp_path):

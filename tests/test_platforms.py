@@ -12,7 +12,7 @@ import platform
 import jax
 import numpy as np
 import pytest
-from conftest import noise
+from conftest import noise, write_clip
 
 from nvc_jax import cli, codec, platforms, unit_program
 from nvc_jax.benchmarks import platforms as bench
@@ -20,7 +20,6 @@ from nvc_jax.benchmarks.clips import read_clip
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT
 from nvc_jax.errors import NvcError, StreamError, WeightsMismatch
-from nvc_jax.video import VideoInfo, write_video
 
 WIDTH, HEIGHT, FRAMES = 70, 50, 12
 CLIP = [*moving_texture(WIDTH, HEIGHT, FRAMES // 2), *noise(WIDTH, HEIGHT, FRAMES // 2)]
@@ -143,9 +142,7 @@ def test_differences_too_large_for_any_margin_have_none():
 
 def test_the_calibrate_command(prepare_once, model_files, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with write_video("clip.y4m", VideoInfo(WIDTH, HEIGHT, 25)) as out:
-        for picture in CLIP[:4]:
-            out.write(picture)
+    write_clip("clip.y4m", CLIP[:4])
     model = ["--model", str(model_files["ui2c"])]
     assert cli.main(["calibrate", "clip.y4m", "here.npz", "--qp", "20", *model]) == 0
     assert "4 frames in 2 units" in capsys.readouterr().out
@@ -163,9 +160,7 @@ def test_the_calibrate_command(prepare_once, model_files, tmp_path, monkeypatch,
 def test_processes_with_other_compiler_settings(tmp_path):
     """The benchmark, small: released weights, two platforms, all four pairs, all protections."""
     path = tmp_path / "clip.y4m"
-    with write_video(path, VideoInfo(352, 288, 25)) as out:
-        for picture in moving_texture(352, 288, 17):
-            out.write(picture)
+    write_clip(path, moving_texture(352, 288, 17))
     chosen = [p for p in bench.PLATFORMS if p.name in ("default", "SSE4.2")]
     qps = [12, 24, 36, 60]
     result = bench.benchmark([str(path)], "ui2c-nano", qps, 17, (352, 288), [10], chosen)
@@ -182,9 +177,7 @@ def test_processes_with_other_compiler_settings(tmp_path):
 
 def test_pictures_are_cut_from_the_middle(tmp_path):
     path = tmp_path / "clip.y4m"
-    with write_video(path, VideoInfo(WIDTH, HEIGHT, 25)) as out:
-        for picture in CLIP:
-            out.write(picture)
+    write_clip(path, CLIP)
     _, pictures = read_clip(str(path), (32, 100), 3)
     assert [p.shape for p in pictures[0]] == [(HEIGHT, 32), (25, 16), (25, 16)] and len(
         pictures

@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from conftest import write_clip
 
 import bench
 from nvc_jax.benchmarks import reliability
 from nvc_jax.data.synthetic import moving_texture
-from nvc_jax.video import Planes, VideoInfo, write_video
+from nvc_jax.video import Planes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CLIP = moving_texture(37, 23, 14)
@@ -50,9 +51,7 @@ def test_bits_at_equal_psnr():
 
 def test_command(model_files, prepare_once, tmp_path, monkeypatch, capsys):
     clip, plot, output = tmp_path / "clip.y4m", tmp_path / "a.png", tmp_path / "a.json"
-    with write_video(clip, VideoInfo(37, 23, 25)) as out:
-        for picture in CLIP:
-            out.write(picture)
+    write_clip(clip, CLIP)
     model = str(model_files["uni_lvc"])
     command = ["bench.py", "reliability", "--clips", str(clip), "--model"]
     options = ["--plot", str(plot), "--json", str(output), "--frames", "12", "--qp", "20"]

@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from conftest import write_clip
 
 import bench
 from nvc_jax.benchmarks import plots, spans
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.errors import NvcError
-from nvc_jax.video import VideoInfo, write_video
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CURVE = [(0.1, 30.0), (0.2, 33.0), (0.4, 36.0), (0.8, 39.0)]
@@ -30,20 +30,18 @@ def test_models_are_compared_with_the_first():
 
 def test_command(model_files, prepare_once, tmp_path, monkeypatch, capsys):
     clip, plot, output = tmp_path / "clip.y4m", tmp_path / "spans.png", tmp_path / "spans.json"
-    with write_video(clip, VideoInfo(37, 23, 25)) as out:
-        for picture in moving_texture(37, 23, 8):
-            out.write(picture)
+    write_clip(clip, moving_texture(37, 23, 8))
     command = ["bench.py", "spans", "--clips", str(clip), "--qp", "20", "40"]
     options = ["--plot", str(plot), "--json", str(output)]
     model = str(model_files["brhvc"])
-    monkeypatch.setattr("sys.argv", [*command, *options, "--models", model])
+    monkeypatch.setattr("sys.argv", [*command, *options, "--model", model])
     assert bench.main() == 0
     assert "bpp at equal PSNR" in capsys.readouterr().out and plot.stat().st_size > 1000
     rows = json.loads(output.read_text())["rows"]
     assert [row["span"] for row in rows] == [2, 4]
     assert all(np.shape(row["points"][str(clip)]) == (2, 2) for row in rows)
 
-    monkeypatch.setattr("sys.argv", [*command, "--models", str(model_files["intra"])])
+    monkeypatch.setattr("sys.argv", [*command, "--model", str(model_files["intra"])])
     assert bench.main() == 2
     assert "'tiny-intra' has no B-frames" in capsys.readouterr().err
     for name, words in (("a.txt", "kinds .*png"), ("no/a.png", "no such folder")):

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SIZES, assert_same_pictures, random_parameters
+from conftest import SIZES, assert_same_pictures, random_parameters, write_clip
 from flax import traverse_util
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
@@ -35,14 +34,13 @@ from nvc_jax.data import build, pipeline
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.errors import NvcError
 from nvc_jax.models import registry, released
-from nvc_jax.models.registry import Ref
+from nvc_jax.models.ui2c import Ref
 from nvc_jax.nn.blocks import Pointwise, depth_to_space, space_to_depth
 from nvc_jax.nn.hyperprior import FactorizedPrior
 from nvc_jax.nn.integer import ScaleHead
 from nvc_jax.training import checkpoints, loop, losses, references, stages
 from nvc_jax.training import step as training
 from nvc_jax.training.transform_start import transform_start
-from nvc_jax.video import VideoInfo, write_video
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -138,9 +136,7 @@ def toy_codec(monkeypatch):
 def folder(tmp_path_factory) -> Path:
     """Training material: a clip of a drifting texture and a photograph."""
     folder = tmp_path_factory.mktemp("clips")
-    with write_video(folder / "clip.mkv", VideoInfo(48, 32, Fraction(25))) as out:
-        for picture in moving_texture(48, 32, 12):
-            out.write(picture)
+    write_clip(folder / "clip.mkv", moving_texture(48, 32, 12))
     ramp = np.broadcast_to(np.linspace(0, 255, 40), (24, 40)).astype(np.uint8)
     Image.fromarray(np.stack([ramp, ramp[:, ::-1], ramp], -1)).save(folder / "photo.png")
     return folder

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ANY_ORDER, assert_same_pictures, random_parameters
+from conftest import ANY_ORDER, assert_same_pictures, random_parameters, write_clip
 
 from nvc_jax import bitstream, cli, codec, conceal, unit_program
 from nvc_jax import schedule as schedules
@@ -17,7 +17,7 @@ from nvc_jax.entropy.calibration import CALIBRATED, EXACT
 from nvc_jax.errors import StreamError
 from nvc_jax.models import registry, uni_lvc
 from nvc_jax.schedule import Unit
-from nvc_jax.video import VideoInfo, write_video
+from nvc_jax.video import VideoInfo
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 WIDTH, HEIGHT = 70, 50
@@ -227,9 +227,7 @@ def test_the_encoder_chooses_the_cheapest_mode(prepared, tmp_path):
 
 def test_choices_are_explained(model_files, prepare_once, tmp_path, capsys):
     clip, coded, facts = (tmp_path / name for name in ("clip.y4m", "a.nvc", "a.json"))
-    with write_video(clip, VideoInfo(WIDTH, HEIGHT, 25)) as out:
-        for picture in CLIP[:4]:
-            out.write(picture)
+    write_clip(clip, CLIP[:4])
     model = ["--model", str(model_files["uni_lvc"])]
     how = ["--mode", "auto", "--gop", "3", "--json", str(facts)]
     assert cli.main(["encode", str(clip), str(coded), *model, *how]) == 0

@@ -7,7 +7,6 @@ A folder of videos and photographs is decoded once. After that a batch costs a f
 import logging
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -39,9 +38,7 @@ class ClipSet:
     skipped: tuple[str, ...] = ()  # one message per file that could not be read
 
 
-def load_clips(
-    folder: str | PathLike, *, max_frames_per_clip: int | None = None, progress: bool = True
-) -> ClipSet:
+def load_clips(folder: str | PathLike, *, progress: bool = True) -> ClipSet:
     """Decode every file below a folder, except hidden ones, into memory.
 
     Odd sizes lose their last line or column. Files of one frame count as images. Files that cannot
@@ -49,7 +46,6 @@ def load_clips(
 
     Args:
       folder: searched recursively.
-      max_frames_per_clip: read no more than the first frames of each file.
       progress: show a progress bar on standard error.
 
     Raises:
@@ -72,7 +68,7 @@ def load_clips(
         for path in paths:
             bar.update(task, description=path.name)
             try:
-                clip = _load_clip(path, max_frames_per_clip)
+                clip = _load_clip(path)
                 (images if len(clip.y) == 1 else videos).append(clip)
             except NvcError as error:
                 skipped.append(str(error))
@@ -86,13 +82,13 @@ def load_clips(
     return ClipSet(tuple(videos), tuple(images), tuple(skipped))
 
 
-def _load_clip(path: Path, max_frames: int | None) -> Clip:
+def _load_clip(path: Path) -> Clip:
     info, pictures = open_video(path)
     height, width = info.height // 2, info.width // 2
     if not height or not width:
         raise NvcError(f"{path}: {info.width}x{info.height} is too small; 2x2 is the least")
     with closing(pictures):
-        y, u, v = zip(*islice(pictures, max_frames), strict=True)
+        y, u, v = zip(*pictures, strict=True)
     return Clip(
         np.stack([plane[: 2 * height, : 2 * width] for plane in y]),
         np.stack([plane[:height, :width] for plane in u]),

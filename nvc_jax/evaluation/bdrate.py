@@ -28,25 +28,18 @@ class BdRate(NamedTuple):
     overlap_percent: float  # the part of the tested codec's interval that this is
 
 
-def bd_rate(
-    anchor: Sequence[tuple[float, float]],
-    test: Sequence[tuple[float, float]],
-    method: str = "akima",
-) -> BdRate:
-    """BD-rate of `test` relative to `anchor`.
+def bd_rate(anchor: Sequence[tuple[float, float]], test: Sequence[tuple[float, float]]) -> BdRate:
+    """BD-rate of `test` relative to `anchor`, with Akima interpolation.
 
     Args:
       anchor, test: (rate, quality) points in any order; rate in any unit (both the same), quality
         in dB or whatever grows with quality.
-      method: "akima" or "pchip".
     Returns:
       a `BdRate` whose percent is None, with a reason, when a curve has fewer than 4 points or does
       not rise, or when the curves share less than a quarter of the tested codec's interval.
     Raises:
-      NvcError: unknown method, or a rate or quality that is no positive finite number.
+      NvcError: a rate or quality that is no positive finite number.
     """
-    if method not in ("akima", "pchip"):
-        raise NvcError(f"BD-rate method {method!r}: choose 'akima' or 'pchip'")
     for rate, quality in (*anchor, *test):
         if not (math.isfinite(quality) and math.isfinite(rate) and rate > 0):
             raise NvcError(f"BD-rate: ({rate}, {quality}) is not a (rate > 0, quality) point")
@@ -87,7 +80,7 @@ def bd_rate(
         anchor_qualities,
         test_rates,
         test_qualities,
-        method=method,
+        method="akima",
         require_matching_points=False,
         min_overlap=0,
     )

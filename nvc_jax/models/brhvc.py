@@ -18,7 +18,7 @@ import numpy as np
 
 from nvc_jax.nn.blocks import Conv3x3, Pointwise, depth_to_space, space_to_depth
 from nvc_jax.nn.flow import SpyNet, note_motion
-from nvc_jax.nn.hyperprior import FactorizedPrior, pad_to_multiple
+from nvc_jax.nn.hyperprior import FactorizedPrior, latent_shapes, pad_to_multiple
 from nvc_jax.nn.residual import (
     DepthBlock,
     DepthConv,
@@ -626,7 +626,8 @@ class BFrame(nn.Module):
             y = m.motion_encoder(flows_f, flows_b, guess, states, bare, m.q_motion_encoder(qp))
             return y, m.motion_hyper_encoder(pad_to_multiple(y, 4))
 
-        y, z = bottleneck.encoder_only(self, analysis, *_latents(batch, h, w, c.motion))
+        shapes = latent_shapes(batch, h, w, c.motion, c.motion)
+        y, z = bottleneck.encoder_only(self, analysis, *shapes)
         # Hyper-priors do not depend on the quality.
         z_hat = bottleneck.factorized(z, self.motion_z_prior, jnp.zeros_like(qp))
         params = self.motion_hyper_decoder(z_hat)[:, :h, :w]
@@ -683,7 +684,7 @@ class BFrame(nn.Module):
             y = m.encoder(rest, fused, m.q_encoder(qp)).astype(jnp.float32)
             return y, m.hyper_encoder(pad_to_multiple(y, 4))
 
-        y, z = bottleneck.encoder_only(self, analysis, *_latents(batch, h, w, c.y))
+        y, z = bottleneck.encoder_only(self, analysis, *latent_shapes(batch, h, w, c.y, c.y))
         z_hat = bottleneck.factorized(z, self.z_prior, jnp.zeros_like(qp))
         hyper = self.hyper_decoder(z_hat)[:, :h, :w]
         prior_context = self.prior_context(jnp.concatenate([contexts_f[2], contexts_b[2]], -1))
@@ -700,11 +701,3 @@ class BFrame(nn.Module):
             jnp.clip(recon, 0, 1), feature.astype(jnp.float32), motion.feature, y_hat, motion.y
         )
         return recon[:, None], (ref,)
-
-
-def _latents(batch, h, w, features):
-    """Shapes of a latent and its hyper-latent."""
-    return (
-        jax.ShapeDtypeStruct((batch, h, w, features), jnp.float32),
-        jax.ShapeDtypeStruct((batch, -(-h // 4), -(-w // 4), features), jnp.float32),
-    )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nvc_jax.nn.blocks import Conv3x3
-from nvc_jax.nn.hyperprior import FactorizedPrior, pad_to_multiple
+from nvc_jax.nn.hyperprior import FactorizedPrior, latent_shapes, pad_to_multiple
 from nvc_jax.nn.residual import (
     DepthBlock,
     LatentPrior,
@@ -138,12 +138,8 @@ class Intra(nn.Module):
             return y, m.hyper_encoder(pad_to_multiple(y, 4))
 
         h, w = height // 16, width // 16
-        y, z = bottleneck.encoder_only(
-            self,
-            analysis,
-            jax.ShapeDtypeStruct((batch, h, w, c.y), jnp.float32),
-            jax.ShapeDtypeStruct((batch, -(-h // 4), -(-w // 4), c.y), jnp.float32),
-        )
+        shapes = latent_shapes(batch, h, w, c.y, c.y)
+        y, z = bottleneck.encoder_only(self, analysis, *shapes)
         row = jnp.zeros_like(qp)
         z_hat = bottleneck.factorized(z, self.z_prior, row)
         params = self.hyper_decoder(z_hat)

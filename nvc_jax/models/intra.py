@@ -27,6 +27,7 @@ from nvc_jax.nn.hyperprior import (
     HyperDecoder,
     HyperEncoder,
     ParameterNet,
+    latent_shapes,
     pad_to_multiple,
 )
 from nvc_jax.nn.integer import ScaleHead
@@ -175,12 +176,8 @@ class Intra(nn.Module):
             return y, m.hyper_encoder(pad_to_multiple(y, 4))
 
         h, w = height // 16, width // 16
-        y, z = bottleneck.encoder_only(
-            self,
-            analysis,
-            jax.ShapeDtypeStruct((batch, h, w, c.y), jnp.float32),
-            jax.ShapeDtypeStruct((batch, -(-h // 4), -(-w // 4), c.z), jnp.float32),
-        )
+        shapes = latent_shapes(batch, h, w, c.y, c.z)
+        y, z = bottleneck.encoder_only(self, analysis, *shapes)
         z_hat = bottleneck.factorized(z, self.z_prior, qp)
         params = self.prior_fusion(self.hyper_decoder(z_hat))[:, :h, :w]
         q_enc, q_dec = jnp.split(0.5 + 1.5 * jax.nn.sigmoid(params[..., :2]), 2, axis=-1)

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 from nvc_jax.entropy.bottleneck import Estimate, Step
 from nvc_jax.errors import NvcError
 from nvc_jax.models import brhvc, dcvc_dc, intra, ui2c, uni_lvc, with_intra
-from nvc_jax.models.ui2c import Ref
 from nvc_jax.schedule import QP_OFFSETS, Unit
 
 
@@ -247,6 +246,3 @@ def steps(
 
     jax.eval_shape(visit, variables)
     return found
-
-
-__all__ = ["CODECS", "Ref", "build", "entry", "has_scale_head", "init", "size_as_dict", "steps"]

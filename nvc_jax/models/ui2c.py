@@ -35,6 +35,7 @@ from nvc_jax.nn.hyperprior import (
     HyperDecoder,
     HyperEncoder,
     ParameterNet,
+    latent_shapes,
     leading_ones,
     pad_to_multiple,
 )
@@ -289,12 +290,8 @@ class UI2C(nn.Module):
             return y, m.hyper_encoder(pad_to_multiple(y, 4))
 
         h, w = height // 16, width // 16
-        y, z = bottleneck.encoder_only(
-            self,
-            analysis,
-            jax.ShapeDtypeStruct((batch, h, w, c.y), jnp.float32),
-            jax.ShapeDtypeStruct((batch, -(-h // 4), -(-w // 4), c.z), jnp.float32),
-        )
+        shapes = latent_shapes(batch, h, w, c.y, c.z)
+        y, z = bottleneck.encoder_only(self, analysis, *shapes)
 
         # Of a pair, only the second frame's index changes with the frame number's class.
         z_hat = bottleneck.factorized(z, self.z_prior, qp[:, -1])

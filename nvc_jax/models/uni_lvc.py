@@ -40,6 +40,7 @@ from nvc_jax.nn.hyperprior import (
     HyperDecoder,
     HyperEncoder,
     ParameterNet,
+    latent_shapes,
     leading_ones,
     pad_to_multiple,
 )
@@ -502,9 +503,8 @@ class UniLVC(nn.Module):
             y = m.latent(m.encoder_late(x)).astype(jnp.float32) * gain
             return y, m.hyper_encoder(pad_to_multiple(y, 4))
 
-        latent = jax.ShapeDtypeStruct((batch, h, w, c.y), jnp.float32)
-        hyper_latent = jax.ShapeDtypeStruct((batch, -(-h // 4), -(-w // 4), c.z), jnp.float32)
-        y, z = bottleneck.encoder_only(self, analysis, latent, hyper_latent)
+        shapes = latent_shapes(batch, h, w, c.y, c.z)
+        y, z = bottleneck.encoder_only(self, analysis, *shapes)
         z_hat = bottleneck.factorized(z, self.z_prior, first_qp)
         hyper = self.hyper_decoder(z_hat)[:, :h, :w]
         temporal = self.temporal_prior(hyper, refs, tokens)

@@ -14,6 +14,14 @@ import jax.numpy as jnp
 from nvc_jax.nn.blocks import Blocks, DepthConvBlock, Down, Pointwise, Up
 
 
+def latent_shapes(batch: int, h: int, w: int, y: int, z: int) -> tuple:
+    """Of a latent [b, h, w, y], and of its hyper-latent, for which sides are padded."""
+    return (
+        jax.ShapeDtypeStruct((batch, h, w, y), jnp.float32),
+        jax.ShapeDtypeStruct((batch, -(-h // 4), -(-w // 4), z), jnp.float32),
+    )
+
+
 class HyperEncoder(nn.Module):
     """Latent y [b, h, w, y] -> hyper-latent z [b, h/4, w/4, z], h and w multiples of 4."""
 

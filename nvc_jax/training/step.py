@@ -23,7 +23,8 @@ from nvc_jax import colour, quality
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.models import registry
 from nvc_jax.models.brhvc import Ref as BRef
-from nvc_jax.models.registry import Entry, Ref
+from nvc_jax.models.registry import Entry
+from nvc_jax.models.ui2c import Ref
 from nvc_jax.models.with_intra import WithIntra
 from nvc_jax.nn.flow import MotionErrors, motion_errors
 from nvc_jax.nn.warp import warp
