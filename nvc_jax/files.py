@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are complete."""
+"""Files that appear under their name only when they are complete, and what a folder holds."""
 
 import os
 import secrets
@@ -40,3 +40,11 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             hidden.replace(path)
     finally:
         hidden.unlink(missing_ok=True)
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Files below a folder, in no order, without hidden ones and those in hidden folders."""
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden:
+            yield path

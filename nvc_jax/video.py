@@ -28,6 +28,10 @@ WRITABLE = {
     ".mp4": "H.264 viewing copy, not lossless",
     ".yuv": "raw planes without any header",
 }
+# What a folder is searched for; FFmpeg reads more.
+VIDEO_SUFFIXES = (
+    ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".y4m",
+)  # fmt: skip
 DEFAULT_FPS = Fraction(25)  # what FFmpeg assumes too
 # PyAV 19 no longer stumbles over titles that are not UTF-8, nor knows the option.
 _OPEN_OPTIONS = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}

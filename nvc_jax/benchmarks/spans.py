@@ -127,10 +127,11 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         spans = [row["span"] for row in own]
-        bits.plot(spans, [row["bpp_at_equal_psnr"] for row in own], "o-", label=model)
+        label = model.removesuffix(".safetensors")
+        bits.plot(spans, [row["bpp_at_equal_psnr"] for row in own], "o-", label=label)
         known = [(r["span"], r["bd_rate_percent"]) for r in own if r["bd_rate_percent"] is not None]
         if known:
-            rates.plot(*zip(*known, strict=True), "o-", label=model)
+            rates.plot(*zip(*known, strict=True), "o-", label=label)
     spans = sorted({row["span"] for row in rows})
     for axes, label in ((bits, "bits per pixel at equal PSNR"), (rates, "BD-rate, %")):
         axes.set_xlim(spans[0] / 1.2, spans[-1] * 1.2)

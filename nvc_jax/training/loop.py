@@ -20,12 +20,12 @@ from clu import parameter_overview
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from nvc_jax import parallel, quality
+from nvc_jax import colour, parallel, quality
 from nvc_jax.data import pipeline
 from nvc_jax.data.prefetch import read_ahead
 from nvc_jax.errors import NvcError
 from nvc_jax.models import complexity, registry
-from nvc_jax.training import checkpoints, losses, stages
+from nvc_jax.training import checkpoints, stages
 from nvc_jax.training import step as training
 from nvc_jax.training.hierarchy import ANCHORS, draw_path
 from nvc_jax.training.orders import draw_run
@@ -492,7 +492,7 @@ def make_sampler(codec, model: nn.Module, mesh: Mesh) -> Callable[[Any, training
         refs = training.as_refs(model, clip.reference)
         recon = training.unroll(codec, model, params, clip, refs, None).recon
         both = jnp.concatenate([clip.frames, recon], axis=2)[:4]  # one above the other
-        return jnp.round(255 * jnp.clip(losses.yuv_to_rgb(both), 0, 1)).astype(jnp.uint8)
+        return jnp.round(255 * jnp.clip(colour.to_rgb(both), 0, 1)).astype(jnp.uint8)
 
     def sample(state, clip):
         rgb = np.asarray(reconstruct(state.average, clip))
