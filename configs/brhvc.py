@@ -18,42 +18,26 @@ choice. An epoch is as many steps as Vimeo-90k's 64,612 training clips make.
 from ml_collections import ConfigDict
 
 from nvc_jax.training import recipes
-from nvc_jax.training.stages import on_more_devices
-
-SEPTUPLETS = dict(sets=(dict(path="vimeo90k_septuplet/default/1.0.0"),))
-LONG = dict(sets=(dict(path="video_folder/long/1.0.0"),))
-CLIPS = 64_612
-
-
-def stage(epochs, units, spans, batch, crop, lr, end_lr=None, **special):
-    """units: B-frames of one path per sample. spans: distances of the anchors.
-
-    special: see `nvc_jax.training.stages.Stage`.
-    """
-    fields = dict(
-        steps=epochs * (CLIPS // batch), units=units, spans=spans, batch=batch, crop=crop,
-        lr=lr, end_lr=end_lr or lr, schedule="cosine" if end_lr else "constant",
-    )  # fmt: skip
-    return ConfigDict(fields | special)
+from nvc_jax.training.recipes import LONG, SEPTUPLETS, epochs
 
 
 def get_config(argument="full"):
-    size, _, times = argument.partition(",")
+    size, times = recipes.sized(argument)
     c = recipes.on_accelerators()
     c.model = ConfigDict(dict(name="brhvc", size=size, dtype="bfloat16"))
-    c.data = ConfigDict(SEPTUPLETS)
+    c.data = ConfigDict(dict(sets=(SEPTUPLETS,)))
     c.init_from = "intra.safetensors"
-    long = dict(data=LONG, remat=True)
+    long = dict(data=dict(sets=(LONG,)), remat=True)
     c.stages = (
         # Flows by themselves, then everything, for a while with an eye on motion.
-        stage(5, 1, (2, 4, 6), batch=8, crop=256, lr=1e-4, motion_only=True),
-        stage(30, 1, (2, 3, 4, 6), batch=8, crop=256, lr=1e-4, flow_loss=0.1),
+        epochs(5, units=1, spans=(2, 4, 6), batch=8, crop=256, lr=1e-4, motion_only=True),
+        epochs(30, units=1, spans=(2, 3, 4, 6), batch=8, crop=256, lr=1e-4, flow_loss=0.1),
         # Two layers: B-frames between B-frames.
-        stage(20, 2, (4, 5, 6), batch=8, crop=256, lr=5e-5),
+        epochs(20, units=2, spans=(4, 5, 6), batch=8, crop=256, lr=5e-5),
         # Long clips, up to whole paths of groups of 32; short and odd groups mixed in.
-        stage(8, 3, (8, 12, 16, 32), batch=8, crop=256, lr=5e-5, **long),
-        stage(12, 5, (32,), batch=8, crop=256, lr=5e-5, end_lr=1e-5, **long),
-        stage(6, 5, (32, 48, 64), batch=8, crop=384, lr=1e-5, end_lr=1e-6, **long),
+        epochs(8, units=3, spans=(8, 12, 16, 32), batch=8, crop=256, lr=5e-5, **long),
+        epochs(12, units=5, spans=(32,), batch=8, crop=256, lr=5e-5, end_lr=1e-5, **long),
+        epochs(6, units=5, spans=(32, 48, 64), batch=8, crop=384, lr=1e-5, end_lr=1e-6, **long),
     )
-    c.stages = tuple(on_more_devices(stage, int(times or 1)) for stage in c.stages)
+    c.stages = recipes.on_more_devices(c.stages, times)
     return c

@@ -1,4 +1,4 @@
-"""BRHVC nano: hierarchical B-frames on a CPU, 77 kMAC per pixel to encode, 54 to decode.
+"""BRHVC nano: hierarchical B-frames on a CPU, 75 kMAC per pixel to encode, 54 to decode.
 
   python train.py --config=configs/brhvc_nano.py --workdir=runs/brhvc_nano \
       --config.data.folder=FOLDER_OF_VIDEOS_AND_PHOTOS

@@ -18,40 +18,30 @@ from ml_collections import ConfigDict
 
 from nvc_jax.models import intra
 from nvc_jax.training import recipes
-from nvc_jax.training.stages import on_more_devices
-
-PICTURES = 330_000
-
-
-def stage(epochs, batch, crop, lr, end_lr=None, **special):
-    """special: see `nvc_jax.training.stages.Stage`."""
-    fields = dict(
-        steps=epochs * (PICTURES // batch), units=1, batch=batch, crop=crop, lr=lr,
-        end_lr=end_lr or lr, schedule="cosine" if end_lr else "constant",
-    )  # fmt: skip
-    return ConfigDict(fields | special)
+from nvc_jax.training.recipes import OPEN_IMAGES, PICTURES, epochs
 
 
 def get_config(argument="full"):
-    size, _, times = argument.partition(",")
+    size, times = recipes.sized(argument)
     c = recipes.on_accelerators()
     size = asdict(intra.SIZES[size]) | dict(scale_head=256)
     c.model = ConfigDict(dict(name="intra", size=size, dtype="bfloat16"))
-    c.data = ConfigDict(dict(sets=(dict(path="image_folder/open_images/1.0.0"),)))
+    c.data = ConfigDict(dict(sets=(OPEN_IMAGES,)))
+    alone = dict(of=PICTURES, units=1, batch=16)
     c.stages = (
-        stage(45, batch=16, crop=256, lr=2e-4),
-        stage(25, batch=16, crop=256, lr=5e-5),
-        stage(20, batch=16, crop=256, lr=1e-5),
-        stage(5, batch=16, crop=512, lr=2e-4),
-        stage(4, batch=16, crop=512, lr=5e-5),
-        stage(4, batch=16, crop=512, lr=1e-5),
-        stage(2, batch=16, crop=512, lr=1e-6),
+        epochs(45, crop=256, lr=2e-4, **alone),
+        epochs(25, crop=256, lr=5e-5, **alone),
+        epochs(20, crop=256, lr=1e-5, **alone),
+        epochs(5, crop=512, lr=2e-4, **alone),
+        epochs(4, crop=512, lr=5e-5, **alone),
+        epochs(4, crop=512, lr=1e-5, **alone),
+        epochs(2, crop=512, lr=1e-6, **alone),
         # The exact mode.
-        stage(
-            2, batch=16, crop=256, lr=3e-3, end_lr=2e-5, exact=True, trainable=("scale_head",),
-            noise=False, rate_balance=0.6,
+        epochs(
+            2, crop=256, lr=3e-3, end_lr=2e-5, exact=True, trainable=("scale_head",), noise=False,
+            rate_balance=0.6, **alone,
         ),
     )  # fmt: skip
-    c.stages = tuple(on_more_devices(stage, int(times or 1)) for stage in c.stages)
+    c.stages = recipes.on_more_devices(c.stages, times)
     c.clip_norm = 0.1
     return c

@@ -10,16 +10,7 @@ The model card of the released weights (nvc_jax/weights/intra-nano.md) says what
 from ml_collections import ConfigDict
 
 from nvc_jax.training import recipes
-
-
-def stage(steps, units, walk, batch, crop, lr, end_lr, **special):
-    """units: pictures per sample. walk: 1, there is nothing to carry on.
-
-    special: see `nvc_jax.training.stages.Stage`.
-    """
-    common = dict(steps=steps, units=units, walk=walk, batch=batch, crop=crop, lr=lr, end_lr=end_lr)
-    return ConfigDict(common | special)
-
+from nvc_jax.training.recipes import stage
 
 # Rates of rounded symbols under integer scales, and nothing but the network behind them learns.
 SCALE_HEAD = dict(exact=True, trainable=("scale_head",), noise=False)

@@ -20,63 +20,50 @@ from ml_collections import ConfigDict
 
 from nvc_jax.models import ui2c
 from nvc_jax.training import recipes
-from nvc_jax.training.stages import on_more_devices
+from nvc_jax.training.recipes import LONG, SEPTUPLETS, epochs
 
-SEPTUPLETS = dict(sets=(dict(path="vimeo90k_septuplet/default/1.0.0"),))
-LONG = dict(sets=(dict(path="video_folder/long/1.0.0"),))
-CLIPS = 64_612
 # Half of the degraded references as the codec itself would have made them.
 OWN_ERRORS = dict(blank=1 / 3, true=1 / 3, degraded=1 / 6, coded=1 / 6)
 
 
-def stage(epochs, units, batch, crop, lr, walk=1, end_lr=None, **special):
-    """units: coded pairs per step. walk: steps, each without gradients through the one before.
-
-    special: see `nvc_jax.training.stages.Stage`.
-    """
-    fields = dict(
-        steps=epochs * (CLIPS // batch) * walk, units=units, walk=walk, batch=batch, crop=crop,
-        lr=lr, end_lr=end_lr or lr, schedule="cosine" if end_lr else "constant",
-    )  # fmt: skip
-    return ConfigDict(fields | special)
-
-
 def get_config(argument="base"):
-    size, _, times = argument.partition(",")
+    size, times = recipes.sized(argument)
     c = recipes.on_accelerators()
     # All sizes get the integer network of the exact mode.
     size = asdict(ui2c.SIZES[size]) | dict(scale_head=256)
     c.model = ConfigDict(dict(name="ui2c", size=size, dtype="bfloat16"))
-    c.data = ConfigDict(SEPTUPLETS)
-    long = dict(data=LONG, remat=True)
+    c.data = ConfigDict(dict(sets=(SEPTUPLETS,)))
+    clips = dict(data=dict(sets=(LONG,)))
+    long = dict(clips, remat=True)
+    own_errors = dict(long, references=OWN_ERRORS)
     c.stages = (
         # The intra path must exist before references can be judged.
-        stage(5, units=1, batch=16, crop=256, lr=1e-4, references=dict(blank=1.0)),
+        epochs(5, units=1, batch=16, crop=256, lr=1e-4, references=dict(blank=1.0)),
         # Detached: a step per pair.
-        stage(5, units=1, batch=16, crop=256, lr=1e-4),
-        stage(35, units=1, walk=3, batch=16, crop=256, lr=1e-4),
+        epochs(5, units=1, batch=16, crop=256, lr=1e-4),
+        epochs(35, units=1, walk=3, batch=16, crop=256, lr=1e-4),
         # Cascaded: gradients through all pairs.
-        stage(8, units=3, batch=8, crop=256, lr=5e-5),
-        stage(6, units=8, batch=8, crop=256, lr=5e-5, **long),
-        stage(6, units=16, batch=8, crop=256, lr=5e-5, end_lr=5e-6, **long),
-        stage(15, units=16, batch=8, crop=512, lr=5e-5, references=OWN_ERRORS, **long),
-        stage(15, units=32, batch=8, crop=512, lr=5e-5, end_lr=2e-6, references=OWN_ERRORS, **long),
-        stage(2, units=48, batch=8, crop=512, lr=1e-5, references=OWN_ERRORS, **long),
-        stage(2, units=64, batch=8, crop=512, lr=1e-5, end_lr=2e-6, references=OWN_ERRORS, **long),
+        epochs(8, units=3, batch=8, crop=256, lr=5e-5),
+        epochs(6, units=8, batch=8, crop=256, lr=5e-5, **long),
+        epochs(6, units=16, batch=8, crop=256, lr=5e-5, end_lr=5e-6, **long),
+        epochs(15, units=16, batch=8, crop=512, lr=5e-5, **own_errors),
+        epochs(15, units=32, batch=8, crop=512, lr=5e-5, end_lr=2e-6, **own_errors),
+        epochs(2, units=48, batch=8, crop=512, lr=1e-5, **own_errors),
+        epochs(2, units=64, batch=8, crop=512, lr=1e-5, end_lr=2e-6, **own_errors),
         # The exact mode: the integer scales alone, then everything once more, then the scales on
         # clips that start without a reference, as they do in use.
-        stage(
+        epochs(
             2, units=3, batch=16, crop=256, lr=3e-3, end_lr=5e-4, exact=True,
             trainable=("scale_head",), noise=False, rate_balance=0.9,
         ),
-        stage(
+        epochs(
             2, units=16, batch=8, crop=256, lr=2e-5, end_lr=1e-6, exact=True, detached=True, **long,
         ),
-        stage(
+        epochs(
             2, units=2, walk=4, batch=16, crop=256, lr=5e-4, end_lr=1e-6, exact=True,
             trainable=("scale_head",), noise=False, rate_balance=0.9, references=dict(blank=1.0),
-            data=LONG,
+            **clips,
         ),
     )  # fmt: skip
-    c.stages = tuple(on_more_devices(stage, int(times or 1)) for stage in c.stages)
+    c.stages = recipes.on_more_devices(c.stages, times)
     return c

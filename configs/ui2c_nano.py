@@ -10,16 +10,7 @@ The model card of the released weights (nvc_jax/weights/ui2c-nano.md) says what 
 from ml_collections import ConfigDict
 
 from nvc_jax.training import recipes
-
-
-def stage(steps, units, walk, batch, crop, lr, end_lr, **special):
-    """units: coded pairs per step. walk: steps that go through one clip.
-
-    special: see `nvc_jax.training.stages.Stage`.
-    """
-    common = dict(steps=steps, units=units, walk=walk, batch=batch, crop=crop, lr=lr, end_lr=end_lr)
-    return ConfigDict(common | special)
-
+from nvc_jax.training.recipes import stage
 
 # Rates come from integer scales, and nothing but the network behind them learns. It does so best
 # from rounded symbols: noise hides how small the scales of low rates are.

@@ -19,22 +19,7 @@ from ml_collections import ConfigDict
 
 from nvc_jax.models import uni_lvc
 from nvc_jax.training import recipes
-from nvc_jax.training.stages import on_more_devices
-
-OPEN_IMAGES = dict(path="image_folder/open_images/1.0.0")
-SEPTUPLETS = dict(path="vimeo90k_septuplet/default/1.0.0")
-LONG = dict(path="video_folder/long/1.0.0")
-CLIPS = 64_612
-PICTURES = 330_000
-
-
-def stage(epochs, batch, crop, lr, end_lr=None, of=CLIPS, **special):
-    """of: samples of an epoch. special: see `nvc_jax.training.stages.Stage`."""
-    fields = dict(
-        steps=epochs * (of // batch), batch=batch, crop=crop, lr=lr, end_lr=end_lr or lr,
-        schedule="cosine" if end_lr else "constant",
-    )  # fmt: skip
-    return ConfigDict(fields | special)
+from nvc_jax.training.recipes import LONG, OPEN_IMAGES, PICTURES, SEPTUPLETS, epochs
 
 
 def shares(ai, ld, ra):
@@ -42,7 +27,7 @@ def shares(ai, ld, ra):
 
 
 def get_config(argument="fast"):
-    size, _, times = argument.partition(",")
+    size, times = recipes.sized(argument)
     c = recipes.on_accelerators()
     size = asdict(uni_lvc.SIZES[size]) | dict(scale_head=256)
     c.model = ConfigDict(dict(name="uni_lvc", size=size, dtype="bfloat16"))
@@ -55,61 +40,61 @@ def get_config(argument="fast"):
     doubtful = dict(spoil=0.3, judged=True, cut_share=0.0)
     c.stages = (
         # S0: the intra codec.
-        stage(
-            45, batch=16, crop=256, lr=2e-4, of=PICTURES, trainable=uni_lvc.BACKBONE, **pictures
+        epochs(
+            45, PICTURES, batch=16, crop=256, lr=2e-4, trainable=uni_lvc.BACKBONE, **pictures
         ),
-        stage(
-            30, batch=16, crop=256, lr=5e-5, end_lr=1e-6, of=PICTURES,
+        epochs(
+            30, PICTURES, batch=16, crop=256, lr=5e-5, end_lr=1e-6,
             trainable=uni_lvc.BACKBONE, **pictures,
         ),
         # S1: what listens to references. Pictures on their own stay the same, bit for bit.
-        stage(
+        epochs(
             10, batch=8, crop=256, lr=1e-4, units=3, spans=(6,), trainable=uni_lvc.LISTENING,
             **shares(0, 1, 0),
         ),
         # S2: everything, on clips that grow longer. From here on pictures on their own stay within
         # 0.5 % BD-rate of S0.
-        stage(
+        epochs(
             10, batch=8, crop=256, lr=1e-4, units=6, spans=(6,),
             **shares(0.25, 0.75, 0), **backbone_slowly, **replay,
         ),
-        stage(
+        epochs(
             5, batch=8, crop=256, lr=5e-5, units=16, spans=(32,),
             **shares(0.25, 0.75, 0), **backbone_slowly, **replay, **long,
         ),
         # S3: random access too. Low delay stays what it was after S2.
-        stage(
+        epochs(
             12, batch=8, crop=256, lr=5e-5, units=7, spans=(32,),
             **shares(0.15, 0.35, 0.5), **backbone_slowly, **replay, **long,
         ),
         # S4: whom to trust: first who judges it alone, then all. Where references are good, neither
         # low delay nor random access gets worse.
-        stage(
+        epochs(
             1, batch=8, crop=256, lr=1e-4, units=7, spans=(32,), trainable=("judge",),
             judge_loss=1.0, **shares(0.15, 0.35, 0.5), **doubtful, **long,
         ),
-        stage(
+        epochs(
             6, batch=8, crop=256, lr=5e-5, end_lr=1e-5, units=7, spans=(32,), judge_loss=0.01,
             **shares(0.15, 0.35, 0.5), **backbone_slowly, **replay, **doubtful, **long,
         ),
         # S5: long clips; then larger pictures and groups of up to 64. The judge learns by rates and
         # distortions alone.
-        stage(
+        epochs(
             3, batch=8, crop=256, lr=2e-5, end_lr=1e-5, units=48, spans=(64,),
             temperature=(0.3, 0.3), **shares(0.1, 0.9, 0), **backbone_slowly, **replay,
             **doubtful, **long,
         ),
-        stage(
+        epochs(
             6, batch=8, crop=512, lr=1e-5, end_lr=2e-6, units=7, spans=(32, 48, 64),
             temperature=(0.3, 0.3), **shares(0.1, 0.45, 0.45), **backbone_slowly, **replay,
             **doubtful, **long,
         ),
         # The exact mode. The other modes stay the same, bit for bit.
-        stage(
+        epochs(
             3, batch=8, crop=256, lr=3e-3, end_lr=2e-5, units=7, spans=(32,), exact=True,
             trainable=("scale_head",), noise=False, judged=True, rate_balance=0.6,
             **shares(0.1, 0.45, 0.45), **long,
         ),
     )  # fmt: skip
-    c.stages = tuple(on_more_devices(stage, int(times or 1)) for stage in c.stages)
+    c.stages = recipes.on_more_devices(c.stages, times)
     return c

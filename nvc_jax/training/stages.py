@@ -173,24 +173,6 @@ def load(config_file: str) -> ConfigDict:
         raise NvcError(f"{config_file}: is not a training config ({e!r})") from None
 
 
-def on_more_devices(stage: ConfigDict, times: int) -> ConfigDict:
-    """A config's stage with batches `times` as large, for as many more devices.
-
-    Fewer steps see the same data; Adam's learning rates grow with the square root of the batch.
-
-    Raises:
-      NvcError: `times` below 1.
-    """
-    if times < 1:
-        raise NvcError(f"batches {times} times as large: give a whole number above 0")
-    walk = stage.get("walk", 1)
-    larger = dict(
-        steps=stage.steps // (times * walk) * walk, batch=stage.batch * times,
-        lr=stage.lr * times**0.5, end_lr=stage.end_lr * times**0.5,
-    )  # fmt: skip
-    return ConfigDict(stage.to_dict() | larger)
-
-
 def complete(config: ConfigDict) -> ConfigDict:
     """The config with its defaults. Raises NvcError if a field is missing or unknown."""
     if missing := sorted(RUN - set(config)):
