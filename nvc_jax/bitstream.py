@@ -27,14 +27,13 @@ from typing import BinaryIO, NamedTuple
 
 from nvc_jax.entropy.calibration import (
     CALIBRATED,
+    ENTROPY_MODES,
     LARGEST_EXPONENT,
     LEAST_EXPONENT,
-    MODES,
 )
 from nvc_jax.errors import NvcError, StreamError
 from nvc_jax.files import replacing, writing
-from nvc_jax.schedule import MODES as GROUP_MODES
-from nvc_jax.schedule import Schedule
+from nvc_jax.schedule import MODES, Schedule
 
 MAGIC = b"\x8bNVC"
 VERSION = 3
@@ -130,7 +129,7 @@ class Header:
             f"an intra period of {self.schedule.intra_period} frames cannot be stored",
         )
         _require(
-            0 <= self.entropy_mode < len(MODES)
+            0 <= self.entropy_mode < len(ENTROPY_MODES)
             and (1 <= len(self.margin_exponents) <= MAX_LEVELS) == (self.entropy_mode == CALIBRATED)
             and all(LEAST_EXPONENT <= e <= LARGEST_EXPONENT for e in self.margin_exponents),
             f"unknown entropy settings: mode {self.entropy_mode}, "
@@ -294,11 +293,11 @@ def _packet_bytes(packet: Packet, unit: int, next_frame: int, header: Header) ->
         size, mode = packet.group, packet.mode
         _require(size is None or 0 < size < 64, f"unit {unit} begins a group of {size} frames")
         _require(
-            mode is None or (mode in GROUP_MODES and header.schedule.name == "mixed"),
+            mode is None or (mode in MODES and header.schedule.name == "mixed"),
             f"unit {unit} begins a group in the mode {mode}, of schedule {header.schedule.name}",
         )
         tag |= _GROUP
-        explicit = bytes([(size or 0) | GROUP_MODES.index(mode or GROUP_MODES[0]) << 6]) + explicit
+        explicit = bytes([(size or 0) | MODES.index(mode or MODES[0]) << 6]) + explicit
     head = bytes([tag]) + explicit + bytes(qps) + varint(len(payload)) + _u32(packet.symbols_crc)
     head += bytes([_crc8(head)])
     return head + payload + _u32(_packet_crc(unit, frames[0], head, payload))
@@ -542,7 +541,7 @@ def stream_info(path: str | os.PathLike) -> dict:
                 "full_range": full_range,
             },
             "schedule": asdict(header.schedule),
-            "entropy_mode": MODES[header.entropy_mode],
+            "entropy_mode": ENTROPY_MODES[header.entropy_mode],
             "margin_exponents": list(header.margin_exponents),
             "frames": frames,
             "seconds": float(frames / header.fps),
@@ -712,8 +711,8 @@ def _read_group(source: _Source, header: Header) -> tuple[int | None, str | None
     """What a packet says about the group that it begins: (frames, mode)."""
     (value,) = source.read(1)
     size, mode = value & 0x3F or None, value >> 6
-    if header.schedule.name == "mixed" and mode < len(GROUP_MODES):
-        return size, GROUP_MODES[mode]
+    if header.schedule.name == "mixed" and mode < len(MODES):
+        return size, MODES[mode]
     if mode or not size:
         raise _Unreadable("a group cannot look like this", source.tell() - 1)
     return size, None

@@ -19,14 +19,13 @@ from nvc_jax import bitstream, video
 from nvc_jax.data.prefetch import read_ahead
 from nvc_jax.entropy.calibration import (
     CALIBRATED,
+    ENTROPY_MODES,
     FLOAT,
     LARGEST_EXPONENT,
     LEAST_EXPONENT,
-    MODES,
 )
 from nvc_jax.errors import NvcError, StreamError
-from nvc_jax.schedule import AUTO, group_size, in_layers
-from nvc_jax.schedule import MODES as CODING_MODES
+from nvc_jax.schedule import AUTO, MODES, group_size, in_layers
 
 DEFAULT_MODEL = "ui2c-nano"
 MAX_PIXELS = 8192 * 4320
@@ -74,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--intra-period", type=int,
                    help="frames between random-access points; 0: only one, the default but for "
                    "models with B-frames, where it is the group's size")  # fmt: skip
-    p.add_argument("--mode", choices=(*CODING_MODES, AUTO),
+    p.add_argument("--mode", choices=(*MODES, AUTO),
                    help="random access, low delay or all intra, of models that know several, or "
                    "whichever of them is best for each group of frames (default: ra)")  # fmt: skip
     p.add_argument("--gop", type=int,
@@ -120,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("input", help="a clip to make a record of, or a record to compare with")
     p.add_argument("record", nargs="?", help="the record to write (.npz); without, compare")
     p.add_argument("--model", default=DEFAULT_MODEL, help="name or file (default: %(default)s)")
-    p.add_argument("--mode", choices=CODING_MODES, help="as of `nvc encode`")
+    p.add_argument("--mode", choices=MODES, help="as of `nvc encode`")
     p.add_argument("--qp", type=int, default=32, help="default: %(default)s")
     p.add_argument("--frames", type=positive, default=32, help="default: %(default)s")
     p.add_argument("--json", help="write machine-readable results to this file")
@@ -221,10 +220,10 @@ def encode(args: argparse.Namespace) -> None:
 
     model = released.load(args.model)
     schedule = codec.schedule_for(model, args.intra_period, args.gop, args.closed_gop, args.mode)
-    mode, margins = unit_program.default_mode(model), ()
+    entropy_mode, margins = unit_program.default_mode(model), ()
     if args.calibration is not None:
-        mode, margins = (CALIBRATED if args.calibration else FLOAT), args.calibration
-    unit_codec = unit_program.prepare(model, info.width, info.height, mode, margins)
+        entropy_mode, margins = (CALIBRATED if args.calibration else FLOAT), args.calibration
+    unit_codec = unit_program.prepare(model, info.width, info.height, entropy_mode, margins)
     if args.frames:
         pictures = islice(pictures, args.frames)
     qp = 32 if args.qp is None else args.qp
@@ -286,7 +285,7 @@ def encode(args: argparse.Namespace) -> None:
     result = {
         "model": model.name,
         "fingerprint": model.fingerprint.hex(),
-        "entropy_mode": MODES[mode],
+        "entropy_mode": ENTROPY_MODES[entropy_mode],
         "skipped_share": skipped / elements,
         "qp": qp,
         "schedule": schedule.name,

@@ -133,7 +133,7 @@ def make_header(codec: UnitCodec, info: VideoInfo, schedule: schedules.Schedule)
         fps=info.fps,
         schedule=schedule,
         colour=(c.primaries, c.transfer, c.matrix, c.full_range),
-        entropy_mode=codec.mode,
+        entropy_mode=codec.entropy_mode,
         margin_exponents=codec.margin_exponents,
     )
 
@@ -464,11 +464,11 @@ def _decode_packet(
         decoded = decode_unit(codec, packet.payload, refs, packet.qps, unit)
     except OtherTables:
         reason = "its coded data does not end with its last symbol"
-        raise _mismatch(codec.mode, number, packet, reason) from None
+        raise _mismatch(codec.entropy_mode, number, packet, reason) from None
     except StreamError as e:
         raise StreamError(f"{_place(number, packet)} cannot be decoded: {e}") from None
     if symbols_crc(decoded.symbols) != packet.symbols_crc:
-        raise _mismatch(codec.mode, number, packet, "the checksum of its symbols is wrong")
+        raise _mismatch(codec.entropy_mode, number, packet, "the checksum of its symbols is wrong")
     return decoded
 
 

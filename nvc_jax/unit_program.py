@@ -67,7 +67,7 @@ class UnitCodec(NamedTuple):
       model: the released model.
       tables: its tables, prepared for the host coder.
       width, height: of the pictures.
-      mode: FLOAT, CALIBRATED or EXACT.
+      entropy_mode: FLOAT, CALIBRATED or EXACT.
       margin_exponents: the margins are 2^-exponent, one per level of the hierarchy; only if
         CALIBRATED.
       margins: their thresholds.
@@ -80,7 +80,7 @@ class UnitCodec(NamedTuple):
     tables: coder.PreparedTables
     width: int
     height: int
-    mode: int
+    entropy_mode: int
     margin_exponents: tuple[int, ...]
     margins: tuple[Margin, ...]
     steps: dict[bool, tuple[Step, ...]]
@@ -106,13 +106,13 @@ def prepare(
     model: Released,
     width: int,
     height: int,
-    mode: int | None = None,
+    entropy_mode: int | None = None,
     margin_exponents: Sequence[int] = (),
 ) -> UnitCodec:
     """Gets a model ready for pictures of one size. Compilation happens at the first unit.
 
     Args:
-      mode: FLOAT, CALIBRATED or EXACT; by default `default_mode(model)`.
+      entropy_mode: FLOAT, CALIBRATED or EXACT; by default `default_mode(model)`.
       margin_exponents: CALIBRATED only, the margin is 2^-exponent levels for units of each level of
         the hierarchy, the last one also for the levels beyond; by default (11,).
 
@@ -121,20 +121,22 @@ def prepare(
         fails its test, or a margin is out of range.
     """
     module = model.module
-    mode = default_mode(model) if mode is None else mode
-    if mode == EXACT:
+    if entropy_mode is None:
+        entropy_mode = default_mode(model)
+    exact = entropy_mode == EXACT
+    if exact:
         if not model.exact:
             raise NvcError(f"the model '{model.name}' has no integer scales for the exact mode")
         released.check_integers(model)
-    variables = model.variables if mode == EXACT else {"params": model.variables["params"]}
-    steps = registry.steps(module, variables, _padded(height), _padded(width), mode == EXACT)
+    variables = model.variables if exact else {"params": model.variables["params"]}
+    steps = registry.steps(module, variables, _padded(height), _padded(width), exact)
     tables = coder.prepare(model.tables)
-    program = jax.jit(functools.partial(_unit_program, model, tables, width, height, mode))
+    program = jax.jit(functools.partial(_unit_program, model, tables, width, height, entropy_mode))
     judge = None
     if hasattr(module, "reliability"):
         judge = jax.jit(functools.partial(_judge_program, model, width, height))
-    codec = UnitCodec(model, tables, width, height, mode, (), (), steps, program, judge)
-    if mode == CALIBRATED:
+    codec = UnitCodec(model, tables, width, height, entropy_mode, (), (), steps, program, judge)
+    if entropy_mode == CALIBRATED:
         codec = with_margins(codec, margin_exponents or (MARGIN_EXPONENT,))
     return codec
 
@@ -149,8 +151,8 @@ def with_margins(codec: UnitCodec, exponents: Sequence[int]) -> UnitCodec:
     return codec._replace(margin_exponents=tuple(exponents), margins=margins)
 
 
-def _unit_program(model, tables, width, height, mode, variables, planes, refs, qp, source, render,
-                  payload, coder_state, given, margin, flags):  # fmt: skip
+def _unit_program(model, tables, width, height, entropy_mode, variables, planes, refs, qp, source,
+                  render, payload, coder_state, given, margin, flags):  # fmt: skip
     """Codes one unit; traced once.
 
     Args:
@@ -170,7 +172,9 @@ def _unit_program(model, tables, width, height, mode, variables, planes, refs, q
         )
         return jax.pure_callback(_pull_on_host(tables), result, payload, state, index)
 
-    bottleneck = Coded(model.spec, mode, source, render, pull, coder_state, given, margin, flags)
+    bottleneck = Coded(
+        model.spec, entropy_mode, source, render, pull, coder_state, given, margin, flags
+    )
     rgb = model.module.rgb
     frames = planes_to_frames(planes, height, width, rgb)
     recon, new_refs = model.module.apply(variables, frames, refs, qp, bottleneck)
@@ -271,7 +275,7 @@ def _run(
     if given is None:
         given = np.zeros(symbols, np.int16)
     margin = None
-    if codec.mode == CALIBRATED:
+    if codec.entropy_mode == CALIBRATED:
         margin = codec.margins[min(unit.level, len(codec.margins) - 1)]
         flags = np.zeros(symbols, bool) if flags is None else flags
     out, refs, symbols, indices, flags, scales, state = codec.program(
@@ -304,7 +308,7 @@ def _stacked(pictures: Sequence[Planes]) -> tuple[np.ndarray, ...]:
 def _completed(codec: UnitCodec, refs: tuple, unit: schedules.Unit) -> Any:
     """References as the programs take them."""
     height, width = _padded(codec.height), _padded(codec.width)
-    return codec.model.module.complete(refs, unit, height, width, codec.mode == EXACT)
+    return codec.model.module.complete(refs, unit, height, width, codec.entropy_mode == EXACT)
 
 
 def _capacity(codec: UnitCodec, refs: tuple) -> int:
@@ -379,7 +383,7 @@ def read_reliability(
 
 def _calibration_bytes(codec: UnitCodec, unit: CodedUnit) -> bytes:
     """What stands before the coder's payload: in calibrated mode, the listed elements."""
-    if codec.mode != CALIBRATED:
+    if codec.entropy_mode != CALIBRATED:
         return b""
     data = calibration.write_flags(unit.flags)
     return varint(len(data)) + data
@@ -390,7 +394,7 @@ def _split_payload(
 ) -> tuple[np.ndarray | None, bytes]:
     """(flags of the calibrated mode, the coder's payload). Raises StreamError."""
     flags = None
-    if codec.mode == CALIBRATED:
+    if codec.entropy_mode == CALIBRATED:
         size, start = read_varint(payload)
         # Hyper-latents have fixed tables: nothing of them is ever listed.
         steps = codec.steps_of(refs)

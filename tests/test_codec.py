@@ -157,7 +157,7 @@ def test_payloads_are_as_short_as_their_symbols_allow(unit_codec):
             for unit in encode(unit_codec, clip, qp, render=False):
                 flags = calibration.write_flags(unit.coded.flags)
                 size = len(unit.packet.payload)
-                if unit_codec.mode == CALIBRATED:
+                if unit_codec.entropy_mode == CALIBRATED:
                     size -= len(bitstream.varint(len(flags))) + len(flags)
                 ideal = unit.ideal_bits / 8
                 assert ideal - 1 <= size <= 1.01 * ideal + 4

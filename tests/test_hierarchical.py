@@ -141,7 +141,7 @@ def stand_in(monkeypatch, tmp_path, order, length):
         for unit in schedule.plan(order, length):
             out.write(bitstream.Packet(unit.frames, (30,), b"", 0, not unit.refs))
     nothing = SimpleNamespace(module=SimpleNamespace(qp_rows=64))
-    return SimpleNamespace(model=nothing, width=16, height=16, mode=CALIBRATED), path, most
+    return SimpleNamespace(model=nothing, width=16, height=16, entropy_mode=CALIBRATED), path, most
 
 
 def test_a_part_takes_no_more_memory_than_the_whole(monkeypatch, tmp_path):

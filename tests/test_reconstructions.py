@@ -44,7 +44,7 @@ def estimated_bits(unit_codec, picture, refs, qps):
 
     @jax.jit
     def estimate(variables, planes, refs, qp):
-        bottleneck = Estimate(exact=unit_codec.mode == EXACT)
+        bottleneck = Estimate(exact=unit_codec.entropy_mode == EXACT)
         frames = unit_program.planes_to_frames(planes, unit_codec.height, unit_codec.width)
         unit_codec.model.module.apply(variables, frames, refs, qp, bottleneck)
         return bottleneck.bits
@@ -90,7 +90,7 @@ def test_files_are_as_large_as_the_estimate_says():
         pair = pictures[start : start + 2]
         payload, unit = unit_program.encode_unit(unit_codec, pair, refs, qps, False)
         estimate = estimated_bits(unit_codec, pair, refs, qps) / 8
-        if unit_codec.mode == CALIBRATED:
+        if unit_codec.entropy_mode == CALIBRATED:
             listed = calibration.write_flags(unit.flags)
             estimate += len(bitstream.varint(len(listed))) + len(listed)
         if len(payload) > 10_000:

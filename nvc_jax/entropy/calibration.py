@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # readers of containers do without JAX
 FLOAT = 0  # by comparing the network's float scale: right where encoder and decoder round alike
 CALIBRATED = 1  # the same, with the scheme of this module
 EXACT = 2  # computed with integers from decoded symbols, see `nvc_jax.nn.integer`: right everywhere
-MODES = ("float", "calibrated", "exact")
+ENTROPY_MODES = ("float", "calibrated", "exact")
 
 # Margins are 2^-e levels for e in this range.
 LEAST_EXPONENT, LARGEST_EXPONENT = 5, 20
