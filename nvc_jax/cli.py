@@ -1,4 +1,4 @@
-"""The `nvc` command: encode, decode, calibrate, info, models, release."""
+"""The `nvc` command: encode, decode, calibrate, info, models, import, release."""
 
 import argparse
 import json

@@ -91,7 +91,7 @@ def test_a_run_is_coded_as_units_are():
         distortion += run.weight[number] * run.quality[number] * apart
         bits += run.weight[number] * y_bits
     np.testing.assert_allclose(coded.distortion, distortion, rtol=1e-3)
-    np.testing.assert_allclose(coded.bits["y"], bits, rtol=1e-2)
+    np.testing.assert_allclose(coded.bpp["y"], bits / (32 * 48), rtol=1e-2)
 
 
 def test_others_can_be_left_out():
@@ -103,7 +103,7 @@ def test_others_can_be_left_out():
     whole = code(MODEL, params, run, frames, jnp.array([20]), None)
     some = code(MODEL, params, run, frames, jnp.array([20]), None, only_alone=True)
     np.testing.assert_allclose(some.recon[:, run.alone], whole.recon[:, run.alone], atol=1e-5)
-    assert not some.recon[:, ~run.alone].any() and some.bits["y"] < whole.bits["y"]
+    assert not some.recon[:, ~run.alone].any() and some.bpp["y"] < whole.bpp["y"]
 
 
 def config(**stage):
@@ -126,7 +126,7 @@ def gradients(exact=False, key=None, **options):
         coded = code_run(
             MODEL, params, run, frames, jnp.array([10, 40]), key, exact=exact, **options
         )
-        rate = coded.bits["y"] + coded.bits["z"]
+        rate = 32 * 32 * (coded.bpp["y"] + coded.bpp["z"])
         return (rate + coded.distortion + coded.misjudged).mean()
 
     slopes = jax.jit(jax.grad(cost))(params)

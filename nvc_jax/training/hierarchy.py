@@ -10,6 +10,7 @@ units as its group has layers, that is the loss of the whole group, but for the 
 Anchors are intra frames here, also where a schedule would predict them.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from jax import lax
 from nvc_jax import colour, schedule
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.models.brhvc import Between, Ref
-from nvc_jax.nn.flow import MotionErrors, noted_motion
+from nvc_jax.nn.flow import noted_motion
 from nvc_jax.training import losses
 
 ANCHORS = 2  # intra frames that a path starts from
@@ -85,24 +86,6 @@ def draw_path(
     )
 
 
-class CodedPath(NamedTuple):
-    """What `code_path` adds up.
-
-    Attributes:
-      bits: of "z", "y", "y_float", "side" (see `Estimate`), [batch], weighted sums over units.
-      distortion: [batch], likewise, of the layers' weights too.
-      recon: [batch, units, height, width, 3], Y, U, V.
-      penalty: [batch], of the scales.
-      motion: [batch] each, of the references, mean over scales and units.
-    """
-
-    bits: dict[str, jax.Array]
-    distortion: jax.Array
-    recon: jax.Array
-    penalty: jax.Array
-    motion: MotionErrors
-
-
 def code_path(
     model: nn.Module,
     params: Any,
@@ -115,7 +98,7 @@ def code_path(
     *,
     remat: bool = False,
     **options: Any,
-) -> CodedPath:
+) -> losses.CodedClip:
     """Codes the units of a path one after the other.
 
     Args:
@@ -140,9 +123,10 @@ def code_path(
     recon = recon.swapaxes(0, 1)
     layers = jnp.asarray(layer_weights)[jnp.clip(path.level, 0, len(layer_weights) - 1)]
     distortion = losses.distortion(recon, frames) @ (path.weight * layers)
-    bits, penalty = jax.tree.map(lambda x: path.weight @ x, (bits, penalty))
+    share = path.weight / math.prod(recon.shape[2:4])
+    bpp, penalty = jax.tree.map(lambda x: share @ x, (bits, penalty))
     motion = jax.tree.map(lambda x: x.mean(0), motion)
-    return CodedPath(bits, distortion, recon, penalty, motion)
+    return losses.CodedClip(bpp, distortion, recon, penalty, motion=motion)
 
 
 def _along(path, code, pictures, anchors, key, remat):

@@ -5,15 +5,41 @@ Pictures are in [0, 1]: planes Y, U, V at 4:4:4 but where another colour space i
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
 from nvc_jax.entropy.likelihood import LEVELS, SCALE_MAX, SCALE_MIN, SKIP_SCALE
+from nvc_jax.nn.flow import MotionErrors
 from nvc_jax.nn.warp import halve, warp
 
 VISIBLE = 0.02  # differences below cost next to nothing, see `visible`
+
+
+class CodedClip(NamedTuple):
+    """What a codec makes of a clip, a path or a run of units.
+
+    Attributes:
+      bpp: of "z", "y", "y_float", "side" (see `nvc_jax.entropy.bottleneck.Estimate`), [batch], bits
+        per pixel of one frame, weighted sums over units.
+      distortion: [batch], weighted sum over frames.
+      recon: [batch, frames, height, width, 3], Y, U, V.
+      penalty: [batch], of the scales, per pixel of one frame, weighted sum over units.
+      refs: what the next unit would refer to; () where nothing follows.
+      motion: of references, [batch] each, means over units; None for codecs without motion.
+      misjudged: [batch], cross-entropy of the reliability classifier, mean over the references of
+        which it is known how far they are to be trusted; 0 if there were none.
+    """
+
+    bpp: dict[str, jax.Array]
+    distortion: jax.Array
+    recon: jax.Array
+    penalty: jax.Array
+    refs: tuple = ()
+    motion: MotionErrors | None = None
+    misjudged: jax.Array | float = 0.0
 
 
 def yuv_to_rgb(yuv: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ gradients through all of them. What orders they come in is drawn for every step:
 own, low delay, or a way down a hierarchy as in `nvc_jax.training.hierarchy`. All share one program.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -164,25 +165,6 @@ def _zeros_like(function):
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function))
 
 
-class CodedRun(NamedTuple):
-    """What `code_run` adds up.
-
-    Attributes:
-      bits: of "z", "y", "y_float", "side" (see `Estimate`), [batch], weighted sums over units.
-      distortion: [batch], likewise, of qualities too.
-      recon: [batch, units, height, width, 3], Y, U, V.
-      penalty: [batch], of the scales.
-      misjudged: [batch], cross-entropy of the reliability classifier, mean over the references of
-        which it is known how far they are to be trusted; 0 if there were none.
-    """
-
-    bits: dict[str, jax.Array]
-    distortion: jax.Array
-    recon: jax.Array
-    penalty: jax.Array
-    misjudged: jax.Array
-
-
 def _spoiled(key, slot: uni_lvc.Slot, share: float) -> tuple[uni_lvc.Slot, jax.Array]:
     """Spoils some of a batch's references.
 
@@ -231,7 +213,7 @@ def code_run(
     remat: bool = False,
     only_alone: bool = False,
     **options: Any,
-) -> CodedRun:
+) -> losses.CodedClip:
     """Codes the units of a run one after the other.
 
     Args:
@@ -311,7 +293,8 @@ def code_run(
     _, (recon, bits, penalty, misjudged) = lax.scan(step, kept, inputs)
     recon = recon.swapaxes(0, 1)
     distortion = losses.distortion(recon, frames) @ (run.weight * run.quality)
-    bits, penalty = jax.tree.map(lambda x: run.weight @ x, (bits, penalty))
+    share = run.weight / math.prod(recon.shape[2:4])
+    bpp, penalty = jax.tree.map(lambda x: share @ x, (bits, penalty))
     misjudged, judged_at_all = (x.sum(0) for x in misjudged)
     misjudged /= jnp.maximum(judged_at_all, 1)
-    return CodedRun(bits, distortion, recon, penalty, misjudged)
+    return losses.CodedClip(bpp, distortion, recon, penalty, misjudged=misjudged)

@@ -4,7 +4,6 @@ Everything here is a pure function of its arguments, and random numbers follow f
 a resumed run continues exactly.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from nvc_jax.nn.flow import MotionErrors, motion_errors
 from nvc_jax.nn.warp import warp
 from nvc_jax.training import losses
 from nvc_jax.training.hierarchy import Path, code_path
+from nvc_jax.training.losses import CodedClip
 from nvc_jax.training.orders import Run, code_run
 from nvc_jax.training.references import BLANK, degraded
 from nvc_jax.training.stages import Stage
@@ -83,7 +83,7 @@ class StepMetrics(metrics.Collection):
     """What a step reports; merged over steps, `compute()` gives means and the newest counts.
 
     `motion_gain`: how many dB closer references are to a B-frame after motion, as it was decoded; 0
-    for other codecs. `misjudged`: see `nvc_jax.training.orders.CodedRun`; 0 for other codecs. What
+    for other codecs. `misjudged`: see `CodedClip`; 0 for other codecs. What
     a stage with `motion_only` does not compute is 0, and its motion was not coded.
     A step that was skipped counts with the values it had, so not a number stays to be seen.
     """
@@ -186,29 +186,6 @@ def _matrices(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-class Unrolled(NamedTuple):
-    """What a codec makes of a clip.
-
-    Attributes:
-      bpp: of "z", "y", "y_float" and "side" (see `Estimate`), [batch], bits per pixel of one frame,
-        summed over units.
-      distortion: [batch], weighted, summed over frames.
-      recon: like clip.frames.
-      refs: what the next unit would refer to.
-      penalty: [batch], of the scales, per pixel of one frame, summed over units.
-      motion: of references, [batch] each, mean over units; None for codecs without motion.
-      misjudged: [batch], see `nvc_jax.training.orders.CodedRun`; 0 for other codecs.
-    """
-
-    bpp: dict[str, jax.Array]
-    distortion: jax.Array
-    recon: jax.Array
-    refs: tuple
-    penalty: jax.Array
-    motion: MotionErrors | None
-    misjudged: jax.Array | float = 0.0
-
-
 def unroll(
     codec: Entry,
     model: nn.Module,
@@ -225,7 +202,7 @@ def unroll(
     spoil: float = 0.0,
     judge: bool = False,
     only_alone: bool = False,
-) -> Unrolled:
+) -> CodedClip:
     """Codes a clip as the codec would and adds up rate and distortion.
 
     The clip's units follow each other with full back-propagation ("cascaded"); of a hierarchy only
@@ -240,26 +217,17 @@ def unroll(
       draws, spoil, judge, only_alone: see `nvc_jax.training.orders.code_run`.
     """
     options = dict(exact=exact, detached=detached, penalty=penalty)
+    if isinstance(clip.path, Run):
+        return code_run(
+            model, params, clip.path, clip.frames, clip.qp, key, draws=draws, spoil=spoil,
+            judge=judge, remat=remat, only_alone=only_alone, **options,
+        )  # fmt: skip
     if clip.path is not None:
-        frames, motion, misjudged = clip.frames, None, 0.0
-        if isinstance(clip.path, Run):
-            coded = code_run(
-                model, params, clip.path, frames, clip.qp, key, draws=draws, spoil=spoil,
-                judge=judge, remat=remat, only_alone=only_alone, **options,
-            )  # fmt: skip
-            misjudged = coded.misjudged
-        else:
-            anchors = jnp.stack([ref.frame for ref in refs], 1)
-            weights = codec.layer_weights
-            coded = code_path(
-                model, params, clip.path, weights, frames, anchors, clip.qp, key, remat=remat,
-                **options,
-            )  # fmt: skip
-            motion = coded.motion
-        bpp, penalties = jax.tree.map(
-            lambda x: x / math.prod(frames.shape[2:4]), (coded.bits, coded.penalty)
-        )
-        return Unrolled(bpp, coded.distortion, coded.recon, (), penalties, motion, misjudged)
+        anchors = jnp.stack([ref.frame for ref in refs], 1)
+        return code_path(
+            model, params, clip.path, codec.layer_weights, clip.frames, anchors, clip.qp, key,
+            remat=remat, **options,
+        )  # fmt: skip
     _, count, height, width, _ = clip.frames.shape
     pictures = colour.for_codec(model, clip.frames)
     per_unit = model.frames_per_unit
@@ -290,7 +258,7 @@ def unroll(
         recons.append(recon)
     bpp = jax.tree.map(lambda b: b / (height * width), bits)
     penalties /= height * width
-    return Unrolled(bpp, distortion, jnp.concatenate(recons, axis=1), refs, penalties, None)
+    return CodedClip(bpp, distortion, jnp.concatenate(recons, axis=1), penalties, refs)
 
 
 def first_refs(
@@ -553,7 +521,7 @@ def _in_parts(gradients: Callable, batch: Any, parts: int) -> tuple:
     )
 
 
-def _distance(codec, model, stage, clip, refs, coded: Unrolled, teacher: Any) -> jax.Array:
+def _distance(codec, model, stage, clip, refs, coded: CodedClip, teacher: Any) -> jax.Array:
     """Knowledge replay, [batch]: how far pictures and references are from a teacher's.
 
     The teacher codes the same clip from the same references, with its own symbols. Of codecs that
