@@ -43,7 +43,7 @@ def get_config():
         ),
         # S1: what listens to references, first of all to those of low delay. Pictures on their own
         # stay the same, bit for bit.
-        stage(3_000, (0, 1, 0), lr=1e-3, end_lr=5e-4, trainable=uni_lvc.LISTENING),
+        stage(2_000, (0, 1, 0), lr=1e-3, end_lr=5e-4, trainable=uni_lvc.LISTENING),
         # S2: everything, the intra codec slowly. From here on pictures on their own stay within
         # 0.5 % BD-rate of S0.
         stage(
@@ -58,25 +58,25 @@ def get_config():
         # sides allow, because what is judged is a whole picture. Where references are good, nothing
         # gets worse.
         stage(
-            500, (0.15, 0.35, 0.5), lr=1e-3, end_lr=1e-3, trainable=("judge",), crop=256,
+            400, (0.15, 0.35, 0.5), lr=1e-3, end_lr=1e-3, trainable=("judge",), crop=256,
             **DOUBTFUL | dict(temperature=(1.0, 0.3)), judge_loss=1.0,
         ),
         stage(
-            2_000, (0.15, 0.35, 0.5), lr=2e-4, end_lr=5e-5, lr_scale=SLOWLY, teacher=REPLAY,
+            1_500, (0.15, 0.35, 0.5), lr=2e-4, end_lr=5e-5, lr_scale=SLOWLY, teacher=REPLAY,
             **DOUBTFUL, judge_loss=0.01,
         ),
         # S5: longer clips; the judge by rates and distortions alone.
         stage(
-            500, (0.1, 0.9, 0), lr=1e-4, end_lr=2e-5, units=16, spans=(31,), remat=True,
+            400, (0.1, 0.9, 0), lr=1e-4, end_lr=2e-5, units=16, spans=(31,), remat=True,
             lr_scale=SLOWLY, teacher=REPLAY, **DOUBTFUL,
         ),
         stage(
-            500, (0.1, 0.45, 0.45), lr=5e-5, end_lr=1e-5, units=6, spans=(16, 32),
+            400, (0.1, 0.45, 0.45), lr=5e-5, end_lr=1e-5, units=6, spans=(16, 32),
             lr_scale=SLOWLY, teacher=REPLAY, **DOUBTFUL,
         ),
         # The exact mode. The other modes stay the same, bit for bit.
         stage(
-            4_000, (0.1, 0.45, 0.45), lr=2e-3, end_lr=2e-5, units=6, spans=(16, 32), exact=True,
+            3_000, (0.1, 0.45, 0.45), lr=2e-3, end_lr=2e-5, units=6, spans=(16, 32), exact=True,
             trainable=("scale_head",), noise=False, judged=True, rate_balance=0.6,
         ),
     )  # fmt: skip
