@@ -181,7 +181,7 @@ def _decode_unit(_, payload, refs, qps, unit):
 
 _GREY = Planes(*(np.full((1, 1), 128, np.uint8) for _ in range(3)))
 _MODEL = SimpleNamespace(module=SimpleNamespace(qp_rows=72))
-_UNIT_CODEC = SimpleNamespace(model=_MODEL, width=1, height=1, mode=calibration.FLOAT)
+_UNIT_CODEC = SimpleNamespace(model=_MODEL, width=1, height=1, entropy_mode=calibration.FLOAT)
 
 
 def container(data: bytes) -> None:
@@ -243,7 +243,7 @@ def element_list(data: bytes) -> None:
     sizes = [1 + size for size in struct.unpack("<4H", data[:8].ljust(8, b"\0"))]
     families = [None, *["gaussian"] * 3]
     steps = [SimpleNamespace(size=n, family=f) for n, f in zip(sizes, families, strict=True)]
-    unit_codec = SimpleNamespace(mode=calibration.CALIBRATED, steps_of=lambda refs: steps)
+    unit_codec = SimpleNamespace(entropy_mode=calibration.CALIBRATED, steps_of=lambda refs: steps)
     try:
         flags, payload = unit_program._split_payload(unit_codec, data[8:], ())
     except StreamError as error:

@@ -689,33 +689,31 @@ class Recorder:
 def test_pairs_follow_the_pattern_of_qualities_and_weights():
     model, frames = Recorder(2), jnp.full((3, 8, 4, 4, 3), 0.5)
     clip = training.Clip(frames[:, :1], frames, jnp.array([0, 10, 63]), jnp.array([0, 2, 6]))
-    bpp, distortion, recon, refs = training.unroll(
-        UI2C, model, {}, clip, "first", jax.random.key(0)
-    )[:4]
+    coded = training.unroll(UI2C, model, {}, clip, "first", jax.random.key(0))
     offsets = np.array([0, 8, 0, 4, 0, 4, 0, 4])
     expected = np.stack(
         [q + np.roll(offsets, -p) for q, p in zip([0, 10, 63], [0, 2, 6], strict=True)]
     )
     np.testing.assert_array_equal(np.concatenate(model.qps, axis=1), expected)
-    assert model.refs == ["first", 1, 2, 3] and refs == 4
-    np.testing.assert_allclose(bpp["y"], 4 * 30 / 16)
-    np.testing.assert_allclose(bpp["z"], 4 * 2 / 16)
-    np.testing.assert_allclose(recon[:, ::2], 0.6, rtol=1e-6)
+    assert model.refs == ["first", 1, 2, 3] and coded.refs == 4
+    np.testing.assert_allclose(coded.bpp["y"], 4 * 30 / 16)
+    np.testing.assert_allclose(coded.bpp["z"], 4 * 2 / 16)
+    np.testing.assert_allclose(coded.recon[:, ::2], 0.6, rtol=1e-6)
     # Frames 0, 2, 4, 6 of the pattern weigh 0.52; only they have errors.
-    single = losses.distortion(recon[0, 0], frames[0, 0])
+    single = losses.distortion(coded.recon[0, 0], frames[0, 0])
     exact = losses.distortion(frames[0, 0], frames[0, 0])
     total = 4 * 0.52 * single + (1.33 + 3 * 0.83) * exact
-    np.testing.assert_allclose(distortion, total, rtol=1e-4)
+    np.testing.assert_allclose(coded.distortion, total, rtol=1e-4)
 
 
 def test_pictures_alone_are_weighted_alike():
     model, frames = Recorder(1), jnp.full((2, 3, 4, 4, 3), 0.5)
     clip = training.Clip(frames[:, :1], frames, jnp.array([5, 60]), jnp.array([0, 3]))
     intra = registry.entry("intra")
-    _, distortion, recon = training.unroll(intra, model, {}, clip, (), jax.random.key(0))[:3]
+    coded = training.unroll(intra, model, {}, clip, (), jax.random.key(0))
     np.testing.assert_array_equal(np.concatenate(model.qps, 1), [[5] * 3, [60] * 3])
-    single = losses.distortion(recon[0, 0], frames[0, 0])
-    np.testing.assert_allclose(distortion, 3 * single, rtol=1e-5)
+    single = losses.distortion(coded.recon[0, 0], frames[0, 0])
+    np.testing.assert_allclose(coded.distortion, 3 * single, rtol=1e-5)
 
 
 # Releasing
@@ -866,7 +864,7 @@ def test_config_files_that_are_none_are_explained():
     for name, complaint in (
         ("configs/none.py", "no such config file"),
         ("configs/ui2c.py:tiny", "is not a training config"),
-        ("configs/ui2c.py:dev,many", "is not a training config"),
+        ("configs/ui2c.py:dev,many", "many times as large"),
         ("configs/ui2c.py:dev,0", "0 times as large"),
     ):
         with pytest.raises(NvcError, match=complaint):

@@ -81,7 +81,7 @@ def sized(argument: str) -> tuple[str, int]:
     """
     size, _, times = argument.partition(",")
     if times and (not times.isdecimal() or not int(times)):
-        raise NvcError(f"batches {times!r} times as large: give a whole number above 0")
+        raise NvcError(f"batches {times} times as large: give a whole number above 0")
     return size, int(times or 1)
 
 
