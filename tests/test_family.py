@@ -19,7 +19,7 @@ def test_readme_has_every_codec_as_it_is_now():
     rows = family.table([], [])
     _, _, text = README.read_text().partition(family.BEGIN)
     shown, counted = (
-        [[cell.strip() for cell in line.split("|")[1:7]] for line in table.split("\n") if line][2:]
+        [[cell.strip() for cell in line.split("|")[1:6]] for line in table.split("\n") if line][2:]
         for table in (text.partition(family.END)[0], family.markdown(rows))
     )
     assert shown == counted
@@ -50,7 +50,8 @@ def test_command(only_ui2c_nano, tmp_path, monkeypatch, capsys):
     speed = dict(model="ui2c-nano", mode=None, width=352, height=288, device="cpu")
     speed |= dict(encode_fps=45.3, decode_fps=5.21)
     (tmp_path / "r.json").write_text(json.dumps(dict(bd_rates=gains)))
-    (tmp_path / "s.json").write_text(json.dumps(speed))
+    random = speed | dict(model="ui2c:nano", width=704, height=576, encode_fps=7.125)
+    (tmp_path / "s.json").write_text(json.dumps([speed, random, speed | dict(model="other")]))
     (tmp_path / "t.md").write_text(f"before\n{family.BEGIN}\nold\n{family.END}\nafter\n")
     (tmp_path / "empty.md").write_text("nothing")
     command = ["bench.py", "family", "--rates", str(tmp_path / "r.json"), "--speeds"]
@@ -63,7 +64,7 @@ def test_command(only_ui2c_nano, tmp_path, monkeypatch, capsys):
         f"before\n{family.BEGIN}\n\n{printed}\n{family.END}\nafter\n"
     )
     (line,) = [line for line in printed.split("\n") if "+131 %" in line]
-    assert "**nano**" in line and "45 / 5.2" in line
+    assert "**nano**" in line and line.endswith("| 45 / 5.2 | 7.1 / 5.2 |")
     assert "x264" not in printed and "-8" not in printed
 
     monkeypatch.setattr("sys.argv", [*command, "--write", str(tmp_path / "empty.md")])
