@@ -11,7 +11,9 @@ Anchors are intra frames here, also where a schedule would predict them.
 """
 
 import math
+from collections.abc import Iterator
 from functools import partial
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -45,6 +47,25 @@ class Path(NamedTuple):
     weight: np.ndarray
 
 
+def way_down(
+    rng: np.random.Generator, low: tuple[int, int], high: tuple[int, int], slot: int
+) -> Iterator[tuple[schedule.Unit, tuple[int, int], tuple[int, int]]]:
+    """Frames in the middle of what is left of an interval, of which either half is left. Endless.
+
+    Args:
+      low, high: (display position, slot) of the interval's ends.
+      slot: of the first frame; the others follow.
+
+    Yields:
+      (unit, low, high) for every frame.
+    """
+    for here in count(slot):
+        unit = schedule.between(low[0], high[0])
+        yield unit, low, high
+        middle = unit.frames[0], here
+        low, high = (low, middle) if rng.random() < 0.5 else (middle, high)
+
+
 def draw_path(
     rng: np.random.Generator, units: int, spans: tuple[int, ...], tail_share: float
 ) -> tuple[list[int], Path]:
@@ -71,12 +92,10 @@ def draw_path(
     else:
         anchors = (0, span)
         low, high = (0, 0), (span, 1)
-    while len(planned) < units:
-        unit = schedule.between(low[0], high[0])
-        middle = unit.frames[0], ANCHORS + len(planned)
+    below = way_down(rng, low, high, ANCHORS + len(planned))
+    for unit, past, future in islice(below, units - len(planned)):
         planned.append(unit)
-        refs.append((low[1], high[1]))
-        low, high = (low, middle) if rng.random() < 0.5 else (middle, high)
+        refs.append((past[1], future[1]))
     weight = 2.0 ** np.arange(units)
     return [*anchors, *(unit.frames[0] for unit in planned)], Path(
         np.array(refs, np.int32),

@@ -7,6 +7,7 @@ own, low delay, or a way down a hierarchy as in `nvc_jax.training.hierarchy`. Al
 
 import math
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,6 +23,7 @@ from nvc_jax.models import uni_lvc
 from nvc_jax.models.ui2c import FRAME_WEIGHTS
 from nvc_jax.quality import lambda_of_qp
 from nvc_jax.training import losses
+from nvc_jax.training.hierarchy import way_down
 
 STRIDES = (1, 1, 1, 2, 4)  # between frames of low delay: also what moves fast is to be learned
 PREDICTED = 0.25  # share of hierarchies whose second anchor refers to the first
@@ -131,12 +133,10 @@ def _way_down(rng, units, span):
         planned.append(unit(schedule.predicted(0, 0, span), (0,), (0,)))
     else:
         planned.append(_alone((span,), uni_lvc.LAYER_QP[-1]))
-    low, high = (0, 0), (span, 1)  # (position, slot)
-    while len(planned) < units:
-        middle = unit(schedule.between(low[0], high[0]), (low[0], high[0]), (low[1], high[1]))
-        here = middle.frames[0], len(planned)
-        planned.append(middle)
-        low, high = (low, here) if rng.random() < 0.5 else (here, high)
+    below = way_down(rng, (0, 0), (span, 1), 2)
+    for middle, *ends in islice(below, units - 2):
+        places, slots = zip(*ends, strict=True)
+        planned.append(unit(middle, places, slots))
     return planned
 
 
