@@ -92,7 +92,7 @@ def schedule_for(
       intra_period: distance of frames at which decoding can start; 0 for the first frame only. By
         default that, and for B-frames the group's size.
       gop, closed: of groups of B-frames, see `schedule.hierarchical`; by default 32 frames, or the
-        intra period if that is shorter.
+        largest number below that divides the intra period.
       mode: of a codec that knows several; AUTO for groups that differ.
 
     Raises:
@@ -112,7 +112,8 @@ def schedule_for(
         return schedules.mixed(gop)
     if name == "hierarchical":
         if gop is None:
-            gop = min(intra_period, 32) if intra_period and intra_period > 1 else 32
+            fitting = (n for n in range(32, 1, -1) if not (intra_period or 0) % n)
+            gop = next(fitting, 32)
         return schedules.hierarchical(gop, intra_period, closed)
     if gop is not None or closed:
         which = f"the mode '{mode}'" if mode else f"'{model.name}'"

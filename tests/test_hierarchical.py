@@ -1,5 +1,6 @@
 """B-frames from end to end: any group, any length, any place to begin, in the order of display."""
 
+import math
 import weakref
 from fractions import Fraction
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from nvc_jax.video import Colour, VideoInfo
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 WIDTH, HEIGHT = 40, 24
-CLIP = list(moving_texture(WIDTH, HEIGHT, 19))
+CLIP = list(moving_texture(WIDTH, HEIGHT, 34))
 INFO = VideoInfo(WIDTH, HEIGHT, 25, Colour())
 
 
@@ -58,7 +59,8 @@ ORDERS = [
     (schedule.hierarchical(4, 8), 14),
     (schedule.hierarchical(4, 0), 10),
     (schedule.hierarchical(6, closed=True), 16),
-    (schedule.hierarchical(32), 19),
+    (schedule.hierarchical(32), 33),
+    (schedule.hierarchical(64), 34),
 ]
 
 
@@ -109,6 +111,17 @@ def test_only_what_is_wanted_is_decoded(unit_codec, tmp_path, monkeypatch, first
     assert len(count) <= 2 * (2 + 3) + last - first
 
 
+@pytest.mark.parametrize("number", [3, 6, 9, 10])
+def test_parts_are_those_of_the_whole(unit_codec, tmp_path, number):
+    """In tails, odd groups, closed groups, and with one intra frame."""
+    path, (order, length) = tmp_path / "a.nvc", ORDERS[number]
+    pictures, _ = coded(unit_codec, path, order, length)
+    for first, last in ((0, 0), (length // 2, length - 2), (length - 1, length - 1)):
+        frames, shown = decoded(unit_codec, path, first, range(first, last + 1))
+        assert frames == list(range(first, last + 1))
+        assert_same_pictures(shown, pictures[first : last + 1])
+
+
 def test_what_lies_behind_a_part_does_not_matter(unit_codec, tmp_path):
     path = tmp_path / "a.nvc"
     pictures, units = coded(unit_codec, path, schedule.hierarchical(4), 13)
@@ -121,7 +134,7 @@ def test_what_lies_behind_a_part_does_not_matter(unit_codec, tmp_path):
 
 
 class Token:
-    """In place of what a unit leaves."""
+    """In place of what a unit leaves, its picture and what others refer to."""
 
 
 def stand_in(monkeypatch, tmp_path, order, length):
@@ -132,7 +145,7 @@ def stand_in(monkeypatch, tmp_path, order, length):
         token = Token()
         alive.add(token)
         most[0] = max(most[0], len(alive))
-        return unit_program.CodedUnit([None], (token,), [], [], [], [], None)
+        return unit_program.CodedUnit([token], (token,), [], [], [], [], None)
 
     monkeypatch.setattr(codec, "decode_unit", decode_unit)
     path = tmp_path / "empty.nvc"
@@ -149,6 +162,17 @@ def test_a_part_takes_no_more_memory_than_the_whole(monkeypatch, tmp_path):
     unit_codec, path, most = stand_in(monkeypatch, tmp_path, order, 201)
     assert decoded(unit_codec, path, 0, range(200, 201))[0] == [200]
     assert 2 <= most[0] <= 4
+
+
+@pytest.mark.parametrize("gop", [2, 5, 32, 64])
+def test_memory_is_that_of_the_depth_of_the_hierarchy(monkeypatch, tmp_path, gop):
+    """References and pictures that wait for their turn, in clips of any length."""
+    order = schedule.hierarchical(gop)
+    unit_codec, path, most = stand_in(monkeypatch, tmp_path, order, 201)
+    with bitstream.open_stream(path) as stream:
+        shown = sum(len(pictures) for _, pictures in codec.decode(unit_codec, stream))
+    assert shown == 201
+    assert most[0] <= 3 + math.ceil(math.log2(gop))
 
 
 def test_an_index_that_lies_is_noticed(monkeypatch, tmp_path):

@@ -77,6 +77,16 @@ def test_what_is_wrong_with_a_checkpoint_is_named(kind, change, complaint):
     assert checkpoints.PUBLISHED[kind].file in str(error.value)
 
 
+def test_all_that_is_wrong_is_named_at_once():
+    tensors = tensors_of("brhvc-intra")
+    first, second = sorted(tensors)[:2]
+    tensors["stray"] = tensors.pop(first)
+    tensors[second] = np.zeros((2, 5), np.float32)
+    expected = rf"1 are missing: {first}; 1 do not belong to it: stray; 1 have .*: {second} \(2x5"
+    with pytest.raises(NvcError, match=expected):
+        checkpoints.parameters("brhvc-intra", tensors)
+
+
 def test_the_intra_codec_is_looked_for_beside_the_checkpoint(tmp_path):
     path = torch_writer.write(tmp_path / "some.pth", {"w": np.zeros(3, np.float32)})
     with pytest.raises(NvcError, match=r"cvpr2023_image_psnr.pth.tar.*--intra"):
@@ -86,6 +96,8 @@ def test_the_intra_codec_is_looked_for_beside_the_checkpoint(tmp_path):
         checkpoints.load("brhvc", path)
     with pytest.raises(NvcError, match="needs no other"):
         checkpoints.load("brhvc-intra", path, path)
+    with pytest.raises(NvcError, match="nothing"):
+        checkpoints.load("brhvc", tmp_path / "elsewhere" / "nothing.pth")
 
 
 def test_the_command_explains_what_is_wrong(tmp_path, capsys):

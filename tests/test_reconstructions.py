@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from nvc_jax import bitstream, codec, unit_program, video
+from nvc_jax import bitstream, codec, schedule, unit_program, video
 from nvc_jax.entropy import calibration
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT
@@ -39,7 +39,7 @@ def models(tmp_path_factory):
     return [released.load(p) for p in (*released.shipped(), path)]
 
 
-def estimated_bits(unit_codec, picture, refs, qps):
+def estimated_bits(unit_codec, picture, refs, qps, unit):
     """The rate that training would report for these pictures and references."""
 
     @jax.jit
@@ -50,6 +50,7 @@ def estimated_bits(unit_codec, picture, refs, qps):
         return bottleneck.bits
 
     planes = tuple(np.stack(p) for p in zip(*picture, strict=True))
+    refs = unit_program._completed(unit_codec, refs, unit)
     bits = estimate(unit_codec.model.variables, planes, refs, np.array([qps], np.int32))
     return float(bits["y"].sum() + bits["z"].sum())
 
@@ -61,12 +62,12 @@ def test_decoder_repeats_the_encoder_on_real_clips(models, clip, tmp_path):
     pictures = list(islice(pictures, FRAMES))
     for model in models:
         unit_codec = unit_program.prepare(model, info.width, info.height)
-        schedule = codec.schedule_for(model)
+        order = codec.schedule_for(model)
         for qp in QPS:
             path = tmp_path / "clip.nvc"
             recons = {}  # by frame: the order of coding is not that of display
-            with bitstream.write_stream(path, codec.make_header(unit_codec, info, schedule)) as out:
-                for unit in codec.encode(unit_codec, pictures, qp, schedule, render=True):
+            with bitstream.write_stream(path, codec.make_header(unit_codec, info, order)) as out:
+                for unit in codec.encode(unit_codec, pictures, qp, order, render=True):
                     out.write(unit.packet)
                     recons |= dict(zip(unit.packet.frames, unit.recons, strict=True))
             with bitstream.open_stream(path) as stream:
@@ -78,23 +79,30 @@ def test_decoder_repeats_the_encoder_on_real_clips(models, clip, tmp_path):
 
 
 @pytest.mark.skipif(not CLIPS, reason="the evaluation clips are not on this machine")
-def test_files_are_as_large_as_the_estimate_says():
-    """Within 1 % per unit for units above 10 kB; headers and calibrated elements come on top."""
-    model = released.load("ui2c-nano")
+@pytest.mark.parametrize(
+    "name, order, length, large",
+    [("ui2c-nano", schedule.two_frame(), 4, 2), ("brhvc-nano", schedule.hierarchical(2), 3, 3)],
+)
+def test_files_are_as_large_as_the_estimate_says(name, order, length, large):
+    """Within 1 % per unit for units above 10 kB; headers and calibrated elements come on top.
+
+    Of symbols that follow a Gaussian and, in B-frames, a Laplace distribution.
+    """
+    model = released.load(name)
     info, pictures = video.open_video(next(c for c in CLIPS if c.stem.startswith("city")))
-    pictures = list(islice(pictures, 4))
+    pictures = list(islice(pictures, length))
     unit_codec = unit_program.prepare(model, info.width, info.height)
-    refs = ()
-    large = 0
-    for start, qps in ((0, (60, 68)), (2, (60, 64))):
-        pair = pictures[start : start + 2]
-        payload, unit = unit_program.encode_unit(unit_codec, pair, refs, qps, False)
-        estimate = estimated_bits(unit_codec, pair, refs, qps) / 8
+    slots, counted = {}, 0
+    for number, unit in enumerate(schedule.plan(order, length)):
+        own, refs = [pictures[frame] for frame in unit.frames], codec.references(unit, slots)
+        qps = (60,) * len(own)
+        payload, coded = unit_program.encode_unit(unit_codec, own, refs, qps, False, unit)
+        estimate = estimated_bits(unit_codec, own, refs, qps, unit) / 8
         if unit_codec.entropy_mode == CALIBRATED:
-            listed = calibration.write_flags(unit.flags)
+            listed = calibration.write_flags(coded.flags)
             estimate += len(bitstream.varint(len(listed))) + len(listed)
         if len(payload) > 10_000:
-            large += 1
+            counted += 1
             assert abs(len(payload) - estimate) <= 0.01 * estimate, (len(payload), estimate)
-        refs = unit.refs
-    assert large
+        slots[number] = coded.refs
+    assert counted == large

@@ -76,12 +76,22 @@ def parameters(kind: str, tensors: dict[str, np.ndarray]) -> dict:
     expected = {k: shape for source in sources.values() for k, shape in source.shapes.items()}
     there = {name: tensors[name] for name in expected if name in tensors}
     wrong = {name: t.shape for name, t in there.items() if t.shape != tuple(expected[name])}
-    _refuse(kind, expected, "are missing", [name for name in expected if name not in there])
-    _refuse(kind, expected, "do not belong to it", [n for n in tensors if n not in expected])
-    sizes = [f"{n} ({_size(shape)}, not {_size(expected[n])})" for n, shape in wrong.items()]
-    _refuse(kind, expected, "have another shape", sizes)
-    broken = [name for name, t in there.items() if not np.isfinite(t).all()]
-    _refuse(kind, expected, "have values that are infinite or not numbers", broken)
+    faults = {
+        "are missing": [name for name in expected if name not in there],
+        "do not belong to it": [name for name in tensors if name not in expected],
+        "have another shape": [
+            f"{name} ({_size(shape)}, not {_size(expected[name])})" for name, shape in wrong.items()
+        ],
+        "have values that are infinite or not numbers": [
+            name for name, t in there.items() if not np.isfinite(t).all()
+        ],
+    }
+    found = [f"{len(names)} {what}: {_listed(names)}" for what, names in faults.items() if names]
+    if found:
+        raise NvcError(
+            f"not a checkpoint of {kind} ({PUBLISHED[kind].file}), which has {len(expected)} "
+            f"tensors: {'; '.join(found)}"
+        )
     flat = {
         path: np.asarray(source.build(*(tensors[name] for name in source.shapes)), np.float32)
         for path, source in sources.items()
@@ -89,13 +99,9 @@ def parameters(kind: str, tensors: dict[str, np.ndarray]) -> dict:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _refuse(kind: str, expected: dict, what: str, found: list[str]) -> None:
-    if found:
-        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-        raise NvcError(
-            f"not a checkpoint of {kind} ({PUBLISHED[kind].file}), which has {len(expected)} "
-            f"tensors: {len(found)} {what}: {', '.join(found[:8])}{more}"
-        )
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
 
 
 def _size(shape: tuple[int, ...]) -> str:
@@ -119,6 +125,7 @@ def load(kind: str, checkpoint: Path, intra: Path | None = None) -> tuple[nn.Mod
         if intra is not None:
             raise NvcError(f"{kind} is an intra codec and needs no other (--intra {intra})")
         return module, _read(kind, checkpoint)
+    tensors = torch_file.read(checkpoint)
     if intra is None:
         intra = checkpoint.parent / PUBLISHED[published.intra].file
         if not intra.is_file():
@@ -127,11 +134,15 @@ def load(kind: str, checkpoint: Path, intra: Path | None = None) -> tuple[nn.Mod
                 f"{published.intra} ({intra.name}), which is not in {checkpoint.parent}. Say where "
                 "it is with --intra"
             )
-    return module, {"intra": _read(published.intra, intra), "inter": _read(kind, checkpoint)}
+    found = _read(published.intra, intra)
+    return module, {"intra": found, "inter": _parameters(kind, checkpoint, tensors)}
 
 
 def _read(kind: str, path: Path) -> dict:
-    tensors = torch_file.read(path)
+    return _parameters(kind, path, torch_file.read(path))
+
+
+def _parameters(kind: str, path: Path, tensors: dict[str, np.ndarray]) -> dict:
     try:
         return parameters(kind, tensors)
     except NvcError as e:
