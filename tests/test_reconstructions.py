@@ -95,7 +95,7 @@ def test_files_are_as_large_as_the_estimate_says(name, order, length, large):
     slots, counted = {}, 0
     for number, unit in enumerate(schedule.plan(order, length)):
         own, refs = [pictures[frame] for frame in unit.frames], codec.references(unit, slots)
-        qps = (60,) * len(own)
+        qps = tuple(60 + offset for offset in unit.qp_offset)
         payload, coded = unit_program.encode_unit(unit_codec, own, refs, qps, False, unit)
         estimate = estimated_bits(unit_codec, own, refs, qps, unit) / 8
         if unit_codec.entropy_mode == CALIBRATED:
