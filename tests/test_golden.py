@@ -311,33 +311,41 @@ def test_b_frames_of_brhvc(brhvc_model, kind):
         np.testing.assert_allclose(bits[0], recorded[name], rtol=0.005, err_msg=name)
 
 
-@pytest.mark.slow
-def test_imported_weights_code_files(tmp_path):
-    """From a checkpoint to a file and back, with the commands."""
-    checkpoint = write_checkpoint("brhvc-intra", tmp_path)
-    model, source, stream = (tmp_path / n for n in ("m.safetensors", "clip.y4m", "clip.nvc"))
-    picture = moving_texture(192, 128, 1)[0]
-    with video.write_video(source, video.VideoInfo(192, 128, 25, video.Colour())) as out:
-        out.write(picture)
+def code(kind, folder, clip, *options):
+    """From a checkpoint to a file and back, with the commands: (model, stream)."""
+    checkpoint = write_checkpoint(kind, folder)
+    model, source, stream = (folder / n for n in ("m.safetensors", "clip.y4m", "clip.nvc"))
+    height, width = clip[0].y.shape
+    with video.write_video(source, video.VideoInfo(width, height, 25, video.Colour())) as out:
+        for picture in clip:
+            out.write(picture)
+    encode = ["encode", source, stream, "--model", model, "--recon", folder / "a.y4m", *options]
     for arguments in (
-        ["import", "brhvc-intra", checkpoint, model],
-        [
-            "encode",
-            source,
-            stream,
-            "--model",
-            model,
-            "--qp",
-            63,
-            "--recon",
-            tmp_path / "a.y4m",
-            "--calibration",
-            "off",
-        ],
-        ["decode", stream, tmp_path / "b.y4m", "--model", model],
+        ["import", kind, checkpoint, model],
+        encode,
+        ["decode", stream, folder / "b.y4m", "--model", model],
     ):
         assert cli.main([str(a) for a in arguments]) == 0
-    assert (tmp_path / "a.y4m").read_bytes() == (tmp_path / "b.y4m").read_bytes()
+    assert (folder / "a.y4m").read_bytes() == (folder / "b.y4m").read_bytes()
+    return model, stream
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, options", [("dcvc-rt-inter", ()), ("brhvc", ("--gop", 2, "--layer-qp", "0,4"))]
+)
+def test_imported_video_codecs_code_files(kind, options, tmp_path):
+    write_checkpoint(checkpoints.PUBLISHED[kind].intra, tmp_path)
+    _, stream = code(kind, tmp_path, moving_texture(64, 48, 3), "--qp", 40, *options)
+    info = bitstream.stream_info(stream)
+    assert info["frames"] == 3 and info["entropy_mode"] == "calibrated"
+
+
+@pytest.mark.slow
+def test_imported_weights_code_files(tmp_path):
+    picture = moving_texture(192, 128, 1)[0]
+    options = "--qp", 63, "--calibration", "off"
+    model, stream = code("brhvc-intra", tmp_path, [picture], *options)
     # The file has the size that the published way of counting says.
     loaded = released.load(model)
     frames = unit_program.planes_to_frames([p[None] for p in picture], 128, 192, rgb=True)
