@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
                    "whichever of them is best for each group of frames (default: ra)")  # fmt: skip
     p.add_argument("--gop", type=int,
                    help="frames in a group, 2 to 64, of models with B-frames (default: 32, or the "
-                   "intra period if that is shorter)")  # fmt: skip
+                   "largest number below that divides the intra period)")  # fmt: skip
     p.add_argument("--closed-gop", action="store_true",
                    help="groups of B-frames that do not reach into each other")  # fmt: skip
     p.add_argument("--layer-qp", type=whole_numbers, default=(), metavar="N,N,...",

@@ -305,6 +305,8 @@ def test_orders_that_cannot_be_are_explained(model_files):
     assert codec.schedule_for(b_frames) == schedule.hierarchical(32)
     assert codec.schedule_for(b_frames, 8) == schedule.hierarchical(8)
     assert codec.schedule_for(b_frames, 64) == schedule.hierarchical(32, 64)
+    assert codec.schedule_for(b_frames, 50) == schedule.hierarchical(25, 50)
+    assert codec.schedule_for(b_frames, 33) == schedule.hierarchical(11, 33)
     for arguments, words in (
         ((12, 8), "multiple"),
         ((None, 1), "2 to 64"),
