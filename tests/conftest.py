@@ -52,7 +52,7 @@ B_FRAMES = dict(  # of "brhvc"
 )  # fmt: skip
 ANY_ORDER = dict(  # of "uni_lvc"
     width=16, y=16, z=8, prior=16, spatial_width=16, encoder=2, decoder=2, fusion=1, spatial=1,
-    feature=16, tokens=16, heads=2, groups=2, window=3, temporal=16, judge=8, form="uf2",
+    tokens=16, heads=2, groups=2, window=3, temporal=16, judge=8, form="uf2",
     scale_head=16,
 )  # fmt: skip
 PREDICTED = dict(  # of "dcvc_rt"
@@ -71,7 +71,7 @@ def random_parameters(module, seed: int = 0) -> dict:
             spread = 0.06 if path[-2:] == ("dense", "kernel") and path[-3][-4:] == "_out" else 1.0
             spread *= 2 / (leaf.shape[-1] + np.prod(leaf.shape[:-1]))
             value = rng.normal(0, spread**0.5, leaf.shape)
-            louder = {"latent": 4.0, "params": 0.3, "pixels": 0.15, "feature": 0.5, "kept": 0.2}
+            louder = {"latent": 4.0, "params": 0.3, "pixels": 0.15, "feature": 0.5}
             value *= np.prod([louder.get(part, 1.0) for part in path])
         elif path[-1] == "table":
             value = rng.uniform(0.8, 1.2, leaf.shape)

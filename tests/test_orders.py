@@ -13,6 +13,7 @@ from nvc_jax import schedule
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.errors import NvcError
 from nvc_jax.models import registry, uni_lvc
+from nvc_jax.quality import lambda_of_qp
 from nvc_jax.schedule import Unit
 from nvc_jax.training import loop, losses, orders, stages
 from nvc_jax.training.orders import code_run, draw_run
@@ -59,6 +60,20 @@ def test_frames_between_two_others_have_a_past_and_a_future():
     assert set(run.role[2:, 0]) == {uni_lvc.NEAR_PAST}
     assert set(run.role[2:, 1]) == {uni_lvc.FUTURE}
     np.testing.assert_allclose(run.weight[3:], 2 * run.weight[2:-1])
+
+
+def test_a_row_of_the_tables_means_one_lambda():
+    """In all orders, with references and without."""
+    quality = {}
+    for order in schedule.MODES:
+        for seed in range(8):
+            _, run = drawn(order, 6, (16, 33), seed)
+            for offset, weight in zip(run.qp_offset, run.quality, strict=True):
+                quality.setdefault(int(offset), set()).add(float(weight))
+    assert {0, 2, 4, 6, 8} <= set(quality)
+    assert all(len(weights) == 1 for weights in quality.values())
+    (low,), (high,) = quality[0], quality[8]
+    np.testing.assert_allclose(high / low, lambda_of_qp(8, "video") / lambda_of_qp(0, "video"))
 
 
 def test_a_run_is_coded_as_units_are():
@@ -150,15 +165,17 @@ def test_gradients_reach_the_judge_and_the_scale_head():
 
 def test_spoiled_references_are_labelled():
     feature = jax.random.normal(jax.random.key(0), (64, 2, 2, 8))
-    ref = uni_lvc.Ref(feature, jnp.zeros(64, jnp.int32))
+    ref = uni_lvc.Ref(feature, 2 * feature, jnp.zeros(64, jnp.int32))
     ones = jnp.ones(64)
     slot = uni_lvc.Slot(ref, jnp.zeros(64, jnp.int32), ones, ones, ones > 0)
     spoiled, labels = orders._spoiled(jax.random.key(1), slot, 0.6)
-    change = np.abs(spoiled.ref.feature - feature).mean((1, 2, 3))
+    change = np.abs(spoiled.ref.picture - feature).mean((1, 2, 3))
+    np.testing.assert_array_equal((spoiled.ref.latent != ref.latent).any((1, 2, 3)), change > 0)
     np.testing.assert_array_equal(labels == 3, change == 0)
     assert change[labels == 2].max() < change[labels == 1].min()
     other = np.roll(feature, 1, 0)[labels == 0]
-    np.testing.assert_array_equal(spoiled.ref.feature[labels == 0], other)
+    np.testing.assert_array_equal(spoiled.ref.picture[labels == 0], other)
+    np.testing.assert_array_equal(spoiled.ref.latent[labels == 0], 2 * other)
     assert set(np.unique(labels)) == {0, 1, 2, 3}
     far = orders._spoiled(jax.random.key(1), slot._replace(distance=16 * ones), 0.0)[1]
     assert set(np.unique(far)) == {-1}

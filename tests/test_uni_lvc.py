@@ -75,6 +75,46 @@ def test_where_nothing_is_found_nothing_is_added():
         assert np.array_equal(out, x) == same
 
 
+def takeover(slots, params, seed=0):
+    draft = jax.random.uniform(jax.random.key(seed), (1, 64, 80, 3))
+    features = jax.random.normal(jax.random.key(1), (1, 8, 10, 16))
+    module = uni_lvc.Takeover(MODEL.cfg)
+    out = module.apply({"params": params["takeover"]}, draft, features, QP[0], slots)
+    return np.asarray(draft), np.asarray(out)
+
+
+def test_pictures_that_nobody_trusts_are_not_taken_over():
+    for params, levels, same in (
+        (PARAMS, (3, 0), False),
+        (PARAMS, (0, 0), True),
+        (registry.random_params(MODEL, 0), (3, 3), True),  # untrained
+    ):
+        draft, out = takeover(references(BETWEEN._replace(reliability=levels)), params)
+        assert np.array_equal(draft, out) == same
+
+
+def test_what_is_taken_over_lies_between_the_pictures():
+    """However large the weights of both references are."""
+    sure = jax.tree.map(lambda x: x, PARAMS)
+    sure["takeover"]["lookup"]["out"] = {"kernel": 100 * np.ones((16, 256), np.float32)}
+    slots = references(BETWEEN)
+    draft, out = takeover(slots, sure)
+    seen = np.stack([draft, *(slot.ref.picture for slot in slots)])
+    assert np.abs(out).max() <= 2 * np.abs(seen).max() + 1e-3
+    assert np.abs(out - draft).mean() > 0.1
+
+
+def test_two_references_that_agree_count_as_one():
+    slots = references(BETWEEN)
+    value, weight = jnp.full((1, 1, 1, 1), 0.7), jnp.ones((1, 1, 1, 1))
+    for found, expected in (
+        (2 * [(value, weight, weight)], (0.7, 1)),
+        (2 * [(0.25 * value, 0.25 * weight, 0.25 * weight)], (0.35, 0.5)),
+        ([(value, weight, weight), (0 * value, 0 * weight, 0 * weight)], (0.7, 1)),
+    ):
+        np.testing.assert_allclose(np.ravel(uni_lvc._average(found, slots)), expected, rtol=1e-6)
+
+
 def test_references_in_the_other_order_are_the_same_to_the_networks():
     """Their role and distance go with them."""
     past, future = references(BETWEEN)
@@ -247,3 +287,8 @@ def test_parts_of_a_site_can_be_left_out(left_out):
     lookup = registry.param_shapes(less)["sites_0"]["lookup"]
     assert names[left_out] not in lookup
     assert set(names.values()) - set(lookup) == {names[left_out]}
+
+
+def test_the_takeover_can_be_left_out():
+    less = registry.build("uni_lvc", ANY_ORDER | {"takeover": False})
+    assert set(PARAMS) - set(registry.param_shapes(less)) == {"takeover"}

@@ -92,7 +92,6 @@ CODECS = {
         uni_lvc.Config,
         uni_lvc.SIZES,
         "video",
-        layer_weights=uni_lvc.LAYER_WEIGHTS,
         layer_qp=uni_lvc.LAYER_QP,
         summary="all intra, low delay and random access with one set of weights (after Uni-LVC, "
         "arXiv 2603.05756)",

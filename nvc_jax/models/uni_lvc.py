@@ -45,8 +45,9 @@ from nvc_jax.nn.hyperprior import (
     pad_to_multiple,
 )
 from nvc_jax.nn.integer import ScaleHead, memory_channels
+from nvc_jax.nn.matching import motion_between
 from nvc_jax.nn.spatial_prior import code_at_once
-from nvc_jax.nn.warp import halve, warp_groups
+from nvc_jax.nn.warp import halve, warp, warp_groups
 
 QP_ROWS = 72  # 64 quality points and offsets of up to 8
 STEPS = 4  # of the spatial prior
@@ -54,13 +55,13 @@ REACH = 64.0  # pixels that motion may span in an adaptation site
 RELIABILITIES = 4  # levels, from "not at all" to "fully"; a stream has two bits for them
 # By layer of the hierarchy in random access, from frames between neighbours up to anchors.
 LAYER_QP = (0, 0, 2, 4, 6, 8)
-# On the distortion, in training; likewise by layer, and of pictures on their own.
-LAYER_WEIGHTS = (0.4, 0.5, 0.7, 0.9, 1.2, 1.5)
-ALONE_WEIGHT = 1.5
+# Of a search for motion, level after level: one value for so many pixels squared, and how many such
+# values away it looks.
+SEARCH = ((4, 8), (2, 2), (1, 2))
 NEAR_PAST, FAR_PAST, FUTURE = range(3)  # what a reference is to the picture
 # Sub-networks, for stages of training: what listens to references, and the intra codec, to which
 # only the reliability classifier ("judge") and the integer scale head are missing.
-LISTENING = ("tokens", "sites_0", "sites_1", "sites_2", "sites_3", "temporal_prior", "kept")
+LISTENING = ("tokens", "sites_0", "sites_1", "sites_2", "sites_3", "temporal_prior", "takeover")
 BACKBONE = (
     "patch", "encoder_early", "encoder_late", "latent", "q_encoder", "q_latent", "hyper_encoder",
     "z_prior", "hyper_decoder", "prior_fusion", "spatial_prior_reduction",
@@ -74,11 +75,11 @@ class Config:
     """Widths (channels) and depths (blocks) of one size.
 
     `encoder` and `decoder` count the blocks between the first (last) one and the latent, half of
-    them on each side of the second adaptation site. `feature` is what is kept of a coded picture,
-    `tokens` what attention works on, in `heads` for attention and `groups` for motion; `window` is
-    the side of the neighbourhood that a position attends to. `temporal` is the width of what
-    references tell the entropy model. `judge` is that of the reliability classifier. `near`,
-    `linear` and `gate` False leave out one of the parts of a site, to see what it is worth.
+    them on each side of the second adaptation site. `tokens` is what attention works on, in `heads`
+    for attention and `groups` for motion; `window` is the side of the neighbourhood that a position
+    attends to. `temporal` is the width of what looks for news for the entropy model, `judge` that
+    of the reliability classifier. `near`, `linear` and `gate` False leave out one of the parts of a
+    site, `takeover` False the last step of the decoder, to see what it is worth.
     Otherwise as in `nvc_jax.models.intra.Config`.
     """
 
@@ -91,7 +92,6 @@ class Config:
     decoder: int = 6
     fusion: int = 3
     spatial: int = 2
-    feature: int = 256
     tokens: int = 128
     heads: int = 4
     groups: int = 4
@@ -103,6 +103,7 @@ class Config:
     near: bool = True
     linear: bool = True
     gate: bool = True
+    takeover: bool = True
 
 
 SIZES = {
@@ -112,12 +113,12 @@ SIZES = {
     ),
     "fast": Config(),
     "dev": Config(
-        width=192, y=128, z=96, prior=384, spatial_width=256, encoder=3, decoder=4, feature=192,
-        tokens=96, temporal=256,
+        width=192, y=128, z=96, prior=384, spatial_width=256, encoder=3, decoder=4, tokens=96,
+        temporal=256,
     ),
     "nano": Config(
         width=112, y=128, z=32, prior=128, spatial_width=96, encoder=3, decoder=5, fusion=2,
-        spatial=1, feature=112, tokens=48, temporal=128, judge=32, form="uf2", scale_head=128,
+        spatial=1, tokens=48, temporal=128, judge=32, form="uf2", scale_head=128,
     ),
 }  # fmt: skip
 
@@ -126,12 +127,14 @@ class Ref(NamedTuple):
     """What is kept of a coded picture.
 
     Attributes:
-      feature: float32 [b, h/8, w/8, feature].
+      picture: float32 [b, h, w, 3], as it was decoded.
+      latent: float32 [b, h/16, w/16, y], likewise, without the gain of its qp.
       qp: int32 [b], what it was coded with.
       memory: [b, h/16, w/16, memory_channels(y)], of the scale head, or None.
     """
 
-    feature: jax.Array
+    picture: jax.Array
+    latent: jax.Array
     qp: jax.Array
     memory: jax.Array | None = None
 
@@ -162,14 +165,14 @@ def role(number: int, distance: int) -> int:
 
 
 class Tokens(nn.Module):
-    """A reference's feature -> what is attended to, [b, h/8, w/8, tokens]."""
+    """A reference's picture -> what is attended to, [b, h/8, w/8, tokens]."""
 
     cfg: Config
 
     @nn.compact
-    def __call__(self, feature, slot):
+    def __call__(self, picture, slot):
         c = self.cfg
-        x = feature
+        x = space_to_depth(picture - 0.5, 8)
         for i in range(2):
             x = DepthConvBlock(c.tokens, c.form, name=f"block{i}")(x)
         roles = self.param("roles", nn.initializers.normal(0.1), (3, c.tokens))
@@ -180,7 +183,7 @@ class Tokens(nn.Module):
 
 
 class Alignment(nn.Module):
-    """Moves tokens to where a query expects them: one flow for each group of channels.
+    """Where a query expects what it looks for: one flow for each group of channels.
 
     Attributes:
       groups: of channels.
@@ -193,14 +196,17 @@ class Alignment(nn.Module):
 
     @nn.compact
     def __call__(self, query, tokens):
-        """query, tokens [b, h, w, c] -> [b, h, w, c]."""
+        """query, tokens [b, h, w, c] -> float32 [b, h, w, groups, 2], in positions."""
         b, h, w, c = tokens.shape
         x = Pointwise(c, self.dtype, name="join")(jnp.concatenate([query, tokens], -1))
         x = wsilu(Depthwise(self.dtype, size=5, name="depth")(x))
         flow = Pointwise(2 * self.groups, kernel_init=nn.initializers.zeros, name="flow")(x)
-        flow = self.reach * jnp.tanh(flow).reshape(b, h, w, self.groups, 2)
-        grouped = tokens.reshape(b, h, w, self.groups, c // self.groups)
-        return warp_groups(grouped, flow).reshape(b, h, w, c)
+        return self.reach * jnp.tanh(flow).reshape(b, h, w, self.groups, 2)
+
+
+def _moved(x, flow):
+    """x [b, h, w, c] by the flows of its groups."""
+    return warp_groups(x.reshape(*flow.shape[:4], -1), flow).reshape(x.shape)
 
 
 class Global(nn.Module):
@@ -250,7 +256,8 @@ class ReferenceLookup(nn.Module):
         tokens = tokens.astype(self.dtype)
         found = jnp.zeros_like(query)
         if c.near:
-            moved = Alignment(c.groups, REACH / 8, self.dtype, name="align")(query, tokens)
+            flow = Alignment(c.groups, REACH / 8, self.dtype, name="align")(query, tokens)
+            moved = _moved(tokens, flow)
             k, v = jnp.split(Pointwise(2 * c.tokens, self.dtype, name="key_value")(moved), 2, -1)
             bias = self.param("bias", _looking_ahead, (c.heads, c.window, c.window))
             parts = (a.reshape(heads) for a in (query, k, v))
@@ -286,7 +293,7 @@ class Site(nn.Module):
         query = Pointwise(c.tokens, self.dtype, name="query")(x)
         lookup = ReferenceLookup(c, self.dtype, name="lookup")
         found = sum(
-            _if_looked_at(lookup, slot, query.shape, query, t) * _share(slot).astype(query.dtype)
+            _if_looked_at(lookup, slot, query, query, t) * _share(slot).astype(query.dtype)
             for slot, t in zip(slots, tokens, strict=True)
         )
         return x + _at_first_nothing(x.shape[-1], self.dtype, name="out")(found)
@@ -304,47 +311,127 @@ def _share(slot):
     return slot.reliability[:, None, None, None]
 
 
-def _if_looked_at(module, slot, shape, *args):
-    """module(*args), which has this shape; zeros, for nothing, if the reference does not count."""
+def _if_looked_at(module, slot, like, *args):
+    """module(*args), of these shapes; zeros, for nothing, if the reference does not count."""
     if module.is_initializing():
         return module(*args)
-    dtype = args[0].dtype
 
     def nothing(m):
-        return jnp.zeros(shape, dtype)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
     return nn.cond(jnp.any(slot.looked_at), lambda m: m(*args), nothing, module)
 
 
+def _average(found, slots):
+    """Weighted means of what was found in references, and the weights' sums.
+
+    Each is found with a weight in -1..1. Where weights add up to more than 1, the sum is taken for
+    1; where to less, what is missing is left to what the picture says of itself.
+
+    Args:
+      found: (weighted values, weights, absolute weights), of each reference.
+    """
+    values, weights, sizes = (
+        sum(part * _share(slot) for part, slot in zip(parts, slots, strict=True))
+        for parts in zip(*found, strict=True)
+    )
+    total = jnp.maximum(sizes, 1)
+    return values / total, weights / total
+
+
 class TemporalPrior(nn.Module):
-    """What references tell the entropy model: [b, h/16, w/16, temporal]; at first, nothing."""
+    """What references tell the entropy model; at first, nothing.
+
+    Returns:
+      change: of the latent's parameters, [b, h/16, w/16, 3 y].
+      latent, weight: [b, h/16, w/16, y], what is expected by the references, times how much it is
+        to count beside what the picture's own symbols say, and that, -1..1.
+    """
 
     cfg: Config
 
     @nn.compact
-    def __call__(self, hyper, slots, tokens):
+    def __call__(self, params, own, slots, tokens):
+        """params: by the picture alone, own: the latent that they expect."""
         c = self.cfg
-        query = Pointwise(c.tokens, name="query")(hyper)
+        query = Pointwise(c.tokens, name="query")(params)
         lookup = PriorLookup(c, name="lookup")
-        shape = (*query.shape[:3], c.temporal)
-        return sum(
-            _if_looked_at(lookup, slot, shape, query, t) * _share(slot)
+        found = [
+            _if_looked_at(lookup, slot, (params, (own, own, own)), query, own, t, slot.ref.latent)
             for slot, t in zip(slots, tokens, strict=True)
-        )
+        ]
+        changes, latents = zip(*found, strict=True)
+        change = sum(x * _share(slot) for x, slot in zip(changes, slots, strict=True))
+        return change, *_average(latents, slots)
 
 
 class PriorLookup(nn.Module):
-    """What the hyper-latent's parameters find in one reference: [b, h/16, w/16, temporal]."""
+    """What one reference tells the entropy model; see `TemporalPrior` and `_average`."""
 
     cfg: Config
 
     @nn.compact
-    def __call__(self, query, tokens):
+    def __call__(self, query, own, tokens, latent):
         c = self.cfg
         x = Pointwise(c.tokens, name="patch")(space_to_depth(tokens, 2))
-        x = Alignment(c.groups, REACH / 16, name="align")(query, x)
+        flow = Alignment(c.groups, REACH / 16, name="align")(query, x)
+        x, latent = _moved(x, flow), _moved(latent, flow)
+        apart = jax.nn.soft_sign(latent - own)
+        x = jnp.concatenate([query, x, apart, jnp.abs(apart)], -1)
         x = DepthConvBlock(c.temporal, c.form, name="block")(x)
-        return _at_first_nothing(c.temporal, name="out")(x)
+        change, weight = jnp.split(_at_first_nothing(4 * c.y, name="out")(x), [3 * c.y], -1)
+        weight = jnp.tanh(weight)
+        return change, (weight * latent, weight, jnp.abs(weight))
+
+
+class Takeover(nn.Module):
+    """Last step of the decoder: what was seen before is taken over from the references.
+
+    The draft, which is what the stream alone says, is looked for in every reference, as it is and
+    moved by motion that decoders find for themselves (`nvc_jax.nn.matching`). What agrees with the
+    draft and was coded better than it replaces it, pixel by pixel, as far as a network says.
+    """
+
+    cfg: Config
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, draft, features, qp, slots):
+        """draft [b, h, w, 3], features [b, h/8, w/8, width] -> [b, h, w, 3]."""
+        c = self.cfg
+        lookup = TakeoverLookup(c, self.dtype, name="lookup")
+        like = (draft, draft, draft)
+        found = [_if_looked_at(lookup, slot, like, draft, features, qp, slot) for slot in slots]
+        values, weights = _average(found, slots)
+        return draft * (1 - weights) + values
+
+
+class TakeoverLookup(nn.Module):
+    """What is taken over from one reference; see `_average`."""
+
+    cfg: Config
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, draft, features, qp, slot):
+        c = self.cfg
+        sharpness = self.param("sharpness", nn.initializers.constant(9.0), (len(SEARCH),))
+        inertia = self.param("inertia", nn.initializers.constant(0.5), (len(SEARCH),))
+        still = slot.ref.picture
+        flow = motion_between(draft[..., :1], still[..., :1], SEARCH, sharpness, inertia)
+        seen = (still, warp(still, flow))
+        apart = [jnp.abs(space_to_depth(x - draft, 8)) for x in seen]
+        facts = jnp.stack([jnp.log2(slot.distance), qp / 63, slot.ref.qp / 63], -1)
+        facts = Pointwise(c.tokens, self.dtype, name="facts")(facts)[:, None, None]
+        x = jnp.concatenate([features.astype(jnp.float32), *apart], -1)
+        x = wsilu(Pointwise(c.tokens, self.dtype, name="join")(x) + facts)
+        x = DepthConvBlock(c.tokens, c.form, dtype=self.dtype, name="block")(x)
+        # For each of both, luma and chroma.
+        x = _at_first_nothing(4 * 64, self.dtype, name="out")(x)
+        weights = jnp.tanh(depth_to_space(x, 8).astype(jnp.float32))
+        weights = [w[..., [0, 1, 1]] for w in jnp.split(weights, 2, -1)]
+        values = sum(w * x for w, x in zip(weights, seen, strict=True))
+        return values, sum(weights), sum(map(jnp.abs, weights))
 
 
 class Judge(nn.Module):
@@ -417,7 +504,8 @@ class UniLVC(nn.Module):
         self.up = Up(c.width, c.form, self.dtype)
         self.decoder_early = blocks(c.decoder // 2)
         self.decoder_late = blocks(c.decoder - c.decoder // 2)
-        self.kept = Pointwise(c.feature, self.dtype)
+        if c.takeover:
+            self.takeover = Takeover(c, self.dtype)
         self.q_decoder = QpTable(QP_ROWS, c.width, self.dtype)
         self.pixels = DepthConvBlock(192, c.form, dtype=self.dtype)
 
@@ -444,9 +532,10 @@ class UniLVC(nn.Module):
         return tuple(slots)
 
     def _empty(self, batch, height, width):
-        feature = jnp.zeros((batch, height // 8, width // 8, self.cfg.feature))
+        picture = jnp.zeros((batch, height, width, 3))
+        latent = jnp.zeros((batch, height // 16, width // 16, self.cfg.y))
         numbers, ones = np.zeros(batch, np.int32), np.ones(batch, np.float32)
-        return Slot(Ref(feature, numbers), numbers, ones, 0 * ones, ones == 0)
+        return Slot(Ref(picture, latent, numbers), numbers, ones, 0 * ones, ones == 0)
 
     def reliability(self, frames, refs, qp):
         """Logits of how reliable the references are, [b, 2, levels]; for encoders.
@@ -461,13 +550,9 @@ class UniLVC(nn.Module):
         )
 
     def _tokens(self, slots):
-        c = self.cfg
-        features = [slot.ref.feature for slot in slots]
-        shape = (*features[0].shape[:3], c.tokens)
-        return [
-            _if_looked_at(self.tokens, slot, shape, feature, slot)
-            for slot, feature in zip(slots, features, strict=True)
-        ]
+        b, h, w, _ = slots[0].ref.picture.shape
+        like = jax.ShapeDtypeStruct((b, h // 8, w // 8, self.cfg.tokens), jnp.float32)
+        return [_if_looked_at(self.tokens, slot, like, slot.ref.picture, slot) for slot in slots]
 
     def _features(self, frames, qp):
         """What encoder and classifier know of the picture."""
@@ -507,17 +592,22 @@ class UniLVC(nn.Module):
         y, z = bottleneck.encoder_only(self, analysis, *shapes)
         z_hat = bottleneck.factorized(z, self.z_prior, first_qp)
         hyper = self.hyper_decoder(z_hat)[:, :h, :w]
-        temporal = self.temporal_prior(hyper, refs, tokens)
-        params = self.prior_fusion(jnp.concatenate([hyper, temporal], -1))
+        params = self.prior_fusion(hyper)
+        step_size, _, mean = jnp.split(params, 3, -1)
+        own = mean * lower_bound(step_size, 0.5) / gain
+        change, latent, weight = self.temporal_prior(params, own, refs, tokens)
+        params = params + change
         step_size, scale, mean = jnp.split(params, 3, -1)
         step_size = lower_bound(step_size, 0.5)
+        latent = latent * gain / step_size
         reduced = self.spatial_prior_reduction(params)
 
         def predict(m, step, y_hat):
-            if step == 0:
-                return mean
-            x = m.spatial_prior_adaptors[step - 1](jnp.concatenate([y_hat, reduced], -1))
-            return m.spatial_prior(x)
+            own = mean
+            if step > 0:
+                x = m.spatial_prior_adaptors[step - 1](jnp.concatenate([y_hat, reduced], -1))
+                own = m.spatial_prior(x)
+            return own * (1 - weight) + latent
 
         level = memory = None
         if bottleneck.exact:
@@ -531,15 +621,11 @@ class UniLVC(nn.Module):
 
         x = self.sites[2](self.up(y_hat.astype(self.dtype)), refs, tokens)
         x = self.decoder_late(self.sites[3](self.decoder_early(x), refs, tokens))
-
-        def render(m):
-            recon = depth_to_space(m.pixels(x * m.q_decoder(first_qp)), 8)
-            return ((recon.astype(jnp.float32) + 0.5)[:, None],)
-
-        (recon,) = bottleneck.decoder_only(
-            self, render, jax.ShapeDtypeStruct(frames.shape, jnp.float32)
-        )
-        return recon, (Ref(self.kept(x).astype(jnp.float32), first_qp, memory),)
+        x = x * self.q_decoder(first_qp)
+        recon = depth_to_space(self.pixels(x), 8).astype(jnp.float32) + 0.5
+        if c.takeover:
+            recon = self.takeover(recon, x, first_qp, refs)
+        return recon[:, None], (Ref(recon, y_hat, first_qp, memory),)
 
 
 def _believed(slot):

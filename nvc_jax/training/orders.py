@@ -20,13 +20,16 @@ from jax import lax
 from nvc_jax import schedule
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.models import uni_lvc
-from nvc_jax.models.ui2c import FRAME_WEIGHTS
 from nvc_jax.quality import lambda_of_qp
 from nvc_jax.training import losses
 from nvc_jax.training.hierarchy import way_down
 
 STRIDES = (1, 1, 1, 2, 4)  # between frames of low delay: also what moves fast is to be learned
 PREDICTED = 0.25  # share of hierarchies whose second anchor refers to the first
+# On the distortion of every picture, beside the lambda of its row of the tables. Of a row there
+# is but one lambda, whatever order a picture is coded in: rows mean the same to all, and what
+# listens to references need not first learn another quality.
+DISTORTION_WEIGHT = 1.5
 FAR = 16  # frames from which on nobody knows how far a good reference is to be trusted
 
 
@@ -39,7 +42,7 @@ class Run(NamedTuple):
       there: float32 [units, 2], whether there is a reference.
       qp_offset: int32 [units], added to the clip's qp.
       weight: float32 [units], how many frames a unit stands for; 1 on average.
-      quality: float32 [units], weight on the distortion beside that.
+      quality: float32 [units], weight on the distortion beside that and the clip's lambda.
       temperature: float32 [units], of the choice between levels of reliability; all the same.
     """
 
@@ -80,7 +83,7 @@ def draw_run(
     names = [name for name in schedule.MODES if shares.get(name)]
     total = sum(shares[name] for name in names)
     order = rng.choice(names, p=[shares[name] / total for name in names])
-    weight, quality = np.ones(units), np.ones(units)
+    weight = np.ones(units)
     if order == "ai":
         places = rng.choice(1 + max(spans), units, replace=False)
         # Half of them as the first pictures of the other orders are coded.
@@ -98,20 +101,12 @@ def draw_run(
             )
             for unit in schedule.plan(schedule.low_delay_long(), units)
         ]
-        quality[1:] = [FRAME_WEIGHTS[n % len(FRAME_WEIGHTS)] for n in range(1, units)]
         weight[0] = 0.25  # clips are longer
     else:
         planned = _way_down(rng, units, int(rng.choice(spans)))
         # Of two anchors one belongs to the group; below them every layer has twice as many frames.
         weight = np.array([0.5, 0.5, *2.0 ** np.arange(units - 2)])
-        layers = [min(unit.level, len(uni_lvc.LAYER_WEIGHTS) - 1) for unit in planned]
-        quality = np.array([uni_lvc.LAYER_WEIGHTS[layer] for layer in layers])
-    for number, unit in enumerate(planned):
-        if not unit.refs:
-            # By its row of the tables alone, in all orders: so intra coding stays what it is.
-            higher = lambda_of_qp(unit.qp_offset[0], "video") / lambda_of_qp(0, "video")
-            quality[number] = uni_lvc.ALONE_WEIGHT * higher
-    run = _as_run(planned, weight / weight.mean(), quality, temperature)
+    run = _as_run(planned, weight / weight.mean(), temperature)
     return [unit.frames[0] for unit in planned], run
 
 
@@ -140,16 +135,18 @@ def _way_down(rng, units, span):
     return planned
 
 
-def _as_run(planned, weight, quality, temperature) -> Run:
+def _as_run(planned, weight, temperature) -> Run:
     count = len(planned)
+    offsets = np.array([unit.qp_offset[0] for unit in planned], np.int32)
+    higher = lambda_of_qp(offsets, "video") / lambda_of_qp(0, "video")
     run = Run(
         refs=np.zeros((count, 2), np.int32),
         role=np.zeros((count, 2), np.int32),
         distance=np.ones((count, 2), np.float32),
         there=np.zeros((count, 2), np.float32),
-        qp_offset=np.array([unit.qp_offset[0] for unit in planned], np.int32),
+        qp_offset=offsets,
         weight=np.float32(weight),
-        quality=np.float32(quality),
+        quality=np.float32(DISTORTION_WEIGHT * higher),
         temperature=np.full(count, temperature, np.float32),
     )
     for number, unit in enumerate(planned):
@@ -178,17 +175,23 @@ def _spoiled(key, slot: uni_lvc.Slot, share: float) -> tuple[uni_lvc.Slot, jax.A
     keys = jax.random.split(key, 4)
     spoiled = jax.random.uniform(keys[0], (batch,)) < share
     kind = jax.random.randint(keys[1], (batch,), 0, 3)
-    feature = slot.ref.feature
-    other = lax.stop_gradient(jnp.roll(feature, 1, 0))
     strength = jnp.where(kind == 1, 0.3, 1.0) * jax.random.uniform(keys[2], (batch,), minval=0.5)
-    spread = lax.stop_gradient(feature.std((1, 2, 3))) * strength
-    noise = jax.random.normal(keys[3], feature.shape) * spread[:, None, None, None]
-    changed = jnp.where((kind == 0)[:, None, None, None], other, feature + noise)
-    feature = jnp.where(spoiled[:, None, None, None], changed, feature)
+
+    def everywhere(of_sample):
+        return of_sample[:, None, None, None]
+
+    def changed(x, key):
+        other = lax.stop_gradient(jnp.roll(x, 1, 0))
+        spread = lax.stop_gradient(x.std((1, 2, 3))) * strength
+        noisy = x + jax.random.normal(key, x.shape) * everywhere(spread)
+        return jnp.where(everywhere(spoiled), jnp.where(everywhere(kind == 0), other, noisy), x)
+
+    picture = changed(slot.ref.picture, keys[3])
+    latent = changed(slot.ref.latent, jax.random.fold_in(keys[3], 1))
     good = jnp.where(slot.distance >= FAR, -1, 3)
     # Weak noise takes one level, strong noise leaves one.
     label = jnp.where(spoiled, jnp.array([0, 2, 1])[kind], good)
-    return slot._replace(ref=slot.ref._replace(feature=feature)), label
+    return slot._replace(ref=slot.ref._replace(picture=picture, latent=latent)), label
 
 
 def _chosen(key, logits: jax.Array, temperature) -> jax.Array:
