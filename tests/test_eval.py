@@ -318,7 +318,7 @@ def test_missing_entries_are_named(tmp_path):
         check_config(settings)
 
 
-@pytest.mark.parametrize("name", ["demo", "eval_quick"])
+@pytest.mark.parametrize("name", ["demo", "eval_quick", "uni_lvc_report"])
 def test_configs_that_we_ship_are_valid(name):
     namespace = runner.importlib.util.spec_from_file_location(name, ROOT / f"configs/{name}.py")
     module = runner.importlib.util.module_from_spec(namespace)

@@ -61,7 +61,10 @@ SEARCH = ((4, 8), (2, 2), (1, 2))
 NEAR_PAST, FAR_PAST, FUTURE = range(3)  # what a reference is to the picture
 # Sub-networks, for stages of training: what listens to references, and the intra codec, to which
 # only the reliability classifier ("judge") and the integer scale head are missing.
-LISTENING = ("tokens", "sites_0", "sites_1", "sites_2", "sites_3", "temporal_prior", "takeover")
+LISTENING = (
+    "tokens", "sites_0", "sites_1", "sites_2", "sites_3", "news_encoder", "news_decoder",
+    "temporal_prior", "takeover",
+)  # fmt: skip
 BACKBONE = (
     "patch", "encoder_early", "encoder_late", "latent", "q_encoder", "q_latent", "hyper_encoder",
     "z_prior", "hyper_decoder", "prior_fusion", "spatial_prior_reduction",
@@ -339,6 +342,53 @@ def _average(found, slots):
     return values / total, weights / total
 
 
+class NewsEncoder(nn.Module):
+    """Adds to the hyper-latent where references agree with the picture and where they do not.
+
+    Decoders cannot know that before they have the latent, and would trust references everywhere
+    alike. At first nothing is added.
+    """
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, y, slots, gain):
+        """y: latent [b, h/16, w/16, y] -> [b, h/64, w/64, z], sides rounded up."""
+        c = self.cfg
+        b, h, w, _ = y.shape
+        like = latent_shapes(b, h, w, c.y, c.z)[1]
+        lookup = NewsLookup(c, name="lookup")
+        return sum(
+            _if_looked_at(lookup, slot, like, y, slot.ref.latent * gain) * _share(slot)
+            for slot in slots
+        )
+
+
+class NewsLookup(nn.Module):
+    """Of one reference; see `NewsEncoder`."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, y, latent):
+        c = self.cfg
+        apart = jax.nn.soft_sign(pad_to_multiple(y - latent, 4))
+        x = jnp.concatenate([apart, jnp.abs(apart)], -1)
+        x = HyperEncoder(c.z, c.form, name="encoder")(x)
+        return _at_first_nothing(c.z, name="out")(x)
+
+
+class NewsDecoder(nn.Module):
+    """Hyper-latent [b, h/64, w/64, z] -> what it says of references, [b, h/16, w/16, tokens]."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, z):
+        x = HyperDecoder(self.cfg.tokens, self.cfg.form, name="decoder")(z)
+        return _at_first_nothing(self.cfg.tokens, name="out")(x)
+
+
 class TemporalPrior(nn.Module):
     """What references tell the entropy model; at first, nothing.
 
@@ -351,10 +401,10 @@ class TemporalPrior(nn.Module):
     cfg: Config
 
     @nn.compact
-    def __call__(self, params, own, slots, tokens):
+    def __call__(self, params, own, news, slots, tokens):
         """params: by the picture alone, own: the latent that they expect."""
         c = self.cfg
-        query = Pointwise(c.tokens, name="query")(params)
+        query = Pointwise(c.tokens, name="query")(params) + news
         lookup = PriorLookup(c, name="lookup")
         found = [
             _if_looked_at(lookup, slot, (params, (own, own, own)), query, own, t, slot.ref.latent)
@@ -492,6 +542,8 @@ class UniLVC(nn.Module):
         self.hyper_encoder = HyperEncoder(c.z, c.form)
         self.z_prior = FactorizedPrior(QP_ROWS, c.z)
         self.hyper_decoder = HyperDecoder(c.y, c.form)
+        self.news_encoder = NewsEncoder(c)
+        self.news_decoder = NewsDecoder(c)
         self.temporal_prior = TemporalPrior(c)
         self.prior_fusion = ParameterNet(3 * c.y, c.prior, c.fusion, c.form, leading_ones(2 * c.y))
         self.spatial_prior_reduction = Pointwise(c.y)
@@ -586,7 +638,8 @@ class UniLVC(nn.Module):
             x = m.sites[0](m._features(frames, first_qp), refs, tokens)
             x = m.sites[1](m.encoder_early(x), refs, tokens)
             y = m.latent(m.encoder_late(x)).astype(jnp.float32) * gain
-            return y, m.hyper_encoder(pad_to_multiple(y, 4))
+            z = m.hyper_encoder(pad_to_multiple(y, 4))
+            return y, z + m.news_encoder(y, refs, gain)
 
         shapes = latent_shapes(batch, h, w, c.y, c.z)
         y, z = bottleneck.encoder_only(self, analysis, *shapes)
@@ -595,7 +648,8 @@ class UniLVC(nn.Module):
         params = self.prior_fusion(hyper)
         step_size, _, mean = jnp.split(params, 3, -1)
         own = mean * lower_bound(step_size, 0.5) / gain
-        change, latent, weight = self.temporal_prior(params, own, refs, tokens)
+        news = self.news_decoder(z_hat)[:, :h, :w]
+        change, latent, weight = self.temporal_prior(params, own, news, refs, tokens)
         params = params + change
         step_size, scale, mean = jnp.split(params, 3, -1)
         step_size = lower_bound(step_size, 0.5)
