@@ -23,6 +23,7 @@ CHANGES = {
     "near_only": (dict(linear=False), {}),
     "linear_only": (dict(near=False), {}),
     "no_gate": (dict(gate=False), {}),
+    "no_sites": (dict(near=False, linear=False), {}),
     "no_takeover": (dict(takeover=False), {}),
     # No pictures on their own beside low delay, and nobody who remembers how they were coded.
     "no_replay": ({}, dict(orders=dict(ld=1.0), teacher={})),
@@ -38,17 +39,12 @@ def get_config(name="base"):
     c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.2))
     c.init_from, c.init_only = "S0.safetensors", uni_lvc.BACKBONE
     common = dict(units=4, batch=2, crop=128, spans=(12,))
-    listening = dict(
-        steps=1_000,
-        lr=3e-3,
-        end_lr=1e-3,
-        orders=dict(ld=1.0),
-        # As far as this size has them.
-        trainable=tuple(n for n in uni_lvc.LISTENING if n != "takeover" or nano.takeover),
-    )
+    # What listens to references, as far as this size has it.
+    listening = tuple(n for n in uni_lvc.LISTENING if n != "takeover" or nano.takeover)
+    alone = dict(steps=600, lr=3e-3, end_lr=1e-3, trainable=listening, orders=dict(ld=1.0))
     everything = dict(
-        steps=1_000, lr=2e-3, end_lr=5e-5, lr_scale=dict.fromkeys(uni_lvc.BACKBONE, 0.1),
+        steps=600, lr=2e-3, end_lr=5e-5, lr_scale=dict.fromkeys(uni_lvc.BACKBONE, 0.1),
         orders=dict(ai=0.25, ld=0.75), teacher=dict(weights="previous", recon=0.1),
     )  # fmt: skip
-    c.stages = tuple(ConfigDict(common | s) for s in (listening, everything | changes))
+    c.stages = tuple(ConfigDict(common | s) for s in (alone, everything | changes))
     return c
