@@ -27,7 +27,7 @@ def texture(height, width, down=0.0, right=0.0):
 
 def test_block_errors_are_those_of_displaced_blocks():
     rng = np.random.default_rng(1)
-    picture, reference = rng.random((2, 2, 8, 12, 3), np.float32)
+    picture, reference = rng.random((2, 2, 8, 12), np.float32)
     found = block_errors(jnp.asarray(picture), jnp.asarray(reference), 2, 4)
     assert found.shape == (2, 2, 3, 25)
     for sample, row, column in np.ndindex(2, 2, 3):
