@@ -43,15 +43,15 @@ def get_config():
         ),
         # S1: what listens to references, first of all to those of low delay. Pictures on their own
         # stay the same, bit for bit.
-        stage(2_000, (0, 1, 0), lr=3e-3, end_lr=1e-3, trainable=uni_lvc.LISTENING),
+        stage(2_700, (0, 1, 0), lr=3e-3, end_lr=1e-3, trainable=uni_lvc.LISTENING),
         # S2: everything, the intra codec slowly. From here on pictures on their own stay within
         # 0.5 % BD-rate of S0.
         stage(
-            3_000, (0.25, 0.75, 0), lr=2e-3, end_lr=7e-4, lr_scale=SLOWLY, teacher=REPLAY,
+            2_400, (0.25, 0.75, 0), lr=2e-3, end_lr=7e-4, lr_scale=SLOWLY, teacher=REPLAY,
         ),
         # S3: random access too. Low delay stays what it was.
         stage(
-            4_000, (0.15, 0.35, 0.5), lr=1.5e-3, end_lr=2e-4, units=5, spans=(8, 16, 32),
+            2_500, (0.15, 0.35, 0.5), lr=1.5e-3, end_lr=2e-4, units=5, spans=(8, 16, 32),
             lr_scale=SLOWLY, teacher=REPLAY,
         ),
         # S4: which references to trust; first only who judges them, by pictures as large as short
@@ -60,6 +60,7 @@ def get_config():
         stage(
             400, (0.15, 0.35, 0.5), lr=1e-3, end_lr=1e-3, trainable=("judge",), crop=256,
             **DOUBTFUL | dict(temperature=(1.0, 0.3)), judge_loss=1.0,
+            average_decay=0.98,  # it starts from nothing, and the average is what counts
         ),
         stage(
             1_500, (0.15, 0.35, 0.5), lr=2e-4, end_lr=5e-5, lr_scale=SLOWLY, teacher=REPLAY,
