@@ -10,8 +10,9 @@ a fresh process, checks the decoded pictures against the encoder's reconstructio
 Several processes, on one host or more, share the work if each is given --coordinator=HOST:PORT
 --processes=N --process=I and the same --workdir; process 0 writes the report.
 
-Exit status: 0; 1 when a stream of ours failed or did not decode to exactly what the encoder saw;
-2 with one line of explanation for a config or clip that is not usable.
+Exit status: 0; 1 when a stream of ours failed or did not decode to exactly what the encoder saw, or
+when a BD-rate is above the limit that the config sets for it; 2 with one line of explanation for a
+config or clip that is not usable.
 """
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """Attention: against plain loops, gradients against finite differences, memory."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ANY_ORDER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
+from nvc_jax.models import uni_lvc
 from nvc_jax.nn.attention import neighbourhood_attention, polarity_attention
 
 HEADS, DEPTH = 2, 4
@@ -100,3 +104,87 @@ def test_windows_do_not_copy_the_features(differentiate):
         function = jax.grad(lambda *a: neighbourhood_attention(*a).sum(), (0, 1, 2, 3))
     used = jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
     assert used < (12 if differentiate else 6) * plane, used / plane
+
+
+def dense(x, layer):
+    layer = layer.get("dense", layer)
+    return x @ layer["kernel"] + layer["bias"]
+
+
+def depth_wise(x, layer):
+    """[b, h, w, c], a window at a time, zeros beyond the border."""
+    size = layer["kernel"].shape[0]
+    padded = np.pad(x, ((0, 0), *2 * [(size // 2, size // 2)], (0, 0)))
+    out = np.empty_like(x)
+    for row, column in np.ndindex(x.shape[1:3]):
+        window = padded[:, row : row + size, column : column + size]
+        out[:, row, column] = (window * layer["kernel"]).sum((1, 2)) + layer["bias"]
+    return out
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def moved(x, flow):
+    """Groups of channels by flows of their own: bilinear, borders go on."""
+    b, h, w, groups, _ = flow.shape
+    parts, out = x.reshape(b, h, w, groups, -1), np.zeros((b, h, w, groups, x.shape[-1] // groups))
+    for n, row, column, group in np.ndindex(b, h, w, groups):
+        right, down = flow[n, row, column, group]
+        x_at, y_at = np.clip(column + right, 0, w - 1), np.clip(row + down, 0, h - 1)
+        for y, x in itertools.product(range(h), range(w)):
+            share = max(0, 1 - abs(y_at - y)) * max(0, 1 - abs(x_at - x))
+            out[n, row, column, group] += share * parts[n, y, x, group]
+    return out.reshape(b, h, w, -1)
+
+
+def shuffled(x):
+    """Blocks of 2x2 as channels, in the order channel, row, column."""
+    corners = [x[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]
+    return np.stack(corners, -1).reshape(*corners[0].shape[:3], -1)
+
+
+def everywhere(query, tokens, p):
+    """Steps 1 to 7 of the linear attention, at half of the resolution."""
+    x, t = dense(shuffled(query), p["query_patch"]), dense(shuffled(tokens), p["token_patch"])
+    q, gate = np.split(dense(x, p["query"]), 2, -1)
+    k, v = np.split(dense(t, p["key_value"]), 2, -1)
+    k = k + depth_wise(k, p["place"])
+    b, h, w, c = q.shape
+    heads = p["power"].shape
+    parts = [(a / np.log1p(np.exp(p["temperature"]))).reshape(b, h * w, *heads) for a in (q, k)]
+    parts = [a / np.sqrt((a**2).mean(-1, keepdims=True) + 1e-6) for a in parts]
+    power = 1 + 4 * sigmoid(p["power"])
+    out = linear(*parts, v.reshape(b, h * w, *heads), power).reshape(b, h, w, c)
+    out = dense((out + depth_wise(v, p["near"])) * gate, p["subpixel"])
+    unshuffled = np.empty((b, 2 * h, 2 * w, c))
+    for row, column in np.ndindex(2, 2):
+        unshuffled[:, row::2, column::2] = out[..., 2 * row + column :: 4]
+    return unshuffled
+
+
+def test_what_a_query_finds_in_a_reference_against_loops():
+    """Neighbourhood and linear attention with all that surrounds them, at random weights."""
+    cfg = uni_lvc.Config(**ANY_ORDER)
+    lookup = uni_lvc.ReferenceLookup(cfg, jnp.float32)
+    query, tokens = drawn(3, *[(2, 4, 6, cfg.tokens)] * 2)
+    params = jax.eval_shape(lookup.init, jax.random.key(0), query, tokens)["params"]
+    leaves, tree = jax.tree.flatten(params)
+    p = tree.unflatten(np.float64(0.3) * x for x in drawn(4, *(leaf.shape for leaf in leaves)))
+
+    joined = dense(np.concatenate([query, tokens], -1), p["align"]["join"])
+    x = depth_wise(joined, p["align"]["depth"])
+    flow = dense(x * sigmoid(4 * x), p["align"]["flow"]).reshape(2, 4, 6, cfg.groups, 2)
+    found = moved(tokens, uni_lvc.REACH / 8 * np.tanh(flow))
+    k, v = np.split(dense(found, p["key_value"]), 2, -1)
+    heads = (2, 4, 6, cfg.heads, -1)
+    parts = (a.astype(np.float64).reshape(heads) for a in (query, k, v))
+    near = windowed(*parts, p["bias"]).reshape(query.shape)
+    both = near + everywhere(query, tokens, p["linear"])
+    gate = sigmoid(dense(np.concatenate([query, both], -1), p["gate"]))
+    expected = (both.reshape(heads) * gate[..., None]).reshape(query.shape)
+
+    params = jax.tree.map(np.float32, p)
+    result = lookup.apply({"params": params}, query, tokens)
+    np.testing.assert_allclose(result, expected, rtol=2e-3, atol=2e-3)

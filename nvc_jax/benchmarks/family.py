@@ -45,8 +45,9 @@ def table(rates: list[str], speeds: list[str]) -> list[dict[str, Any]]:
         for size in codec.sizes:
             module = registry.build(name, size)
             weights = f"{name.replace('_', '-')}-{size}"
-            # As `eval.py` calls them.
+            # As `eval.py` calls them, less their intra period.
             labels = {weights: None} | {f"{weights}-{m}": m for m in getattr(module, "modes", ())}
+            own = [row for row in gains if row["model"].partition("@")[0] in labels]
             rows.append(
                 {
                     "codec": name,
@@ -57,9 +58,7 @@ def table(rates: list[str], speeds: list[str]) -> list[dict[str, Any]]:
                     "parameters": _parameters(module),
                     **complexity.coding_cost(module),
                     "bd_rates": [
-                        row | {"mode": labels[row["model"]]}
-                        for row in gains
-                        if row["model"] in labels
+                        row | {"mode": labels[row["model"].partition("@")[0]]} for row in own
                     ],
                     "speeds": [s for s in timed if s["model"] in (weights, f"{name}:{size}")],
                 }

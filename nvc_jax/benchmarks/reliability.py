@@ -123,27 +123,38 @@ def benchmark(
 
 
 def _by_frame(units: list[coding.EncodedUnit], psnr: list[float], path: Path) -> dict[str, list]:
-    """Bits in the file, PSNR 6:1:1 and levels (0 to 1) of the references, in order of display."""
+    """Of every frame, in order of display, in lists.
+
+    "bits" in the file, "psnr" (6:1:1), "levels" (0 to 1) of the references and "distances" to them.
+    """
     written = bitstream.stream_info(path)["units"]
     found = {}
     for unit, packet, quality in zip(units, written, psnr, strict=True):
-        levels = [level / HIGHEST for level in unit.coded.reliability]
-        found[unit.packet.frames[0]] = 8 * packet["bytes"], quality, levels
-    ordered = [found[frame] for frame in sorted(found)]
-    return dict(zip(("bits", "psnr", "levels"), map(list, zip(*ordered, strict=True)), strict=True))
+        # A frame that is named twice counts once.
+        levels = dict(zip(unit.plan.distances, unit.coded.reliability, strict=True))
+        levels = {distance: levels[distance] / HIGHEST for distance in unit.plan.distances}
+        found[unit.packet.frames[0]] = (
+            8 * packet["bytes"], quality, list(levels.values()), list(levels)
+        )  # fmt: skip
+    columns = zip(*(found[frame] for frame in sorted(found)), strict=True)
+    names = "bits", "psnr", "levels", "distances"
+    return dict(zip(names, map(list, columns), strict=True))
 
 
 def _at_strike(coded: dict[str, dict], frame: int) -> dict[str, float]:
     """Of the frame where references stop to help: against intra coding it, and how they count.
 
-    The frame's references need not be those of intra coding, so that PSNR can differ, too.
+    The frame's references need not be those of intra coding, so that PSNR can differ, too. Of the
+    references those count that are shown before the frame; None if it has none.
     """
-    intra = coded["never"]
-    before = [level for levels in coded["judged"]["levels"][1:frame] for level in levels]
-    result = {
-        "level_before": float(np.mean(before)) if before else 0.0,
-        "level": float(np.mean(coded["judged"]["levels"][frame] or [0.0])),
-    }
+    intra, judged = coded["never"], coded["judged"]
+
+    def trust(frames):
+        both = zip(judged["levels"][frames], judged["distances"][frames], strict=True)
+        past = [lv for own in both for lv, distance in zip(*own, strict=True) if distance < 0]
+        return float(np.mean(past)) if past else None
+
+    result = {"level_before": trust(slice(frame)), "level": trust(slice(frame, frame + 1))}
     for trust in ("judged", "always"):
         bits = coded[trust]["bits"][frame] / intra["bits"][frame]
         result[f"{trust}_bits_percent"] = 100 * (bits - 1)
@@ -178,13 +189,17 @@ def _print(rows: list[dict[str, Any]]) -> None:
         at = row["at_strike"]
         print(
             f"{Path(row['clip']).stem:{width}} {row['scene']:13} {row['qp']:3} | "
-            f"{at['level_before']:12.2f} {at['level']:5.2f} | "
+            f"{_level(at['level_before']):>12} {_level(at['level']):>5} | "
             + " | ".join(
                 f"{at[f'{trust}_bits_percent']:+7.1f} % {at[f'{trust}_psnr_difference']:+6.2f} dB"
                 f"{_percent(at[f'{trust}_percent_at_equal_psnr'])}"
                 for trust in ("judged", "always")
             )
         )
+
+
+def _level(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}"
 
 
 def _percent(value: float | None) -> str:

@@ -16,7 +16,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from nvc_jax.evaluation.runner import all_passed
+from nvc_jax.evaluation.runner import all_passed, limited
 from nvc_jax.metrics import recovery_frames
 
 # One colour and marker per family of anchors, low delay variants dashed, those with an intra period
@@ -118,6 +118,16 @@ def print_tables(results: dict, console: Console) -> None:
             anchor = f"{row['anchor']} ({_preset(results, row['anchor'])})"
             table.add_row(row["model"], anchor, *cells)
     console.print(table)
+    for row in limited(results):
+        verdict = "met" if row["met"] else "[red]NOT MET[/red]"
+        console.print(f"{_limit(row)}: {verdict}")
+
+
+def _limit(row: dict) -> str:
+    return (
+        f"{row['model']} against {row['anchor']}: {_percent(row['mean_percent'])}, at most "
+        f"{row['limit_percent']:+} %"
+    )
 
 
 # ---------------------------------------------------------------------------------------- sections
@@ -145,6 +155,8 @@ def _checks_section(results: dict) -> str:
                 f"samples differ (by up to {checks['largest_difference']})"
             )
         items += f"<li>{escape(name)}: {escape(problem)}</li>"
+    for row in limited(results):
+        items += f"<li>{escape(_limit(row))}: {'met' if row['met'] else 'NOT MET'}</li>"
     items = f"<ul>{items}</ul>" if items else ""
     kind = "good" if all_passed(results) else "bad"
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in results["notes"])

@@ -154,11 +154,13 @@ def check_config(config: Mapping) -> None:
         if name not in ANCHORS:
             raise NvcError(f"anchor {name!r} is unknown; choose from {', '.join(ANCHORS)}")
     every = labels["models"] + labels["anchors"]
-    for pair in config.get("against", ()):
-        if isinstance(pair, str) or len(pair) != 2 or pair[0] not in labels["models"]:
-            raise NvcError(f"config.against: {pair!r} is not a model and what it is compared with")
-        if pair[1] not in every:
-            raise NvcError(f"config.against: {pair[1]!r} is none of {', '.join(every)}")
+    for entry in config.get("against", ()):
+        if isinstance(entry, str) or len(entry) not in (2, 3) or entry[0] not in labels["models"]:
+            raise NvcError(f"config.against: {entry!r} is not a model and what it is compared with")
+        if entry[1] not in every:
+            raise NvcError(f"config.against: {entry[1]!r} is none of {', '.join(every)}")
+        if len(entry) > 2 and not isinstance(entry[2], int | float):
+            raise NvcError(f"config.against: {entry[2]!r} is no limit in percent")
 
 
 def _is_int(value) -> bool:
@@ -525,6 +527,10 @@ def evaluate(
         for quality in ("psnr", "ms_ssim_db")
         for row in bd_table(results["points"], quality, _compared(config, with_anchors))
     ]
+    limits = {entry[:2]: entry[2] for entry in config.get("against", ()) if len(entry) > 2}
+    for row in results["bd_rates"]:
+        if row["quality"] == "psnr":
+            row["limit_percent"] = limits.get((row["model"], row["anchor"]))
     _write_results(workdir, results)
     return results
 
@@ -532,7 +538,7 @@ def evaluate(
 def _compared(config: Mapping, with_anchors: bool) -> list[tuple[str, str]]:
     """The pairs that a config wants compared, as far as they were measured."""
     missing = () if with_anchors else [_label(entry) for entry in config["anchors"]]
-    return [tuple(pair) for pair in config.get("against", ()) if pair[1] not in missing]
+    return [tuple(entry[:2]) for entry in config.get("against", ()) if entry[1] not in missing]
 
 
 def _write_results(workdir: Path, results: dict) -> None:
@@ -612,6 +618,20 @@ def _duration(seconds: float) -> str:
 
 
 def all_passed(results: dict) -> bool:
-    """Whether every point of ours was coded, and decoded to exactly what the encoder saw."""
+    """Whether every point of ours was coded, and decoded to exactly what the encoder saw.
+
+    And within the limits of the config.
+    """
     ours = [point for point in results["points"] if point["kind"] == "nvc"]
-    return all("error" not in point and point["checks"]["passed"] for point in ours)
+    return all(row["met"] for row in limited(results)) and all(
+        "error" not in point and point["checks"]["passed"] for point in ours
+    )
+
+
+def limited(results: dict) -> list[dict]:
+    """The BD-rates that have a limit, with `met`, whether they keep it."""
+    rows = [row for row in results["bd_rates"] if row.get("limit_percent") is not None]
+    return [
+        row | {"met": row["mean_percent"] is not None and row["mean_percent"] <= row["limit_percent"]}
+        for row in rows
+    ]
