@@ -1157,6 +1157,18 @@ def test_pupils_stay_close_to_their_teacher(folder, tmp_path):
     loop.train(config_of(folder, first, longer, average_decay=0.0), tmp_path / "taught")
 
 
+def test_teachers_that_do_not_fit_are_refused_before_the_first_step(folder, run, tmp_path):
+    _, file, workdir, _ = run
+    model = tmp_path / "a.safetensors"
+    checkpoints.release(str(file), str(workdir), str(model))
+    taught = stage(2, teacher={"weights": str(model), "recon": 1.0})
+    toy = dict(name="toy", size=dict(width=16, y=24, z=4), dtype="float32")
+    config = config_of(folder, stage(2), taught, model=ConfigDict(toy))
+    with pytest.raises(NvcError, match="do not fit this config's model"):
+        loop.train(config, tmp_path / "another")
+    assert not (tmp_path / "another" / "metrics.jsonl").read_text()
+
+
 # The constraint on scales
 
 

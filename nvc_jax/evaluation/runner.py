@@ -631,7 +631,8 @@ def all_passed(results: dict) -> bool:
 def limited(results: dict) -> list[dict]:
     """The BD-rates that have a limit, with `met`, whether they keep it."""
     rows = [row for row in results["bd_rates"] if row.get("limit_percent") is not None]
-    return [
-        row | {"met": row["mean_percent"] is not None and row["mean_percent"] <= row["limit_percent"]}
-        for row in rows
-    ]
+
+    def met(row):
+        return row["mean_percent"] is not None and row["mean_percent"] <= row["limit_percent"]
+
+    return [row | {"met": met(row)} for row in rows]

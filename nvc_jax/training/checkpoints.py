@@ -179,9 +179,22 @@ def _with_intra_of(name: str, loaded: released.Released, model: WithIntra, param
 
 def check_weights(config: ml_collections.ConfigDict, run: tuple[stages.Stage, ...]) -> None:
     """Raises NvcError if weights that a run starts or learns from cannot be read."""
-    named = {stage.teacher.weights for stage in run if stage.teacher}
-    for name in {config.init_from} - {""} | {n for n in named if stages.is_released(n)}:
+    for name in {config.init_from} - {""} | _released_teachers(run):
         released.load(name)
+
+
+def check_teachers(run: tuple[stages.Stage, ...], params: dict) -> None:
+    """Raises NvcError if released weights that any stage learns from do not fit the model.
+
+    Before the first step, and not when the stage begins.
+    """
+    for name in _released_teachers(run):
+        _with_weights_of(name, released.load(name), params)
+
+
+def _released_teachers(run: tuple[stages.Stage, ...]) -> set[str]:
+    named = {stage.teacher.weights for stage in run if stage.teacher}
+    return {name for name in named if stages.is_released(name)}
 
 
 def _stage_folder(workdir: str, number: int) -> Path:

@@ -132,6 +132,7 @@ def _train(
     model = registry.build(config.model.name, config.model.size, config.model.dtype)
     ends = np.cumsum([stage.steps for stage in run])
     state = checkpoints.resume(manager, model, config, run, mesh)
+    parallel.together(lambda: checkpoints.check_teachers(run, state.average))
     parameter_overview.log_parameter_overview(state.params)
     if parallel.is_main():
         kind = mesh.devices.ravel()[0].device_kind
