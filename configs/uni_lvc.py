@@ -70,15 +70,16 @@ def get_config(argument="fast"):
         # S4: whom to trust: first who judges it alone, then all. Where references are good, neither
         # low delay nor random access gets worse.
         epochs(
-            1, batch=8, crop=256, lr=1e-4, units=7, spans=(32,), trainable=("judge",),
+            1, batch=8, crop=256, lr=1e-3, units=7, spans=(32,), trainable=("judge",),
             judge_loss=1.0, **shares(0.15, 0.35, 0.5), **doubtful, **long,
         ),
         epochs(
             6, batch=8, crop=256, lr=5e-5, end_lr=1e-5, units=7, spans=(32,), judge_loss=0.01,
-            **shares(0.15, 0.35, 0.5), **backbone_slowly, **replay, **doubtful, **long,
+            temperature=(0.3, 0.3), **shares(0.15, 0.35, 0.5), **backbone_slowly, **replay,
+            **doubtful, **long,
         ),
         # S5: long clips; then larger pictures and groups of up to 64. The judge learns by rates and
-        # distortions alone.
+        # distortions alone. What was good on short clips gets no worse.
         epochs(
             3, batch=8, crop=256, lr=2e-5, end_lr=1e-5, units=48, spans=(64,),
             temperature=(0.3, 0.3), **shares(0.1, 0.9, 0), **backbone_slowly, **replay,

@@ -18,6 +18,11 @@ from nvc_jax.training import recipes
 SLOWLY = dict.fromkeys(uni_lvc.BACKBONE, 0.1)
 REPLAY = dict(weights=0, recon=0.1)  # as S0 left them
 DOUBTFUL = dict(spoil=0.3, judged=True, cut_share=0.0, temperature=(0.3, 0.3))
+# Rates of rounded symbols under integer scales, and nothing but the network behind them learns.
+SCALE_HEAD = dict(
+    batch=4, spans=(8, 16, 32), exact=True, trainable=("scale_head",), noise=False, judged=True,
+    rate_balance=0.6,
+)  # fmt: skip
 
 
 def stage(steps, orders, lr, end_lr, units=4, batch=2, **special):
@@ -58,27 +63,25 @@ def get_config():
         # sides allow, because what is judged is a whole picture. Where references are good, nothing
         # gets worse.
         stage(
-            400, (0.15, 0.35, 0.5), lr=1e-3, end_lr=1e-3, trainable=("judge",), crop=256,
+            400, (0.15, 0.35, 0.5), lr=1e-2, end_lr=1e-3, trainable=("judge",), crop=256,
             **DOUBTFUL | dict(temperature=(1.0, 0.3)), judge_loss=1.0,
             average_decay=0.98,  # it starts from nothing, and the average is what counts
         ),
         stage(
-            1_500, (0.15, 0.35, 0.5), lr=2e-4, end_lr=5e-5, lr_scale=SLOWLY, teacher=REPLAY,
+            1_000, (0.15, 0.35, 0.5), lr=2e-4, end_lr=5e-5, lr_scale=SLOWLY, teacher=REPLAY,
             **DOUBTFUL, judge_loss=0.01,
         ),
-        # S5: longer clips; the judge by rates and distortions alone.
+        # S5: longer clips; the judge by rates and distortions alone. Short clips get no worse.
         stage(
-            400, (0.1, 0.9, 0), lr=1e-4, end_lr=2e-5, units=16, spans=(31,), remat=True,
+            150, (0.1, 0.9, 0), lr=1e-4, end_lr=2e-5, units=16, spans=(31,), remat=True,
             lr_scale=SLOWLY, teacher=REPLAY, **DOUBTFUL,
         ),
         stage(
-            400, (0.1, 0.45, 0.45), lr=5e-5, end_lr=1e-5, units=6, spans=(16, 32),
+            200, (0.1, 0.45, 0.45), lr=5e-5, end_lr=1e-5, units=6, spans=(16, 32),
             lr_scale=SLOWLY, teacher=REPLAY, **DOUBTFUL,
         ),
         # The exact mode. The other modes stay the same, bit for bit.
-        stage(
-            3_000, (0.1, 0.45, 0.45), lr=2e-3, end_lr=2e-5, units=6, spans=(16, 32), exact=True,
-            trainable=("scale_head",), noise=False, judged=True, rate_balance=0.6,
-        ),
+        stage(6_000, (0.2, 0.4, 0.4), lr=3e-3, end_lr=3e-4, **SCALE_HEAD),
+        stage(6_000, (0.2, 0.4, 0.4), lr=1e-3, end_lr=1e-5, **SCALE_HEAD),
     )  # fmt: skip
     return c

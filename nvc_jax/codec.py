@@ -103,12 +103,15 @@ def schedule_for(
         raise NvcError(f"'{model.name}' has no mode '{mode}'; there is: {there}")
     name = modes(model)[mode] if mode else model.module.schedule
     if name == "mixed":
-        gop = gop or intra_period or 32
-        if closed or intra_period not in (None, gop):
+        given = {frames for frames in (gop, intra_period) if frames is not None}
+        if closed or len(given) > 1:
             raise NvcError(
                 f"the mode '{AUTO}' has an intra frame at the end of every group, to which the "
                 "next group refers: its intra period is its --gop, and no group is closed"
             )
+        gop = min(given, default=32)
+        if not 2 <= gop <= 64:
+            raise NvcError(f"the mode '{AUTO}' codes groups of 2 to 64 frames, not {gop}")
         return schedules.mixed(gop)
     if name == "hierarchical":
         if gop is None:
@@ -119,6 +122,10 @@ def schedule_for(
         which = f"the mode '{mode}'" if mode else f"'{model.name}'"
         raise NvcError(f"{which} has no B-frames, so its groups cannot be chosen")
     if name == "all_intra":
+        if intra_period not in (None, 1):
+            raise NvcError(
+                f"the mode '{mode}' has intra frames only, so their period is 1, not {intra_period}"
+            )
         return schedules.all_intra()
     return getattr(schedules, name)(intra_period or 0)
 
@@ -158,7 +165,7 @@ def encode(
         are tried, and the one that costs least is chosen.
 
     Raises:
-      NvcError: qp out of range, or layers where there are none.
+      NvcError: qp out of range, layers where there are none, or `mode_of` says no mode.
     """
     layered = schedules.in_layers(schedule)
     if layer_qp and not layered:
@@ -178,10 +185,14 @@ def encode(
         elif not frame:  # alone in its group: the same in all modes
             coded = code(slots, render=render, mode=schedules.MODES[0])
         elif mode_of:
-            coded = code(slots, render=render, mode=mode_of(frame))
+            mode = mode_of(frame)
+            if mode not in schedules.MODES:
+                raise NvcError(f"mode_of: {mode!r} is no mode of the group from frame {frame} on")
+            coded = code(slots, render=render, mode=mode)
         else:
-            content = registry.entry(codec.model.codec).content
-            coded = _best_of_all_modes(code, slots, lambda_of_qp(qp, content))
+            entry = registry.entry(codec.model.codec)
+            weight = entry.frame_weights[0] * lambda_of_qp(qp, entry.content)
+            coded = _best_of_all_modes(code, slots, weight)
         for unit in coded:
             number += 1
             yield unit
@@ -213,7 +224,8 @@ def _encode_group(
             extra = layer_qp[min(unit.level, last) if unit.refs else last]
             qps = tuple(min(max(qp + extra, 0), codec.model.module.qp_rows - 1) for qp in qps)
         refs = references(unit, slots)
-        payload, coded = encode_unit(codec, originals, refs, qps, render, unit)
+        kept = number not in unit.release
+        payload, coded = encode_unit(codec, originals, refs, qps, render, unit, kept)
         slots[number] = coded.refs
         for slot in unit.release:
             del slots[slot]

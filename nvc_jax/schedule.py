@@ -86,7 +86,12 @@ class Schedule:
         if gop not in sizes:
             allowed = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
             raise NvcError(f"schedule {self.name} codes groups of {allowed} frames, not {gop}")
-        if self.intra_period < 0 or self.intra_period % gop:
+        if self.intra_period < 0:
+            raise NvcError(
+                f"intra period {self.intra_period}: give a number of frames, or 0 to start at the "
+                "first frame only"
+            )
+        if self.intra_period % gop:
             raise NvcError(
                 f"intra period {self.intra_period}: schedule {self.name} codes {gop} frames at a "
                 f"time, so decoding can only start at every {gop}th frame; give a multiple of "

@@ -335,16 +335,20 @@ def encode_unit(
     qps: Sequence[int],
     render: bool,
     unit: schedules.Unit = FLAT,
+    kept: bool = True,
 ) -> tuple[bytes, CodedUnit]:
     """Codes pictures and returns (payload, what the program left).
 
     Args:
       refs: what the units that are referred to left; () for none.
+      kept: whether others may refer to the unit. If not, and without `render`, `CodedUnit.refs` are
+        not to be used.
       unit: of the schedule: its level and place between its references count. If it does not say
         how reliable these are, codecs that can judge that do so.
     """
     # What refers to a frame of a separate intra codec refers to its picture.
-    render = render or unit.shown or (len(codec.steps) > 1 and not refs)
+    by_picture = codec.model.module.refers_to_pictures or (len(codec.steps) > 1 and not refs)
+    render = render or unit.shown or (kept and by_picture)
     if refs and codec.judge and not unit.reliability:
         unit = unit._replace(reliability=_judged(codec, refs, qps, unit, pictures))
     coded = _run(codec, refs, qps, FROM_PICTURE, render, unit, pictures=pictures)

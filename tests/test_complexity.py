@@ -10,9 +10,10 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import ANY_ORDER
 
 from nvc_jax.errors import NvcError
-from nvc_jax.models import registry
+from nvc_jax.models import complexity, registry, uni_lvc
 from nvc_jax.models.complexity import coding_cost, macs, subnetworks, training_flop
 from nvc_jax.nn.attention import neighbourhood_attention
 from nvc_jax.nn.blocks import depthwise
@@ -266,3 +267,31 @@ def test_training_costs_six_operations_for_every_product(name):
     sides = coding_cost(model).values()
     per_pixel = training_flop(model, True, 10**6) / 6e6 / 1000
     assert max(sides) < per_pixel < sum(sides)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_uni_lvc_costs_the_same_per_pixel_at_any_size(monkeypatch, alone):
+    """So attention to whole references is linear in the number of pixels."""
+    model, costs = registry.build("uni_lvc", "dev"), []
+    for side in (256, 512):
+        monkeypatch.setattr(complexity, "SIDE", side)
+        complexity._units.cache_clear()
+        costs.append(list(coding_cost(model, alone).values()))
+    complexity._units.cache_clear()
+    assert costs[1] == pytest.approx(costs[0], rel=1e-3)
+
+
+def test_uni_lvc_pays_for_references_only_where_there_are_some():
+    """Nor does an encoder make pictures that nobody refers to."""
+    model = registry.build("uni_lvc", dict(ANY_ORDER, scale_head=0))
+    alone, both = coding_cost(model, alone=True), coding_cost(model)
+    counted = {row.name: row.kmac_per_pixel for row in subnetworks(model)}
+    pictures = {"up", "decoder_early", "decoder_late", "pixels"}
+    analysis = {"patch", "encoder_early", "encoder_late", "latent", "hyper_encoder"}
+    # Sites and the entropy model's ears project what they ask for, with references or without.
+    backbone = {name: counted[name] for name in uni_lvc.BACKBONE}
+    coded = sum(kmac for name, kmac in backbone.items() if name not in pictures)
+    decoded = sum(kmac for name, kmac in backbone.items() if name not in analysis)
+    assert 0.99 * coded <= alone["encode_kmac_per_pixel"] < coded + 0.35 * sum(counted.values())
+    assert 0.99 * decoded <= alone["decode_kmac_per_pixel"] < decoded + 0.35 * sum(counted.values())
+    assert both["encode_kmac_per_pixel"] > 1.5 * alone["encode_kmac_per_pixel"]

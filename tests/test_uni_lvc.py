@@ -14,8 +14,8 @@ from nvc_jax import schedule as schedules
 from nvc_jax.data.synthetic import moving_texture
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT
-from nvc_jax.errors import StreamError
-from nvc_jax.models import registry, uni_lvc
+from nvc_jax.errors import NvcError, StreamError
+from nvc_jax.models import registry, released, uni_lvc
 from nvc_jax.schedule import Unit
 from nvc_jax.video import VideoInfo
 
@@ -64,6 +64,15 @@ def test_untrained_sites_change_nothing():
     slots = references(BETWEEN, fresh)
     out = site.apply({"params": fresh["sites_0"]}, x, slots, [tokens, tokens])
     np.testing.assert_array_equal(out, x)
+
+
+def test_untrained_references_change_nothing():
+    """Neither bits nor the picture."""
+    fresh = registry.random_params(MODEL, 0)
+    alone = coded(fresh, frames_of(4), MODEL.complete((), INTRA, 64, 80))
+    both = coded(fresh, frames_of(4), references(BETWEEN, fresh))
+    np.testing.assert_array_equal(alone[0], both[0])
+    assert alone[2] == both[2]
 
 
 def test_where_nothing_is_found_nothing_is_added():
@@ -263,6 +272,58 @@ def test_the_encoder_chooses_the_cheapest_mode(prepared, tmp_path):
         assert last == [u.packet for u in chosen]
     with bitstream.open_stream(tmp_path / "a.nvc") as stream:
         assert_same_pictures([p for _, ps in codec.decode(unit_codec, stream) for p in ps], recons)
+
+
+@pytest.mark.parametrize("name, mode", [("uni_lvc", "ai"), ("uni_lvc", "ra"), ("brhvc", None)])
+def test_encoders_make_only_pictures_that_are_referred_to(prepared, name, mode):
+    """Unless somebody wants to see them; what is coded is the same."""
+    unit_codec = prepared(name, WIDTH, HEIGHT)
+    order = codec.schedule_for(unit_codec.model, gop=None if mode == "ai" else 4, mode=mode)
+    seen, unseen = (
+        list(codec.encode(unit_codec, CLIP, 30, order, render=render)) for render in (True, False)
+    )
+    assert [unit.packet for unit in seen] == [unit.packet for unit in unseen]
+    made = {}
+    for number, unit in enumerate(unseen):
+        (picture,) = (ref.picture if name == "uni_lvc" else ref.frame for ref in unit.coded.refs)
+        made[number] = bool(np.asarray(picture).any())
+    assert made == {n: n not in unit.plan.release for n, unit in enumerate(unseen)}
+
+
+def test_the_mode_of_every_group_has_to_be_said(prepared):
+    unit_codec, order = prepared("uni_lvc", WIDTH, HEIGHT), schedules.mixed(3)
+    units = codec.encode(unit_codec, CLIP, 30, order, mode_of={1: "ld"}.get)
+    with pytest.raises(NvcError, match="None is no mode of the group from frame 4 on"):
+        list(units)
+
+
+@pytest.mark.parametrize(
+    "name, wanted, message",
+    [
+        ("ui2c", dict(mode="ld"), "has no mode 'ld'; there is: the one that it was made for"),
+        ("uni_lvc", dict(mode="all"), "there is: ai, ld, ra, auto"),
+        ("uni_lvc", dict(mode="ld", gop=8), "the mode 'ld' has no B-frames"),
+        ("uni_lvc", dict(mode="ai", intra_period=8), "their period is 1, not 8"),
+        ("uni_lvc", dict(mode="ld", intra_period=-1), "intra period -1: give a number of frames"),
+        ("uni_lvc", dict(mode="auto", gop=0), "groups of 2 to 64 frames, not 0"),
+        ("uni_lvc", dict(mode="auto", intra_period=96), "groups of 2 to 64 frames, not 96"),
+        ("uni_lvc", dict(mode="auto", gop=8, intra_period=32), "its intra period is its --gop"),
+    ],
+)
+def test_orders_that_do_not_exist_are_refused(model_files, name, wanted, message):
+    with pytest.raises(NvcError, match=message):
+        codec.schedule_for(released.load(model_files[name]), **wanted)
+
+
+@pytest.mark.parametrize("mode", ["ai", "ld", "ra"])
+def test_modes_from_the_command_line(model_files, prepare_once, tmp_path, capsys, mode):
+    clip, coded, again, recon = (tmp_path / n for n in ("a.y4m", "a.nvc", "b.y4m", "c.y4m"))
+    write_clip(clip, CLIP[:4])
+    model = ["--model", str(model_files["uni_lvc"])]
+    options = ["--mode", mode, "--recon", str(recon)]
+    assert cli.main(["encode", str(clip), str(coded), *model, *options]) == 0
+    assert cli.main(["decode", str(coded), str(again), *model]) == 0
+    assert again.read_bytes() == recon.read_bytes()
 
 
 def test_choices_are_explained(model_files, prepare_once, tmp_path, capsys):

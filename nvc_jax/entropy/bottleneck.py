@@ -9,7 +9,8 @@ does with floating-point sums.
 
 Bottleneck interface, used by the models:
   encoder_only(module, fn, *shapes) -> arrays      fn(module), computed only if a picture is coded
-  decoder_only(module, fn, *shapes) -> arrays      fn(module), computed only if pictures are wanted
+  decoder_only(module, fn, *shapes) -> arrays      fn(module), computed only if pictures are wanted,
+                                                   to be shown or to be referred to
   factorized(z, prior, row)  -> symbols            rounded hyper-latent; prior: `FactorizedPrior`
   exact                                            whether scales come as levels or as floats
   gaussian(residual, scale)  -> symbols            rounded y - mean; one call per step

@@ -490,6 +490,7 @@ class BFrame(nn.Module):
 
     frames_per_unit = 1
     references = 2
+    refers_to_pictures = True
     qp_rows = 64
 
     def setup(self):
@@ -694,10 +695,14 @@ class BFrame(nn.Module):
             params = block(params)
         y_hat = self.prior(y, params, bottleneck)
 
-        fused = self.decoder_fusion(y_hat, warped_f, warped_b, contexts_f, contexts_b)
-        recon, feature = self.decoder(y_hat, fused, self.q_decoder(qp))
-        recon = recon.astype(jnp.float32) + motion.mean
-        ref = Ref(
-            jnp.clip(recon, 0, 1), feature.astype(jnp.float32), motion.feature, y_hat, motion.y
-        )
+        def render(m):
+            fused = m.decoder_fusion(y_hat, warped_f, warped_b, contexts_f, contexts_b)
+            recon, feature = m.decoder(y_hat, fused, m.q_decoder(qp))
+            return recon.astype(jnp.float32) + motion.mean, feature.astype(jnp.float32)
+
+        size = height // c.patch, width // c.patch
+        shapes = [(batch, height, width, 3), (batch, *size, c.widths[0])]
+        shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        recon, feature = bottleneck.decoder_only(self, render, *shapes)
+        ref = Ref(jnp.clip(recon, 0, 1), feature, motion.feature, y_hat, motion.y)
         return recon[:, None], (ref,)

@@ -305,9 +305,9 @@ def motion_training_flop(model: nn.Module, pixels: int) -> int:
 def coding_cost(model: nn.Module, alone: bool = False) -> dict[str, float]:
     """Thousand multiply-accumulates per pixel and frame, on each side.
 
-    Encoding goes without what turns features into pictures, decoding without analysis transform
-    and hyper-encoder, as in `nvc_jax.unit_program`. Units refer to an earlier one if the codec does
-    that, and are not `alone`.
+    Encoding goes without what turns features into pictures, unless others refer to these, decoding
+    without analysis transform and hyper-encoder, as in `nvc_jax.unit_program`. Units refer to an
+    earlier one, and are referred to, if the codec does that and they are not `alone`.
     """
     units, exact = _units(model), has_scale_head(model)
 
@@ -316,8 +316,9 @@ def coding_cost(model: nn.Module, alone: bool = False) -> dict[str, float]:
         return macs(forward, *args) / (1000 * model.frames_per_unit * SIDE * SIDE)
 
     judgement = None if alone else _judgement(model)
+    encoder = _Everything if model.refers_to_pictures and not alone else _Encode
     return {
-        "encode_kmac_per_pixel": cost(_forward(model, _Encode(exact)))
+        "encode_kmac_per_pixel": cost(_forward(model, encoder(exact)))
         + (cost(judgement) if judgement else 0),
         "decode_kmac_per_pixel": cost(_forward(model, _Decode(exact))),
     }

@@ -104,6 +104,7 @@ class Intra(nn.Module):
     frames_per_unit = 1
     schedule = "all_intra"
     references = 0
+    refers_to_pictures = False
     qp_rows = 64
 
     @property

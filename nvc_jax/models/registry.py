@@ -92,6 +92,7 @@ CODECS = {
         uni_lvc.Config,
         uni_lvc.SIZES,
         "video",
+        frame_weights=(uni_lvc.DISTORTION_WEIGHT,),
         layer_qp=uni_lvc.LAYER_QP,
         summary="all intra, low delay and random access with one set of weights (after Uni-LVC, "
         "arXiv 2603.05756)",

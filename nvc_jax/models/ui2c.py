@@ -184,6 +184,7 @@ class UI2C(nn.Module):
     dtype: Any = jnp.float32
 
     references = 1
+    refers_to_pictures = False
     qp_rows = QP_ROWS
     rgb = False  # whether pictures are R, G, B and not Y, U, V
 

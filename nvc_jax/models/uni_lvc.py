@@ -47,17 +47,22 @@ from nvc_jax.nn.hyperprior import (
 from nvc_jax.nn.integer import ScaleHead, memory_channels
 from nvc_jax.nn.matching import motion_between
 from nvc_jax.nn.spatial_prior import code_at_once
-from nvc_jax.nn.warp import halve, warp, warp_groups
+from nvc_jax.nn.warp import warp, warp_groups
 
 QP_ROWS = 72  # 64 quality points and offsets of up to 8
 STEPS = 4  # of the spatial prior
 REACH = 64.0  # pixels that motion may span in an adaptation site
+# Of the distortion of every frame, beside the lambda of its row of the tables. Of a row there is
+# but one lambda, whatever order a picture is coded in: rows mean the same to all, and what listens
+# to references need not first learn another quality.
+DISTORTION_WEIGHT = 1.5
 RELIABILITIES = 4  # levels, from "not at all" to "fully"; a stream has two bits for them
 # By layer of the hierarchy in random access, from frames between neighbours up to anchors.
 LAYER_QP = (0, 0, 2, 4, 6, 8)
 # Of a search for motion, level after level: one value for so many pixels squared, and how many such
 # values away it looks.
 SEARCH = ((4, 8), (2, 2), (1, 2))
+JUDGED_BY = SEARCH[:2]  # the classifier's
 NEAR_PAST, FAR_PAST, FUTURE = range(3)  # what a reference is to the picture
 # Sub-networks, for stages of training: what listens to references, and the intra codec, to which
 # only the reliability classifier ("judge") and the integer scale head are missing.
@@ -322,6 +327,8 @@ def _if_looked_at(module, slot, like, *args):
     def nothing(m):
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
+    if isinstance(slot.looked_at, np.ndarray) and not slot.looked_at.any():  # known beforehand
+        return nothing(module)
     return nn.cond(jnp.any(slot.looked_at), lambda m: m(*args), nothing, module)
 
 
@@ -487,18 +494,25 @@ class TakeoverLookup(nn.Module):
 class Judge(nn.Module):
     """Reliability classifier: logits of the levels, [b, levels]. Runs in the encoder alone.
 
-    What a decoder would need to judge for itself, the picture, it does not have.
+    What a decoder would need to judge for itself, the picture, it does not have. Block by block it
+    sees how far the reference is from the picture, as it is and moved by the motion that is found
+    between them, beside how much there is to code in the block at all.
     """
 
     cfg: Config
 
     @nn.compact
-    def __call__(self, features, slot, tokens, qp):
+    def __call__(self, picture, qp, slot):
+        """picture [b, h, w, 3] -> [b, levels]."""
         c = self.cfg
-        ours, theirs = halve(Pointwise(c.tokens, name="query")(features)), halve(tokens)
-        x = jnp.concatenate([ours, theirs, jnp.abs(ours - theirs)], -1)
-        for i in range(2):
-            x = DepthConvBlock(c.judge, c.form, name=f"block{i}")(x)
+        ours, theirs = picture[..., :1], slot.ref.picture[..., :1]
+        levels = len(JUDGED_BY)
+        flow = motion_between(ours, theirs, JUDGED_BY, jnp.full(levels, 7.0), jnp.zeros(levels))
+        blocks = [space_to_depth(x, 8) for x in (ours, theirs, warp(theirs, flow))]
+        energies = [jnp.square(x - blocks[0]).mean(-1) for x in blocks[1:]]
+        x = jnp.log(jnp.stack([*energies, blocks[0].var(-1)], -1) + 1e-5) / 4 + 2
+        x = wsilu(Pointwise(c.judge, name="join")(x))
+        x = DepthConvBlock(c.judge, c.form, name="block")(x)
         facts = jnp.stack([jnp.log2(slot.distance), qp / 63, slot.ref.qp / 63], -1)
         x = jnp.concatenate([x.mean((1, 2)), x.max((1, 2)), facts], -1)
         x = wsilu(Pointwise(c.judge, name="hidden")(x))
@@ -509,7 +523,7 @@ class Judge(nn.Module):
 
 def _trusting(key, shape, dtype=jnp.float32):
     del key
-    return jnp.zeros(shape, dtype).at[-1].set(4.0)
+    return jnp.zeros(shape, dtype).at[-1].set(2.0)
 
 
 class UniLVC(nn.Module):
@@ -522,6 +536,7 @@ class UniLVC(nn.Module):
     schedule = "hierarchical"
     modes = {"ai": "all_intra", "ld": "low_delay_long", "ra": "hierarchical"}  # noqa: RUF012
     references = 2
+    refers_to_pictures = True
     qp_rows = QP_ROWS
     rgb = False
 
@@ -594,22 +609,7 @@ class UniLVC(nn.Module):
 
         Arguments as those of `__call__`.
         """
-        qp = qp[:, 0]
-        features = self._features(frames, qp).astype(jnp.float32)
-        tokens = self._tokens(refs)
-        return jnp.stack(
-            [self.judge(features, *of, qp) for of in zip(refs, tokens, strict=True)], 1
-        )
-
-    def _tokens(self, slots):
-        b, h, w, _ = slots[0].ref.picture.shape
-        like = jax.ShapeDtypeStruct((b, h // 8, w // 8, self.cfg.tokens), jnp.float32)
-        return [_if_looked_at(self.tokens, slot, like, slot.ref.picture, slot) for slot in slots]
-
-    def _features(self, frames, qp):
-        """What encoder and classifier know of the picture."""
-        frame = (frames[:, 0] - 0.5).astype(self.dtype)
-        return self.patch(space_to_depth(frame, 8)) * self.q_encoder(qp)
+        return jnp.stack([self.judge(frames[:, 0], qp[:, 0], slot) for slot in refs], 1)
 
     def __call__(self, frames, refs, qp, bottleneck):
         """Codes one picture.
@@ -630,12 +630,14 @@ class UniLVC(nn.Module):
         first_qp, h, w = qp[:, 0], height // 16, width // 16
         refs = refs or 2 * (self._empty(batch, height, width),)
         gain = self.q_latent(first_qp)
-        tokens = self._tokens(refs)
+        like = jax.ShapeDtypeStruct((batch, 2 * h, 2 * w, c.tokens), jnp.float32)
+        tokens = [_if_looked_at(self.tokens, slot, like, slot.ref.picture, slot) for slot in refs]
         if self.is_initializing():
             self.reliability(frames, refs, qp)
 
         def analysis(m):
-            x = m.sites[0](m._features(frames, first_qp), refs, tokens)
+            x = space_to_depth((frames[:, 0] - 0.5).astype(m.dtype), 8)
+            x = m.sites[0](m.patch(x) * m.q_encoder(first_qp), refs, tokens)
             x = m.sites[1](m.encoder_early(x), refs, tokens)
             y = m.latent(m.encoder_late(x)).astype(jnp.float32) * gain
             z = m.hyper_encoder(pad_to_multiple(y, 4))
@@ -673,12 +675,15 @@ class UniLVC(nn.Module):
             memory = self.scale_head.remember(hidden, symbols, level)
         y_hat = y_hat * step_size / gain
 
-        x = self.sites[2](self.up(y_hat.astype(self.dtype)), refs, tokens)
-        x = self.decoder_late(self.sites[3](self.decoder_early(x), refs, tokens))
-        x = x * self.q_decoder(first_qp)
-        recon = depth_to_space(self.pixels(x), 8).astype(jnp.float32) + 0.5
-        if c.takeover:
-            recon = self.takeover(recon, x, first_qp, refs)
+        def render(m):
+            x = m.sites[2](m.up(y_hat.astype(m.dtype)), refs, tokens)
+            x = m.decoder_late(m.sites[3](m.decoder_early(x), refs, tokens))
+            x = x * m.q_decoder(first_qp)
+            recon = depth_to_space(m.pixels(x), 8).astype(jnp.float32) + 0.5
+            return (m.takeover(recon, x, first_qp, refs) if c.takeover else recon,)
+
+        shape = jax.ShapeDtypeStruct((batch, height, width, 3), jnp.float32)
+        (recon,) = bottleneck.decoder_only(self, render, shape)
         return recon[:, None], (Ref(recon, y_hat, first_qp, memory),)
 
 

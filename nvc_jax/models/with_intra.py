@@ -54,6 +54,10 @@ class WithIntra(nn.Module):
         return self._inter.references
 
     @property
+    def refers_to_pictures(self) -> bool:
+        return self._inter.refers_to_pictures
+
+    @property
     def schedule(self) -> str:
         return {1: "low_delay_refresh", 2: "hierarchical"}[self.references]
 

@@ -26,10 +26,6 @@ from nvc_jax.training.hierarchy import way_down
 
 STRIDES = (1, 1, 1, 2, 4)  # between frames of low delay: also what moves fast is to be learned
 PREDICTED = 0.25  # share of hierarchies whose second anchor refers to the first
-# On the distortion of every picture, beside the lambda of its row of the tables. Of a row there
-# is but one lambda, whatever order a picture is coded in: rows mean the same to all, and what
-# listens to references need not first learn another quality.
-DISTORTION_WEIGHT = 1.5
 FAR = 16  # frames from which on nobody knows how far a good reference is to be trusted
 
 
@@ -146,7 +142,7 @@ def _as_run(planned, weight, temperature) -> Run:
         there=np.zeros((count, 2), np.float32),
         qp_offset=offsets,
         weight=np.float32(weight),
-        quality=np.float32(DISTORTION_WEIGHT * higher),
+        quality=np.float32(uni_lvc.DISTORTION_WEIGHT * higher),
         temperature=np.full(count, temperature, np.float32),
     )
     for number, unit in enumerate(planned):
