@@ -122,11 +122,9 @@ def schedule_for(
         which = f"the mode '{mode}'" if mode else f"'{model.name}'"
         raise NvcError(f"{which} has no B-frames, so its groups cannot be chosen")
     if name == "all_intra":
-        if intra_period not in (None, 1):
-            raise NvcError(
-                f"the mode '{mode}' has intra frames only, so their period is 1, not {intra_period}"
-            )
-        return schedules.all_intra()
+        if (intra_period or 0) < 0:
+            raise NvcError(f"intra period {intra_period}: give a number of frames")
+        return schedules.all_intra()  # decoding can start at every frame, so also at these
     return getattr(schedules, name)(intra_period or 0)
 
 

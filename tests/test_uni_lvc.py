@@ -303,7 +303,7 @@ def test_the_mode_of_every_group_has_to_be_said(prepared):
         ("ui2c", dict(mode="ld"), "has no mode 'ld'; there is: the one that it was made for"),
         ("uni_lvc", dict(mode="all"), "there is: ai, ld, ra, auto"),
         ("uni_lvc", dict(mode="ld", gop=8), "the mode 'ld' has no B-frames"),
-        ("uni_lvc", dict(mode="ai", intra_period=8), "their period is 1, not 8"),
+        ("uni_lvc", dict(mode="ai", intra_period=-7), "intra period -7: give a number of frames"),
         ("uni_lvc", dict(mode="ld", intra_period=-1), "intra period -1: give a number of frames"),
         ("uni_lvc", dict(mode="auto", gop=0), "groups of 2 to 64 frames, not 0"),
         ("uni_lvc", dict(mode="auto", intra_period=96), "groups of 2 to 64 frames, not 96"),
