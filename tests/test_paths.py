@@ -49,6 +49,7 @@ class Toy(nn.Module):
 
     frames_per_unit = 1
     references = 2
+    refers_to_pictures = True
     qp_rows = 64
 
     def setup(self):

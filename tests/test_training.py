@@ -63,6 +63,7 @@ class Toy(nn.Module):
     frames_per_unit = 2
     schedule = "two_frame"
     references = 1
+    refers_to_pictures = False
     rgb = False
     qp_rows = 72
 
