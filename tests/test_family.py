@@ -45,11 +45,14 @@ def test_command(only_ui2c_nano, tmp_path, monkeypatch, capsys):
         dict(model="ui2c-nano", anchor="x265", quality="psnr", mean_percent=131.2),
         dict(model="ui2c-nano", anchor="x265", quality="ms_ssim_db", mean_percent=7),
         dict(model="ui2c-nano", anchor="x264", quality="psnr", mean_percent=None),
+        dict(model="ui2c-nano", anchor="brhvc-nano", quality="psnr", mean_percent=-4),
         dict(model="other", anchor="x265", quality="psnr", mean_percent=-8.5),
     ]
+    points = [dict(codec=codec, kind="anchor") for codec in ("x264", "x265")]
+    points += [dict(codec=codec, kind="nvc") for codec in ("ui2c-nano", "brhvc-nano")]
     speed = dict(model="ui2c-nano", mode=None, width=352, height=288, device="cpu")
     speed |= dict(encode_fps=45.3, decode_fps=5.21)
-    (tmp_path / "r.json").write_text(json.dumps(dict(bd_rates=gains)))
+    (tmp_path / "r.json").write_text(json.dumps(dict(bd_rates=gains, points=points)))
     random = speed | dict(model="ui2c:nano", width=704, height=576, encode_fps=7.125)
     (tmp_path / "s.json").write_text(json.dumps([speed, random, speed | dict(model="other")]))
     (tmp_path / "t.md").write_text(f"before\n{family.BEGIN}\nold\n{family.END}\nafter\n")
@@ -64,8 +67,8 @@ def test_command(only_ui2c_nano, tmp_path, monkeypatch, capsys):
         f"before\n{family.BEGIN}\n\n{printed}\n{family.END}\nafter\n"
     )
     (line,) = [line for line in printed.split("\n") if "+131 %" in line]
-    assert "**nano**" in line and line.endswith("| 45 / 5.2 | 7.1 / 5.2 |")
-    assert "x264" not in printed and "-8" not in printed
+    assert "**nano**" in line and line.endswith("| x265 +131 % | 45 / 5.2 | 7.1 / 5.2 |")
+    assert not any(text in printed for text in ("x264", "-8", "-4"))
 
     monkeypatch.setattr("sys.argv", [*command, "--write", str(tmp_path / "empty.md")])
     assert bench.main() == 2
@@ -79,7 +82,7 @@ def test_modes_are_told_apart(only_ui2c_nano):
     (row,) = family.table([], [])
     gains = [dict(mode=mode, anchor="x265", mean_percent=number)
              for mode, number in (("ld", 10), ("ra", -3))]  # fmt: skip
-    assert "| ld +10 %, ra -3 % |" in family.markdown([row | dict(bd_rates=gains)])
+    assert "| ld x265 +10 %, ra x265 -3 % |" in family.markdown([row | dict(bd_rates=gains)])
 
 
 def test_unreadable_results_are_refused(tmp_path):
