@@ -207,6 +207,8 @@ def _open_container(path: Path, fps: Fraction | None) -> tuple[VideoInfo, Iterat
 
 
 def _decode(path: Path, container, stream) -> Iterator[tuple[Planes, Colour]]:
+    # Local, because readers left open are closed when the interpreter ends, after its modules.
+    unreadable = (av.FFmpegError, OSError)
     index = 0
     try:
         for frame in container.decode(stream):
@@ -214,7 +216,7 @@ def _decode(path: Path, container, stream) -> Iterator[tuple[Planes, Colour]]:
                 raise NvcError(f"{path}: frame {index} is damaged; only what precedes it is usable")
             yield _to_planes(frame)
             index += 1
-    except (av.FFmpegError, OSError) as error:
+    except unreadable as error:
         raise NvcError(
             f"{path}: frame {index} cannot be decoded ({_reason(error)}); the file is damaged or "
             "truncated there"
