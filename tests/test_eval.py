@@ -113,13 +113,14 @@ def test_an_evaluation_can_be_shared(tmp_path, count):
         futures = [
             pool.submit(evaluate, settings, print, FAKE, Share(n, count)) for n in range(count)
         ]
-        together, *_ = (future.result(timeout=300) for future in futures)
+        together, *others = (future.result(timeout=300) for future in futures)
 
     def measured(point):
         return {k: v for k, v in point.items() if "seconds" not in k and "fps" not in k}
 
     assert list(map(measured, together["points"])) == list(map(measured, alone["points"]))
     assert together["bd_rates"] == alone["bd_rates"]
+    assert all(map(all_passed, others))
     assert len(json.loads((tmp_path / "work/results.json").read_text())["points"]) == 4
 
 

@@ -207,6 +207,8 @@ def code_clip(
     if intra_period:
         intra = anchor.periodic.format(period=intra_period)
         structure = f"{anchor.structure}, an intra picture every {intra_period}"
+        if intra_period == 1:
+            structure = "all intra: every picture on its own"
     elif anchor.scene_cuts:
         structure += " plus scene cuts"
     arguments = anchor.arguments.format(preset=preset, quality=quality, intra=intra).split()

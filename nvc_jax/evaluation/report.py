@@ -76,15 +76,20 @@ def print_tables(results: dict, console: Console) -> None:
     table = Table(
         title="Our points (rate from file bytes; fps: encode / decode, steady state)", box=SIMPLE
     )
-    for name in ("clip", "model", "at"):
+    for name in ("clip, model", "at"):
         table.add_column(name)
     for name in ("bpp", "PSNR", "MS-SSIM", "fps"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("checks")
+    clip = None
     for point in results["points"]:
         if point["kind"] != "nvc":
             continue
-        start = [point["clip"], point["codec"], point["setting"]]
+        if point["clip"] != clip:
+            clip = point["clip"]
+            table.add_section()
+            table.add_row(clip)
+        start = [f"  {point['codec']}", point["setting"]]
         if "error" in point:
             table.add_row(*start, *["n/a"] * 4, "[red]FAILED[/red]")
             continue
@@ -104,19 +109,20 @@ def print_tables(results: dict, console: Console) -> None:
             console.print(f"{name}: {point['error']}", markup=False)
     if not results["bd_rates"]:
         return
-    clips = [clip["name"] for clip in results["clips"]]
+    # Clips below each other, because there may be many: so every comparison has a table's width.
     title = "BD-rate by PSNR 6:1:1 (negative: fewer bits than the anchor)"
     table = Table(title=title, box=SIMPLE)
-    for name in ("model", "anchor"):
+    for name in ("model", "anchor", "clip"):
         table.add_column(name)
-    for name in (*clips, "mean"):
-        table.add_column(name, justify="right")
+    table.add_column("BD-rate", justify="right")
     for row in results["bd_rates"]:
         if row["quality"] == "psnr":
-            cells = [row["clips"].get(clip, {}).get("percent") for clip in clips]
-            cells = [_percent(value) for value in (*cells, row["mean_percent"])]
-            anchor = f"{row['anchor']} ({_preset(results, row['anchor'])})"
-            table.add_row(row["model"], anchor, *cells)
+            names = row["model"], f"{row['anchor']} ({_preset(results, row['anchor'])})"
+            for clip in results["clips"]:
+                percent = row["clips"].get(clip["name"], {}).get("percent")
+                table.add_row(*names, clip["name"], _percent(percent))
+                names = "", ""
+            table.add_row("", "", "mean", _percent(row["mean_percent"]), end_section=True)
     console.print(table)
     for row in limited(results):
         verdict = "met" if row["met"] else "[red]NOT MET[/red]"

@@ -470,6 +470,7 @@ def evaluate(
       share: several processes share the jobs and the work folder. Measure speed with one.
     Returns:
       the results, as in the file: `machine`, `config`, `clips`, `points`, `bd_rates`, `notes`.
+      Processes but the first of several return their own points, and no BD-rates.
     Raises:
       NvcError: bad config, missing clip, unusable work folder. A codec that fails is no error: its
         point says why.
@@ -517,7 +518,7 @@ def evaluate(
         else:
             _write_results(workdir, results | {"points": points})
     if share.index:
-        return results | {"points": points}
+        return results | {"points": points, "bd_rates": []}
     parts = [points]
     for index in range(1, share.count):
         parts.append(_wait_for(workdir / f"points-{index}.json", len(jobs[index :: share.count])))
