@@ -7,8 +7,10 @@ from nvc_jax.benchmarks import codec as benchmarks
 from nvc_jax.errors import NvcError
 
 
-def test_one_model(model_files, prepare_once, capsys):
-    result = benchmarks.benchmark(str(model_files["intra"]), 37, 23, 2, 40)
+@pytest.mark.parametrize(("model", "mode"), [("intra", None), ("uni_lvc", "ra")])
+def test_one_model(model_files, prepare_once, capsys, model, mode):
+    result = benchmarks.benchmark(str(model_files[model]), 37, 23, 2, 40)
+    assert result["mode"] == mode
     assert result["encode_fps"] > 0 and result["decode_fps"] > 0 and result["bpp"] > 0
     assert result["peak_memory_mib"] > 10 and result["encode_kmac_per_pixel"] > 0
     benchmarks.print_one(result)

@@ -97,6 +97,9 @@ def benchmark(
         raise NvcError(f"size {width}x{height}: width and height must be positive")
     loaded = model_of(model)
     codec = unit_program.prepare(loaded, width, height)
+    if mode is None:  # named all the same, where there are several
+        orders = {order: name for name, order in coding.modes(loaded).items()}
+        mode = orders.get(loaded.module.schedule)
     schedule = coding.schedule_for(loaded, mode=mode)
     pictures = moving_texture(width, height, frames)
 
