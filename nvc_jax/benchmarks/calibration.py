@@ -116,8 +116,12 @@ def _variants(
             yield "margins", f"{model.name}, exact", prepared, EXACT, ()
     base = models[0]
     for scale in skip_scales:
-        below = int(np.searchsorted(base.spec.scale_boundaries, scale, side="right"))
-        families = {k: f._replace(skip_below=below) for k, f in base.spec.families.items()}
+        families = {
+            family: table._replace(
+                skip_below=released.skip_below(family, base.spec.scale_boundaries, scale)
+            )
+            for family, table in base.spec.families.items()
+        }
         skipping = base._replace(spec=base.spec._replace(families=families))
         yield "skip", f"scales below {scale:g}", compiled_once(skipping), FLOAT, ()
     for ladder in LADDERS:

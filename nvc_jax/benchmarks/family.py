@@ -47,7 +47,9 @@ def table(rates: list[str], speeds: list[str]) -> list[dict[str, Any]]:
             weights = f"{name.replace('_', '-')}-{size}"
             # As `eval.py` calls them, less their intra period.
             labels = {weights: None} | {f"{weights}-{m}": m for m in getattr(module, "modes", ())}
+            rank = {mode: n for n, mode in enumerate(labels.values())}
             own = [row for row in gains if row["model"].partition("@")[0] in labels]
+            runs = [s for s in timed if s["model"] in (weights, f"{name}:{size}")]
             rows.append(
                 {
                     "codec": name,
@@ -60,7 +62,7 @@ def table(rates: list[str], speeds: list[str]) -> list[dict[str, Any]]:
                     "bd_rates": [
                         row | {"mode": labels[row["model"].partition("@")[0]]} for row in own
                     ],
-                    "speeds": [s for s in timed if s["model"] in (weights, f"{name}:{size}")],
+                    "speeds": sorted(runs, key=lambda s: rank.get(s["mode"], 0)),
                 }
             )
     return rows

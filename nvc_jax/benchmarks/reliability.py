@@ -130,8 +130,9 @@ def _by_frame(units: list[coding.EncodedUnit], psnr: list[float], path: Path) ->
     written = bitstream.stream_info(path)["units"]
     found = {}
     for unit, packet, quality in zip(units, written, psnr, strict=True):
-        # A frame that is named twice counts once.
-        levels = dict(zip(unit.plan.distances, unit.coded.reliability, strict=True))
+        # A frame that is named twice counts once: the first time, as in the codec.
+        named = zip(unit.plan.distances, unit.coded.reliability, strict=True)
+        levels = dict(reversed(list(named)))
         levels = {distance: levels[distance] / HIGHEST for distance in unit.plan.distances}
         found[unit.packet.frames[0]] = (
             8 * packet["bytes"], quality, list(levels.values()), list(levels)

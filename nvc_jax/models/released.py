@@ -150,7 +150,7 @@ def freeze(
         "dtype": jnp.dtype(module.dtype).name,
         "families": json.dumps(
             {
-                family: (number * levels, _skip_below(family, edges[1:], skip_scale))
+                family: (number * levels, skip_below(family, edges[1:], skip_scale))
                 for number, family in enumerate(families)
             }
         ),
@@ -219,7 +219,7 @@ def _families(module: nn.Module, params: dict) -> list[str]:
     return sorted({step.family for unit in steps for step in unit if step.family})
 
 
-def _skip_below(family: str, boundaries: np.ndarray, skip_scale: float) -> int:
+def skip_below(family: str, boundaries: np.ndarray, skip_scale: float) -> int:
     """First level that is coded; `skip_scale` is a Gaussian's."""
     if family == "laplace" and skip_scale > 0:
         skip_scale = -0.5 / math.log(math.erfc(0.5 / (skip_scale * math.sqrt(2))))
