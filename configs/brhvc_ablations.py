@@ -1,6 +1,7 @@
 """BRHVC nano under short trainings of equal length, one change at a time.
 
-  python train.py --config=configs/brhvc_ablations.py:no_converge --workdir=runs/no_converge
+  python train.py --config=configs/brhvc_ablations.py:no_converge --workdir=runs/no_converge \
+      --config.data.folder=FOLDER_OF_VIDEOS_AND_PHOTOS
   nvc release --workdir=runs/no_converge --config=configs/brhvc_ablations.py:no_converge \
       OUT.safetensors
 
@@ -34,7 +35,7 @@ def get_config(name="base"):
     c = recipes.on_a_cpu()
     size = registry.size_as_dict(with_intra.WithIntra(nano))
     c.model = ConfigDict(dict(name="brhvc", size=size, dtype="float32"))
-    c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.1))
+    c.data = recipes.own_clips(image_share=0.1)
     # The rest starts as it is with everything in place, so that little time tells what is missing.
     networks = registry.network_names(registry.build("brhvc", "nano"))
     c.init_from = "brhvc-nano"

@@ -31,7 +31,7 @@ MUON = dict(optimizer="muon", lr_scale=dict(flow=0.0), batch=2, crop=128)
 def get_config():
     c = recipes.on_a_cpu()
     c.model = ConfigDict(dict(name="brhvc", size="nano", dtype="float32"))
-    c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.1))
+    c.data = recipes.own_clips(image_share=0.1)
     c.init_from = "intra-nano"
     c.stages = (
         # Motion by itself, which is quick. Without, it hardly gets started.

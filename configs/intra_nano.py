@@ -19,7 +19,7 @@ SCALE_HEAD = dict(exact=True, trainable=("scale_head",), noise=False)
 def get_config():
     c = recipes.on_a_cpu()
     c.model = ConfigDict(dict(name="intra", size="nano", dtype="float32"))
-    c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.6))
+    c.data = recipes.own_clips(image_share=0.6)
     c.stages = (
         stage(steps=4_000, units=1, walk=1, batch=8, crop=128, lr=1e-3, end_lr=1e-5),
         # A warm restart: the shipped weights went on from there.

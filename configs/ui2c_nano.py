@@ -22,7 +22,7 @@ BOTH_SCALES = dict(exact=True, float_share=0.5)
 def get_config():
     c = recipes.on_a_cpu()
     c.model = ConfigDict(dict(name="ui2c", size="nano", dtype="float32"))
-    c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.25))
+    c.data = recipes.own_clips(image_share=0.25)
     c.stages = (
         # Intra and short-range prediction first, then long walks against drift.
         stage(steps=7_000, units=2, walk=1, batch=4, crop=128, lr=1e-3, end_lr=6e-4),

@@ -4,7 +4,8 @@ Everything is frozen but the entropy model, which learns to keep its scales away
 their levels: fewer elements have to be listed in calibrated mode. docs/cross_platform.md says what
 that saves and what it costs.
 
-  python train.py --config=configs/ui2c_nano_constraint.py --workdir=runs/constraint
+  python train.py --config=configs/ui2c_nano_constraint.py --workdir=runs/constraint \
+      --config.data.folder=FOLDER_OF_VIDEOS_AND_PHOTOS
   nvc release --workdir=runs/constraint --config=configs/ui2c_nano_constraint.py OUT.safetensors
 """
 
@@ -21,7 +22,7 @@ ENTROPY_MODEL = (
 def get_config():
     c = recipes.on_a_cpu()
     c.model = ConfigDict(dict(name="ui2c", size="nano", dtype="float32"))
-    c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.25))
+    c.data = recipes.own_clips(image_share=0.25)
     c.init_from = "ui2c-nano"
     c.transform_start = False
     # Per pixel, and with a density as narrow as the band in which it acts; the printed values,

@@ -1,7 +1,7 @@
 """Uni-LVC nano under short trainings of equal length, one change at a time, from one intra codec.
 
   python train.py --config=configs/uni_lvc_ablations.py:linear_only --workdir=runs/linear_only \
-      --config.init_from=S0.safetensors
+      --config.data.folder=FOLDER_OF_VIDEOS_AND_PHOTOS --config.init_from=S0.safetensors
   nvc release --workdir=runs/linear_only --config=configs/uni_lvc_ablations.py:linear_only \
       OUT.safetensors
 
@@ -36,7 +36,7 @@ def get_config(name="base"):
     c.optimizer = "muon"
     nano = replace(uni_lvc.SIZES["nano"], scale_head=0, **size)
     c.model = ConfigDict(dict(name="uni_lvc", size=asdict(nano), dtype="float32"))
-    c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.2))
+    c.data = recipes.own_clips(image_share=0.2)
     c.init_from, c.init_only = "S0.safetensors", uni_lvc.BACKBONE
     common = dict(units=4, batch=2, crop=128, spans=(12,))
     # What listens to references, as far as this size has it.

@@ -39,7 +39,7 @@ def get_config():
     c = recipes.on_a_cpu()
     c.optimizer = "muon"
     c.model = ConfigDict(dict(name="uni_lvc", size="nano", dtype="float32"))
-    c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.2))
+    c.data = recipes.own_clips(image_share=0.2)
     c.stages = (
         # S0: the intra codec.
         stage(

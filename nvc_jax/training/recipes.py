@@ -21,6 +21,14 @@ CLIPS = 64_612  # of SEPTUPLETS
 PICTURES = 330_000  # of OPEN_IMAGES
 
 
+def own_clips(image_share: float) -> ConfigDict:
+    """A folder of videos and photographs, decoded into memory: see `nvc_jax.data.pipeline`.
+
+    `--config.data.folder=FOLDER` names another one than that beside the data sets.
+    """
+    return ConfigDict(dict(folder="data/clips", image_share=image_share))
+
+
 def on_a_cpu() -> ConfigDict:
     """For codecs that a CPU trains in hours: large steps, a short average, clips from a folder."""
     return _run(

@@ -1,7 +1,8 @@
 """UI2C nano under short trainings of equal length, one change at a time; docs/weights.md compares.
 
-  python train.py --config=configs/ablations.py:no_mixed --workdir=runs/no_mixed
-  nvc release --workdir=runs/no_mixed --config=configs/ablations.py:no_mixed OUT.safetensors
+  python train.py --config=configs/ui2c_ablations.py:no_mixed --workdir=runs/no_mixed \
+      --config.data.folder=FOLDER_OF_VIDEOS_AND_PHOTOS
+  nvc release --workdir=runs/no_mixed --config=configs/ui2c_ablations.py:no_mixed OUT.safetensors
 
 The argument is one of `CHANGES`; without one it is the base.
 """
@@ -41,7 +42,7 @@ def get_config(name="base"):
     c = recipes.on_a_cpu()
     size = asdict(ui2c.SIZES["nano"]) | dict(scale_head=0) | size
     c.model = ConfigDict(dict(name="ui2c", size=size, dtype="float32"))
-    c.data = ConfigDict(dict(folder="../shared/data/train", image_share=0.25))
+    c.data = recipes.own_clips(image_share=0.25)
     common = dict(units=2, batch=4, crop=128) | special
     c.stages = (
         ConfigDict(dict(steps=1_500, lr=1e-3, end_lr=6e-4) | common),
