@@ -45,7 +45,7 @@ MAX_NAME_BYTES = 64
 MAX_HEADER_BYTES = 512
 MAX_UNIT_FRAMES = 8
 MAX_LEVELS = 8  # of a schedule's hierarchy
-MAX_QP = 127  # a qp of 0..63 plus its offset
+QP_LIMIT = 127  # a qp of 0..63 plus its offset
 MAX_ACCESS_POINTS = 2**20  # later ones are not listed; decoding then starts at the last one listed
 
 # Tag of a packet: 11gerfff with g = the group is described, e = display frames written out,
@@ -278,7 +278,9 @@ def _packet_bytes(packet: Packet, unit: int, next_frame: int, header: Header) ->
         all(0 <= frame < 2**32 for frame in frames),
         f"unit {unit} codes frames {frames}: more than can be counted",
     )
-    _require(all(0 <= qp <= MAX_QP for qp in qps), f"unit {unit} has qps {qps} outside 0..{MAX_QP}")
+    _require(
+        all(0 <= qp <= QP_LIMIT for qp in qps), f"unit {unit} has qps {qps} outside 0..{QP_LIMIT}"
+    )
     _require(0 <= packet.symbols_crc < 2**32, f"unit {unit} has a checksum of more than 32 bits")
     _require(
         len(payload) <= _max_payload_bytes(header, len(frames)),
@@ -696,7 +698,7 @@ def _read_packet(
     end = source.tell()
     source.seek(start)
     head = source.read(end - start + 1)
-    if head[-1] != _crc8(head[:-1]) or max(qps) > MAX_QP:
+    if head[-1] != _crc8(head[:-1]) or max(qps) > QP_LIMIT:
         raise _Unreadable("the checksum of the unit's header is wrong", start)
     if limit < source.tell() + size + 4 <= source.size:
         raise _Unreadable(f"the unit goes beyond byte {limit}, where another begins", start)

@@ -19,12 +19,11 @@ from nvc_jax.errors import NvcError, OtherTables, StreamError, WeightsMismatch
 from nvc_jax.metrics import psnr_611
 from nvc_jax.models import registry
 from nvc_jax.models.released import Released
-from nvc_jax.quality import QP_COUNT, lambda_of_qp
+from nvc_jax.quality import MAX_QP, d_yuv, lambda_of_qp
 from nvc_jax.schedule import AUTO
 from nvc_jax.unit_program import CodedUnit, UnitCodec, decode_unit, encode_unit, symbols_crc
 from nvc_jax.video import Planes, VideoInfo
 
-MAX_QP = QP_COUNT - 1
 OPEN_END = 2**63  # of frames that are wanted: however many come
 
 
@@ -75,7 +74,7 @@ class EncodedUnit(NamedTuple):
 
 def modes(model: Released) -> dict[str, str]:
     """Name -> coding order, of codecs that know several."""
-    own = getattr(model.module, "modes", {})
+    own = registry.modes(model.module)
     return own and own | {AUTO: "mixed"}
 
 
@@ -218,8 +217,7 @@ def _encode_group(
         originals = [group[f - first_frame] for f in unit.frames]
         qps = tuple(qp + offset for offset in unit.qp_offset)
         if layer_qp and unit.layered:
-            last = len(layer_qp) - 1
-            extra = layer_qp[min(unit.level, last) if unit.refs else last]
+            extra = schedules.of_layer(layer_qp, unit)
             qps = tuple(min(max(qp + extra, 0), codec.model.module.qp_rows - 1) for qp in qps)
         refs = references(unit, slots)
         kept = number not in unit.release
@@ -262,7 +260,7 @@ def _trial(coded: list[EncodedUnit], weight: float) -> Trial:
     """Bits, and what planes are off as training counts it (`D_yuv`), of all frames alike."""
     pairs = [pair for unit in coded for pair in zip(unit.pictures, unit.recons, strict=True)]
     errors = np.array([list(map(_mean_square, *pair)) for pair in pairs])  # [frames, planes], 0..1
-    distortion = 3 * np.exp(np.log(errors) @ np.array([10, 1, 1]) / 12).mean()
+    distortion = d_yuv(errors).mean()
     psnr = np.mean([psnr_611(*pair) for pair in pairs])
     payload = sum(len(unit.packet.payload) for unit in coded)
     bpp = 8 * payload / (len(pairs) * pairs[0][0].y.size)
@@ -270,7 +268,7 @@ def _trial(coded: list[EncodedUnit], weight: float) -> Trial:
 
 
 def _mean_square(a: np.ndarray, b: np.ndarray) -> float:
-    return max(np.mean((a.astype(np.float32) - b) ** 2) / 255**2, 1e-6)
+    return np.mean((a.astype(np.float32) - b) ** 2) / 255**2
 
 
 def references(unit: schedules.Unit, slots: dict[int, tuple]) -> tuple:

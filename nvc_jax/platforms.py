@@ -167,7 +167,7 @@ def replay(codec: UnitCodec, record: Record) -> Iterator[tuple[schedules.Unit, C
 
 
 def compare(codec: UnitCodec, record: Record) -> dict[int, Difference]:
-    """Differences between this machine and a record's, by level of the schedule's hierarchy."""
+    """Differences between this machine and a record's, by layer of the schedule's hierarchy."""
     found: dict[int, list[tuple[float, bool]]] = {}
     for (unit, coded), recorded in zip(replay(codec, record), record.units, strict=True):
         both = _scales(coded), recorded.scales
@@ -175,12 +175,12 @@ def compare(codec: UnitCodec, record: Record) -> dict[int, Difference]:
         ours, theirs = (real_levels(codec, scales, skip_below) for scales in both)
         tables = [tables_of(codec, scales, skip_below) for scales in both]
         largest = float(np.abs(ours - theirs).max())
-        found.setdefault(unit.level, []).append((largest, bool((tables[0] != tables[1]).any())))
+        found.setdefault(unit.layer, []).append((largest, bool((tables[0] != tables[1]).any())))
     result = {}
-    for level, pairs in sorted(found.items()):
+    for layer, pairs in sorted(found.items()):
         largest = max(pair[0] for pair in pairs)
         changed = sum(pair[1] for pair in pairs)
-        result[level] = Difference(len(pairs), largest, changed, recommended_exponent(largest))
+        result[layer] = Difference(len(pairs), largest, changed, recommended_exponent(largest))
     return result
 
 

@@ -1,6 +1,11 @@
-"""Quality points: the 64 values of qp, and what a bit is worth at each of them."""
+"""Quality points: the 64 values of qp, what a bit is worth at each of them, and what it buys."""
+
+import numpy
 
 QP_COUNT = 64
+MAX_QP = QP_COUNT - 1
+# Rows of the tables of codecs whose pictures may be coded worse than the base: by up to 8.
+QP_ROWS = QP_COUNT + 8
 # Lambda at qp 0 and at the last qp, by what a codec is for (DCVC-UF, arXiv 2606.04410).
 LAMBDA_RANGE = {"image": (10.0, 2048.0), "video": (1.0, 768.0)}
 
@@ -11,4 +16,13 @@ def lambda_of_qp(qp, kind: str):
     qp: a number, or an array of any kind.
     """
     low, high = LAMBDA_RANGE[kind]
-    return low * (high / low) ** (qp / (QP_COUNT - 1))
+    return low * (high / low) ** (qp / MAX_QP)
+
+
+def d_yuv(errors, np=numpy):
+    """Mean squared errors of Y, U, V [..., 3], of samples in [0, 1] -> distortion [...].
+
+    Three times their geometric mean with weights 10:1:1 (DCVC-UF, arXiv 2606.04410); a floor of
+    1e-6 keeps it from vanishing with any single plane. np: numpy, or jax.numpy in programs.
+    """
+    return 3 * np.exp(np.log(np.maximum(errors, 1e-6)) @ np.asarray([10.0, 1.0, 1.0]) / 12)

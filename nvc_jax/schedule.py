@@ -41,16 +41,16 @@ class Unit(NamedTuple):
 
     `frames` holds display indices of real frames only: the last unit of an odd clip coded in pairs
     has one frame, and the codec repeats the picture. `qp_offset` has one entry per frame and is
-    added to the qp of the clip; `level` is the layer of a hierarchy, 0 for a flat order, `ratio` a
+    added to the qp of the clip; `layer` is that of a hierarchy, 0 for a flat order, `ratio` a
     B-frame's place between its two references: its distance from the first as a share of theirs.
     `distances`: how many frames behind the unit's first one each reference is displayed; negative
     before it. `reliability`: how far each can be trusted, in the codec's levels, for codecs that
-    have them; the encoder finds it for every unit. `layered`: its quality follows its level.
+    have them; the encoder finds it for every unit. `layered`: its quality follows its layer.
     """
 
     frames: tuple[int, ...]
     refs: tuple[int, ...]
-    level: int
+    layer: int
     qp_offset: tuple[int, ...]
     release: tuple[int, ...]
     ratio: float = 0.5
@@ -351,11 +351,17 @@ def _intra(frame: int, gop: int) -> Unit:
     return Unit((frame,), (), _layer(2 * gop), (0,), (), layered=True)
 
 
+def of_layer(values: Sequence, unit: Unit):
+    """A unit's entry of values by layer; the last one is also for layers above and intra frames."""
+    last = len(values) - 1
+    return values[min(unit.layer, last) if unit.refs else last]
+
+
 def predicted(first: int, second: int, frame: int) -> Unit:
     """A frame behind both of its references, in the layer of a gap with as distant ends."""
     ratio = 0.5 if first == second else (frame - first) / (second - first)
-    level = _layer(2 * (frame - first))
-    return Unit((frame,), (first, second), level, (0,), (), ratio, layered=True)
+    layer = _layer(2 * (frame - first))
+    return Unit((frame,), (first, second), layer, (0,), (), ratio, layered=True)
 
 
 def between(a: int, b: int) -> Unit:

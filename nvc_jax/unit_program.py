@@ -133,7 +133,7 @@ def prepare(
     tables = coder.prepare(model.tables)
     program = jax.jit(functools.partial(_unit_program, model, tables, width, height, entropy_mode))
     judge = None
-    if hasattr(module, "reliability"):
+    if registry.judges_references(module):
         judge = jax.jit(functools.partial(_judge_program, model, width, height))
     codec = UnitCodec(model, tables, width, height, entropy_mode, (), (), steps, program, judge)
     if entropy_mode == CALIBRATED:
@@ -276,7 +276,7 @@ def _run(
         given = np.zeros(symbols, np.int16)
     margin = None
     if codec.entropy_mode == CALIBRATED:
-        margin = codec.margins[min(unit.level, len(codec.margins) - 1)]
+        margin = codec.margins[min(unit.layer, len(codec.margins) - 1)]
         flags = np.zeros(symbols, bool) if flags is None else flags
     out, refs, symbols, indices, flags, scales, state = codec.program(
         codec.model.variables,

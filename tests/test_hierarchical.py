@@ -211,7 +211,7 @@ def test_layers_and_places_between_references_matter(unit_codec):
     symbols = np.concatenate(encoded.symbols)
     same = unit_program.replay_unit(unit_codec, symbols, refs, (40,), unit)
     assert_same_pictures(same.pictures, encoded.pictures)
-    for other in (unit._replace(level=4), unit._replace(ratio=0.25)):
+    for other in (unit._replace(layer=4), unit._replace(ratio=0.25)):
         changed = unit_program.replay_unit(unit_codec, symbols, refs, (40,), other)
         assert (changed.pictures[0].y != encoded.pictures[0].y).any()
 
@@ -285,7 +285,7 @@ def test_layers_differ_in_quality_if_asked_to(unit_codec, tmp_path, capsys):
     order = schedule.hierarchical(4)
     planned = list(schedule.plan(order, 9))
     units = list(codec.encode(unit_codec, CLIP[:9], 60, order, layer_qp=(-40, -2, 9)))
-    assert [unit.packet.qps for unit in units] == [((20, 58, 63, 63)[u.level],) for u in planned]
+    assert [unit.packet.qps for unit in units] == [((20, 58, 63, 63)[u.layer],) for u in planned]
     shallow = codec.encode(unit_codec, CLIP[:3], 30, schedule.hierarchical(2), layer_qp=(6, 3, 0))
     assert [unit.packet.qps for unit in shallow] == [(30,), (30,), (36,)]
     with pytest.raises(NvcError, match="no layers"):

@@ -21,10 +21,11 @@ from nvc_jax.training.recipes import on_a_cpu
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 MODEL = registry.build("uni_lvc", ANY_ORDER)
+CODEC = registry.entry("uni_lvc")
 
 
 def drawn(order, units=5, spans=(8, 16), seed=0):
-    return draw_run(np.random.default_rng(seed), units, spans, {order: 1.0})
+    return draw_run(np.random.default_rng(seed), CODEC, units, spans, {order: 1.0})
 
 
 @given(st.sampled_from(schedule.MODES), st.integers(3, 6), st.integers(0, 10**6))
@@ -169,13 +170,13 @@ def test_spoiled_references_are_labelled():
     ones = jnp.ones(64)
     slot = uni_lvc.Slot(ref, jnp.zeros(64, jnp.int32), ones, ones, ones > 0)
     spoiled, labels = orders._spoiled(jax.random.key(1), slot, 0.6)
-    change = np.abs(spoiled.ref.picture - feature).mean((1, 2, 3))
-    np.testing.assert_array_equal((spoiled.ref.latent != ref.latent).any((1, 2, 3)), change > 0)
+    change = np.abs(spoiled.ref.frame - feature).mean((1, 2, 3))
+    np.testing.assert_array_equal((spoiled.ref.y != ref.y).any((1, 2, 3)), change > 0)
     np.testing.assert_array_equal(labels == 3, change == 0)
     assert change[labels == 2].max() < change[labels == 1].min()
     other = np.roll(feature, 1, 0)[labels == 0]
-    np.testing.assert_array_equal(spoiled.ref.picture[labels == 0], other)
-    np.testing.assert_array_equal(spoiled.ref.latent[labels == 0], 2 * other)
+    np.testing.assert_array_equal(spoiled.ref.frame[labels == 0], other)
+    np.testing.assert_array_equal(spoiled.ref.y[labels == 0], 2 * other)
     assert set(np.unique(labels)) == {0, 1, 2, 3}
     far = orders._spoiled(jax.random.key(1), slot._replace(distance=16 * ones), 0.0)[1]
     assert set(np.unique(far)) == {-1}
@@ -211,6 +212,8 @@ def test_a_run_trains_every_kind_of_stage(tmp_path):
         (dict(orders=dict(pb=1.0)), "'pb' is none of"),
         (dict(orders=dict(ai=0.0)), "one must be above"),
         (dict(walk=2), "do not go on"),
+        (dict(flow_loss=0.1), "flow_loss means nothing to the codec 'uni_lvc'"),
+        (dict(references=dict(true=1.0)), "references means nothing"),
     ],
 )
 def test_stages_that_cannot_be(wrong, complaint):

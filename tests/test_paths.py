@@ -72,10 +72,10 @@ class Toy(nn.Module):
             return ref._replace(y=blank if bare else ref.y, bare=jnp.bool_(bare))
 
         past, future = map(completed, refs)
-        return Between(past, future, np.int32(unit.level), np.float32(unit.ratio))
+        return Between(past, future, np.int32(unit.layer), np.float32(unit.ratio))
 
     def __call__(self, frames, refs, qp, bottleneck):
-        past, future, level, ratio = refs
+        past, future, layer, ratio = refs
         mean = (1 - ratio) * past.frame + ratio * future.frame
         note_motion(self, frames[:, 0], past.frame, mean)
         y = self.encoder(space_to_depth(frames[:, 0] - mean, 4))
@@ -83,7 +83,7 @@ class Toy(nn.Module):
             if ref.y is not None:
                 y -= ref.y if ref.bare is None else jnp.where(ref.bare, 0, ref.y)
         y += self.motion(past.frame, future.frame).mean()
-        place = jnp.stack([1.0 * level, qp.mean()])
+        place = jnp.stack([1.0 * layer, qp.mean()])
         y = bottleneck.factorized(8 * y + self.place(place), self.z_prior, 0 * qp[:, 0])
         recon = mean + depth_to_space(self.decoder(y), 4)
         return recon[:, None], (Ref(jnp.clip(recon, 0, 1), y=y),)
@@ -118,7 +118,7 @@ def test_a_path_is_made_of_units_that_schedules_code(drawn, tail_share, seed):
         behind = number == 0 and frame > max(past, future)
         unit = schedule.predicted(past, future, frame) if behind else schedule.between(past, future)
         assert unit.frames == (frame,)
-        assert unit.level == path.level[number]
+        assert unit.layer == path.layer[number]
         np.testing.assert_allclose(unit.ratio, path.ratio[number])
         if number:  # down one line: the frame before is among the references
             assert ANCHORS + number - 1 in path.refs[number]
@@ -139,7 +139,7 @@ def test_without_tails_paths_follow_the_plan_of_a_group():
             unit = planned[frame]
             refs = tuple(order[slot].frames[0] for slot in unit.refs)
             assert refs == tuple(places[slot] for slot in path.refs[number])
-            assert unit.level == path.level[number]
+            assert unit.layer == path.layer[number]
             seen.add(frame)
     assert seen == {frame for frame, steps in depth.items() if 1 <= steps <= 3}
 
@@ -156,7 +156,7 @@ def tiny():
 
 PATH = Path(
     refs=np.array([[1, 0], [2, 1]], np.int32),
-    level=np.array([2, 1], np.int32),
+    layer=np.array([2, 1], np.int32),
     ratio=np.array([0.5, 0.4], np.float32),
     weight=np.array([1, 2], np.float32),
 )
@@ -172,10 +172,10 @@ def test_a_path_is_coded_as_its_units_one_by_one(tiny):
         return code_path(model, params, PATH, LAYER_WEIGHTS, frames, anchors, qp, None)
 
     @jax.jit
-    def alone(frame, past, future, level, ratio):
+    def alone(frame, past, future, layer, ratio):
         bottleneck = Estimate()
         recon, (ref,) = model.apply(
-            {"params": params}, frame[:, None], Between(past, future, level, ratio), qp[:, None],
+            {"params": params}, frame[:, None], Between(past, future, layer, ratio), qp[:, None],
             bottleneck,
         )  # fmt: skip
         return recon[:, 0], ref, bottleneck.bits
@@ -185,7 +185,7 @@ def test_a_path_is_coded_as_its_units_one_by_one(tiny):
     coded = whole(frames, anchors)
     for number in range(2):
         past, future = (slots[slot] for slot in PATH.refs[number])
-        place = PATH.level[number], PATH.ratio[number]
+        place = PATH.layer[number], PATH.ratio[number]
         recon, ref, unit_bits = alone(frames[:, number], past, future, *place)
         slots.append(ref)
         np.testing.assert_allclose(coded.recon[:, number], recon, atol=1e-3)
@@ -211,7 +211,9 @@ def test_paths_begin_anywhere_in_a_clip(intra_file):
     (stage,) = stages.read(stages.complete(config))
     model = registry.build("brhvc", SIZE)
     starts = {4: set(), 32: set()}
-    for clip, _ in islice(loop.host_clips(sources, stage, model, 0, seed=0), 60):
+    for clip, _ in islice(
+        loop.host_clips(sources, registry.entry("brhvc"), model, stage, 0, seed=0), 60
+    ):
         for (past, future), frames in zip(
             clip.reference[..., 0, 0, 2].astype(int), clip.frames[..., 0, 0, 2], strict=True
         ):
@@ -336,6 +338,7 @@ def test_motion_can_learn_alone(intra_file, tmp_path, capsys):
         (dict(spans=()), "spans must not be empty"),
         (dict(tail_share=2.0), "tail_share"),
         (dict(walk=2), "do not go on"),
+        (dict(orders=dict(ra=1.0)), "orders means nothing to the codec 'brhvc'"),
         (dict(references={"blank": 1.0}), "is without a reference"),
         (dict(trainable=("intra",)), "names intra; the model consists of"),
         (dict(teacher=dict(weights="previous", refs=1.0)), "there are none behind a path"),

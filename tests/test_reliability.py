@@ -49,6 +49,20 @@ def test_bits_at_equal_psnr():
     assert reliability._at_equal_psnr(rows[0], "judged", rows[:1]) is None
 
 
+def test_random_access(model_files, prepare_once, tmp_path):
+    """In a group that ends early, frames name references twice."""
+    clip = tmp_path / "clip.y4m"
+    write_clip(clip, CLIP)
+    model = str(model_files["uni_lvc"])
+    found = reliability.benchmark([str(clip)], model, "ra", [20], 12, (64, 64))
+    for row in found["rows"]:
+        for trust in ("judged", "always", "never"):
+            named, levels = row[trust]["distances"], row[trust]["levels"]
+            assert len(named) == 12 and list(map(len, named)) == list(map(len, levels))
+            assert all(len(set(distances)) == len(distances) for distances in named)
+            assert not named[0] and any(len(distances) == 2 for distances in named)
+
+
 def test_command(model_files, prepare_once, tmp_path, monkeypatch, capsys):
     clip, plot, output = tmp_path / "clip.y4m", tmp_path / "a.png", tmp_path / "a.json"
     write_clip(clip, CLIP)

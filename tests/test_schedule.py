@@ -190,7 +190,7 @@ def test_the_published_order_of_32_frames():
     for number, unit in enumerate(planned[2:], 2):
         frame = frames[number]
         layer = (frame & -frame).bit_length() - 1  # trailing zeros
-        assert unit.level == layer and unit.ratio == 0.5
+        assert unit.layer == layer and unit.ratio == 0.5
         assert [frames[slot] for slot in unit.refs] == [frame - 2**layer, frame + 2**layer]
 
 

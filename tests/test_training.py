@@ -78,7 +78,7 @@ class Toy(nn.Module):
     def complete(self, refs, unit, height, width, exact=False):
         feature = jnp.zeros((1, height // 8, width // 8, self.cfg.width))
         ref = refs[0] if refs else Ref(feature=feature)
-        return (ref._replace(blank=jnp.bool_(not refs)),)
+        return (ref._replace(bare=jnp.bool_(not refs)),)
 
     def __call__(self, frames, refs, qp, bottleneck):
         batch, _, height, width, _ = frames.shape
@@ -88,7 +88,7 @@ class Toy(nn.Module):
             jnp.zeros((*shape, 192)) if ref.frame is None else space_to_depth(ref.frame - 0.5, 8)
         )
         if ref.feature is not None:
-            context = ref.feature if ref.blank is None else ref.feature * ~ref.blank
+            context = ref.feature if ref.bare is None else ref.feature * ~ref.bare
 
         def analysis(m):
             pair = jnp.concatenate([frames[:, 0], frames[:, 1]], -1) - 0.5
@@ -333,9 +333,9 @@ def spoil(monkeypatch, bad):
     """Makes the batches of some steps of a stage not numbers."""
     host_clips = loop.host_clips
 
-    def spoiled(sources, stage, model, step, **options):
+    def spoiled(sources, codec, model, stage, step, **options):
         for number, (clip, carried) in enumerate(
-            host_clips(sources, stage, model, step, **options), step
+            host_clips(sources, codec, model, stage, step, **options), step
         ):
             if bad(number):
                 clip = clip._replace(frames=np.full(clip.frames.shape, np.nan, np.float32))
@@ -386,8 +386,9 @@ def first_clip(config) -> training.Clip:
     """What the first step of a config trains with."""
     (only,) = stages.read(stages.complete(config))
     sources = pipeline.open_sets(only.data)
+    codec = registry.entry(config.model.name)
     model = registry.build(config.model.name, config.model.size)
-    return next(loop.host_clips(sources, only, model, 0, seed=0))[0]
+    return next(loop.host_clips(sources, codec, model, only, 0, seed=0))[0]
 
 
 def test_a_skipped_step_changes_nothing_but_the_counters(folder):
@@ -496,6 +497,14 @@ def test_muon_steps_along_all_directions_alike():
         ({"stages": (stage(2, teacher={"weights": "previous"}),)}, "teacher needs"),
         ({"stages": (stage(2, teacher={"weights": 0, "refs": 1.0}),)}, "not an earlier stage"),
         ({"stages": (stage(2, teacher={"weight": "a", "recon": 1}),)}, "teacher.weight is nothing"),
+        ({"stages": (stage(2, penalty=dict(variant="hinge")),)}, "penalty.beta is missing"),
+        (
+            {"stages": (stage(2, penalty=dict(variant="hinge", eta=0.3, delta=1, beta=1, bta=1)),)},
+            "penalty.bta is nothing",
+        ),
+        ({"stages": (stage(2, spans=(4,)),)}, "spans means nothing to the codec 'toy'"),
+        ({"stages": (stage(2, orders=dict(ld=1.0)),)}, "orders means nothing"),
+        ({"stages": (stage(2, judged=True),)}, "judged means nothing"),
         ({"mesh": ConfigDict(dict(space=3))}, "which is 1"),
         ({"colour": 1}, "config.colour is nothing"),
         ({"data": ConfigDict(dict(sets=()))}, "sets is empty"),
@@ -563,7 +572,7 @@ def test_a_workdir_of_another_model_is_refused(folder, tmp_path):
 def clips_of(folder, stage_config, start=0):
     (only,) = stages.read(stages.complete(config_of(folder, stage_config)))
     model = registry.build("toy", "small")
-    return loop.host_clips(pipeline.open_sets(only.data), only, model, start, seed=7)
+    return loop.host_clips(pipeline.open_sets(only.data), TOY, model, only, start, seed=7)
 
 
 def test_steps_walk_through_their_clips(folder):
@@ -842,7 +851,7 @@ def arguments_of_configs():
         yield f"brhvc.py:{size}"
     for size in ("large", "dev", "fast,8"):
         yield f"uni_lvc.py:{size}"
-    for file in ("ablations.py", "brhvc_ablations.py", "uni_lvc_ablations.py"):
+    for file in ("ui2c_ablations.py", "brhvc_ablations.py", "uni_lvc_ablations.py"):
         for change in runpy.run_path(str(ROOT / "configs" / file))["CHANGES"]:
             yield f"{file}:{change}"
 

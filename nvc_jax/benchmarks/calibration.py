@@ -64,7 +64,7 @@ class Clips(NamedTuple):
     size: tuple[int, int]
 
     def measure(
-        self, prepared: Callable, mode: int, exponents: tuple[int, ...], on_done: Callable
+        self, prepared: Callable, entropy_mode: int, exponents: tuple[int, ...], on_done: Callable
     ) -> dict[str, list[Point]]:
         """Codes everything with a `compiled_once` model: clip -> a point for every qp."""
         points = {}
@@ -72,7 +72,7 @@ class Clips(NamedTuple):
             path = Path(folder) / "clip.nvc"
             for clip in self.paths:
                 info, pictures = read_clip(clip, self.size, self.frames)
-                codec, points[clip] = prepared(info, mode, exponents), []
+                codec, points[clip] = prepared(info, entropy_mode, exponents), []
                 for qp in self.qps:
                     units, scores = encode_clip(codec, info, pictures, qp, path)
                     size, psnr = path.stat().st_size, float(np.mean(scores))
@@ -106,7 +106,7 @@ def _point(
 def _variants(
     models: list[Released], exponents: list[int], skip_scales: list[float]
 ) -> Iterator[tuple[str, str, Callable, int, tuple[int, ...]]]:
-    """(table, name of the row, `compiled_once` model, mode, margin exponents)."""
+    """(table, name of the row, `compiled_once` model, entropy mode, margin exponents)."""
     for model in models:
         prepared = compiled_once(model)
         yield "margins", f"{model.name}, float", prepared, FLOAT, ()
@@ -166,14 +166,15 @@ def benchmark(
     tables: dict[str, dict[str, dict[str, list[Point]]]] = {}
     with progress() as bar:
         task = bar.add_task("", total=len(variants) * len(clips) * len(qps))
-        for table, name, prepared, mode, margins in variants:
+        for table, name, prepared, entropy_mode, margins in variants:
             bar.update(task, description=name)
-            points = work.measure(prepared, mode, margins, lambda: bar.advance(task))
+            points = work.measure(prepared, entropy_mode, margins, lambda: bar.advance(task))
             tables.setdefault(table, {})[name] = points
     results = {name: summarise(rows) for name, rows in tables.items()}
     for name, rows in results.items():
         _print(name, rows)
-    return results | {"clips": clips, "qps": qps, "frames": frames}
+    asked = {"models": models, "clips": clips, "qps": qps, "frames": frames, "size": size}
+    return results | asked
 
 
 def summarise(rows: dict[str, dict[str, list[Point]]]) -> list[dict[str, Any]]:

@@ -34,17 +34,19 @@ def read_clip(path: str, size: tuple[int, int], frames: int) -> tuple[VideoInfo,
 
 
 def compiled_once(model: Released) -> Callable[..., UnitCodec]:
-    """prepared(info of a clip, mode, margin exponents): as `unit_program.prepare`.
+    """prepared(info of a clip, entropy mode, margin exponents): as `unit_program.prepare`.
 
-    Every size and mode is compiled but once.
+    Every size and entropy mode is compiled but once.
     """
 
     @functools.cache
-    def compiled(width, height, mode):
-        return unit_program.prepare(model, width, height, mode)
+    def compiled(width, height, entropy_mode):
+        return unit_program.prepare(model, width, height, entropy_mode)
 
-    def prepared(info: VideoInfo, mode: int | None = None, exponents: tuple = ()) -> UnitCodec:
-        found = compiled(info.width, info.height, mode)
+    def prepared(
+        info: VideoInfo, entropy_mode: int | None = None, exponents: tuple = ()
+    ) -> UnitCodec:
+        found = compiled(info.width, info.height, entropy_mode)
         return unit_program.with_margins(found, exponents) if exponents else found
 
     return prepared

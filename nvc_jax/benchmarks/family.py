@@ -22,7 +22,7 @@ HEADS = ["codec", "size", "delay, frames", "parameters", "kMAC per pixel, encode
 
 def delay(module: nn.Module) -> str:
     """How many frames an encoder has to wait for before it can code one, as text."""
-    modes = getattr(module, "modes", {"": module.schedule})
+    modes = registry.modes(module) or {"": module.schedule}
     kinds = {"hierarchical": "a group", "mixed": "a group"}
     found = {m: kinds.get(order, str(module.frames_per_unit - 1)) for m, order in modes.items()}
     return ", ".join(f"{mode} {value}".strip() for mode, value in found.items())
@@ -46,7 +46,7 @@ def table(rates: list[str], speeds: list[str]) -> list[dict[str, Any]]:
             module = registry.build(name, size)
             weights = f"{name.replace('_', '-')}-{size}"
             # As `eval.py` calls them, less their intra period.
-            labels = {weights: None} | {f"{weights}-{m}": m for m in getattr(module, "modes", ())}
+            labels = {weights: None} | {f"{weights}-{m}": m for m in registry.modes(module)}
             rank = {mode: n for n, mode in enumerate(labels.values())}
             own = [row for row in gains if row["model"].partition("@")[0] in labels]
             runs = [s for s in timed if s["model"] in (weights, f"{name}:{size}")]

@@ -87,7 +87,7 @@ def available(pythons: list[str]) -> list[Platform]:
 
 
 def variants(exact: bool, exponents: list[int]) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Name -> (mode, margin exponents) of every way to protect a file."""
+    """Name -> (entropy mode, margin exponents) of every way to protect a file."""
     result = {"none": (FLOAT, ())}
     result |= {f"margin 2^-{e}": (CALIBRATED, (e,)) for e in exponents}
     return result | ({"exact": (EXACT, ())} if exact else {})
@@ -98,8 +98,8 @@ def _work(job: dict) -> Iterator[tuple[dict, UnitCodec, VideoInfo, list[Planes],
     prepared = compiled_once(released.load(job["model"]))
     for number, clip in enumerate(job["clips"]):
         info, pictures = read_clip(clip, job["size"], job["frames"])
-        for variant, (mode, exponents) in job["variants"].items():
-            codec = prepared(info, mode, tuple(exponents))
+        for variant, (entropy_mode, exponents) in job["variants"].items():
+            codec = prepared(info, entropy_mode, tuple(exponents))
             for qp in job["qps"]:
                 path = Path(job["folder"]) / f"{number}-{variant.replace(' ', '')}-{qp}.nvc"
                 yield {"clip": clip, "variant": variant, "qp": qp}, codec, info, pictures, path

@@ -17,7 +17,7 @@ from nvc_jax import bitstream
 from nvc_jax import codec as coding
 from nvc_jax.benchmarks.clips import compiled_once, encode_clip, progress, read_clip
 from nvc_jax.errors import NvcError
-from nvc_jax.models import released
+from nvc_jax.models import registry, released
 from nvc_jax.models.uni_lvc import RELIABILITIES
 from nvc_jax.shots import scene_cuts
 from nvc_jax.video import Planes
@@ -84,7 +84,7 @@ def benchmark(
         read.
     """
     model = released.load(name)
-    if not hasattr(model.module, "reliability"):
+    if not registry.judges_references(model.module):
         raise NvcError(f"'{model.name}' does not judge its references")
     schedule = coding.schedule_for(model, mode=mode)
     taken = {clip: read_clip(clip, size, frames) for clip in clips}

@@ -73,7 +73,7 @@ def _points(codec, info, pictures, qp: int, path: Path) -> dict[int, tuple[float
     for unit, packet, psnr in zip(plan, written, scores, strict=True):
         if len(set(unit.refs)) == 2 and unit.ratio < 1:  # the others lie behind their references
             bpp = 8 * packet["bytes"] / (codec.width * codec.height)
-            found[2 << unit.level].append((bpp, psnr))
+            found[2 << unit.layer].append((bpp, psnr))
     return {span: tuple(np.mean(points, axis=0).tolist()) for span, points in found.items()}
 
 

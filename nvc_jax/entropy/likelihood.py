@@ -42,6 +42,11 @@ def round_straight_through(x: jax.Array) -> jax.Array:
     return x + jax.lax.stop_gradient(jnp.round(x) - x)
 
 
+def level_of_scale(scale: jax.Array, low: float = SCALE_MIN, step: float = LEVEL_STEP) -> jax.Array:
+    """Which level a scale has, a real number: from one to the next are `step` in the logarithm."""
+    return jnp.log(jnp.maximum(scale, 1e-6) / low) / step
+
+
 def scale_of_level(level: jax.Array) -> jax.Array:
     """The scale that stands for a level: the middle, in the logarithm, of those that it covers."""
     return SCALE_MIN * jnp.exp(LEVEL_STEP * (level + 0.5))
@@ -102,7 +107,7 @@ def list_bits(scale: jax.Array, margin: float) -> jax.Array:
     As many as it takes at least to say which of the coded elements have a level less than `margin`
     from the next one (arXiv 2309.11276, `nvc_jax.entropy.calibration`). Without gradients.
     """
-    level = jnp.log(jnp.maximum(lax.stop_gradient(scale), 1e-6) / SCALE_MIN) / LEVEL_STEP
+    level = level_of_scale(lax.stop_gradient(scale))
     near = jnp.abs(level - jnp.round(level)) < margin
     first = math.floor(math.log(SKIP_SCALE / SCALE_MIN) / LEVEL_STEP)
     listed = near & (level > first - 0.5) & (level < LEVELS - 0.5)

@@ -32,6 +32,7 @@ from nvc_jax.nn.residual import (
     leaky,
 )
 from nvc_jax.nn.warp import double, halve, warp, warp_groups
+from nvc_jax.quality import QP_COUNT
 
 LAYERS = 5  # of the hierarchy, each with its own feature adaptor
 # Weights on the distortion of a layer in training, which are not published: about one quality step
@@ -122,7 +123,7 @@ class Between(NamedTuple):
 
     Attributes:
       past, future: two `Ref`, usually of an earlier and a later frame.
-      level: int32 [], layer of the hierarchy: 0 for a frame between neighbours, one more for every
+      layer: int32 [], of the hierarchy: 0 for a frame between neighbours, one more for every
         doubling of the distance, see `nvc_jax.schedule`.
       ratio: float32 [], the frame's distance from the first reference in time, as a share of the
         distance of both: 1/2 in the middle, beyond 0..1 for references on the same side.
@@ -130,7 +131,7 @@ class Between(NamedTuple):
 
     past: Ref
     future: Ref
-    level: Any
+    layer: Any
     ratio: Any
 
 
@@ -200,16 +201,27 @@ class FlowConverge(nn.Module):
         return h
 
 
-class GuessNet(nn.Module):
-    """Guessed flows to both references [b, h, w, 4] -> features, through strided convolutions."""
+class Convolutions(nn.Module):
+    """3x3 convolutions of these widths and strides, leaky ReLU in between."""
 
     widths: tuple[int, ...]
+    strides: tuple[int, ...]
+    slope: float = 0.01
 
     @nn.compact
     def __call__(self, x):
-        for i, features in enumerate(self.widths):
-            x = Conv3x3(features, 2, name=f"conv{i}")(leaky(x, 0.1) if i else x)
+        for i, (features, stride) in enumerate(zip(self.widths, self.strides, strict=True)):
+            x = Conv3x3(features, stride, name=f"conv{i}")(leaky(x, self.slope) if i else x)
         return x
+
+
+def _hyper_encoder(features, strides):
+    return Convolutions((features,) * len(strides), strides)
+
+
+def _halving(*widths):
+    """Each convolution halves both sides."""
+    return Convolutions(widths, (2,) * len(widths), slope=0.1)
 
 
 class MotionEncoder(nn.Module):
@@ -258,19 +270,6 @@ class MotionDecoder(nn.Module):
 
         forward, backward = (flows(half) for half in jnp.split(feature, 2, -1))
         return forward, backward, feature
-
-
-class HyperEncoder(nn.Module):
-    """3x3 convolutions with the given strides, leaky ReLU in between."""
-
-    features: int
-    strides: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, x):
-        for i, stride in enumerate(self.strides):
-            x = Conv3x3(self.features, stride, name=f"conv{i}")(leaky(x) if i else x)
-        return x
 
 
 class HyperDecoder(nn.Module):
@@ -469,17 +468,17 @@ class Decoder(nn.Module):
 
 
 class LayerAdaptor(nn.Module):
-    """A 1x1 convolution for each layer of the hierarchy. `__call__(x, level)`, level int []."""
+    """A 1x1 convolution for each layer of the hierarchy. `__call__(x, layer)`, layer int []."""
 
     features: int
 
     @nn.compact
-    def __call__(self, x, level):
-        level = jnp.clip(level, 0, LAYERS - 1)
+    def __call__(self, x, layer):
+        layer = jnp.clip(layer, 0, LAYERS - 1)
         shape = (LAYERS, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.xavier_normal(batch_axis=0), shape)
         bias = self.param("bias", nn.initializers.zeros, (LAYERS, self.features))
-        return jnp.dot(x, kernel[level], precision=jax.lax.Precision.HIGHEST) + bias[level]
+        return jnp.dot(x, kernel[layer], precision=jax.lax.Precision.HIGHEST) + bias[layer]
 
 
 class BFrame(nn.Module):
@@ -491,18 +490,18 @@ class BFrame(nn.Module):
     frames_per_unit = 1
     references = 2
     refers_to_pictures = True
-    qp_rows = 64
+    qp_rows = QP_COUNT
 
     def setup(self):
         c = self.cfg
         w1, w2, w3 = c.widths
         self.flow = SpyNet(c.flow, c.flow_kernel, c.flow_contrast)
-        self.guess_feature = GuessNet((c.guess, c.motion))
+        self.guess_feature = _halving(c.guess, c.motion)
         self.motion_encoder = MotionEncoder(c)
-        self.motion_hyper_encoder = HyperEncoder(c.motion, (1, 1, 2, 1, 2))
+        self.motion_hyper_encoder = _hyper_encoder(c.motion, (1, 1, 2, 1, 2))
         self.motion_hyper_decoder = HyperDecoder(c.motion)
         self.motion_z_prior = FactorizedPrior(1, c.motion)
-        self.motion_guess = GuessNet((c.guess, c.motion, *[c.motion] * c.halvings))
+        self.motion_guess = _halving(c.guess, c.motion, *[c.motion] * c.halvings)
         self.motion_types = ReferenceTypes(2 * c.motion)
         self.motion_fusion = [DepthBlock(3 * c.motion) for _ in range(2)]
         self.motion_prior = LatentPrior(c.motion, (3 * c.motion, 3 * c.motion), c.family)
@@ -522,10 +521,10 @@ class BFrame(nn.Module):
         self.encoder_fusion = (EncoderFusion if c.weigh else PlainFusion)(c.widths, self.dtype)
         self.encoder = Encoder(c, self.dtype)
         self.q_encoder = RateScale(2 * w2, start=1.0)
-        self.hyper_encoder = HyperEncoder(c.y, (1, 2, 2))
+        self.hyper_encoder = _hyper_encoder(c.y, (1, 2, 2))
         self.hyper_decoder = HyperDecoder(c.y)
         self.z_prior = FactorizedPrior(1, c.y)
-        self.temporal_prior = GuessNet((*[w3] * (c.halvings - 1), c.y))
+        self.temporal_prior = _halving(*[w3] * (c.halvings - 1), c.y)
         self.types = ReferenceTypes(3 * c.y)
         self.fusion = [DepthBlock(3 * c.y) for _ in range(2)]
         self.prior = LatentPrior(c.y, (3 * c.y, 3 * c.y), c.family)
@@ -546,7 +545,7 @@ class BFrame(nn.Module):
             flow = 2 * double(flow)
         return flow
 
-    def _contexts(self, ref, flows, guesses, level):
+    def _contexts(self, ref, flows, guesses, layer):
         frame = space_to_depth(ref.frame, self.cfg.patch)
 
         def of_frame(m):
@@ -561,7 +560,7 @@ class BFrame(nn.Module):
             x = of_frame(self) + of_feature(self)
         else:
             x = nn.cond(ref.bare, of_frame, of_feature, self)
-        f1, f2, f3 = self.pyramid(self.layer_adaptor(x, level))
+        f1, f2, f3 = self.pyramid(self.layer_adaptor(x, layer))
         warped = warp(frame, flows[0])
         c1 = self.align(f1, flows[0], [warped, flows[0], frame, *guesses])
         c2, c3 = warp(f2, flows[1]), warp(f3, flows[2])
@@ -604,7 +603,7 @@ class BFrame(nn.Module):
             return ref._replace(bare=jnp.bool_(bare))
 
         past, future = (completed(ref) for ref in refs)
-        return Between(past, future, np.int32(unit.level), np.float32(unit.ratio))
+        return Between(past, future, np.int32(unit.layer), np.float32(unit.ratio))
 
     def _coded_motion(self, frame, refs, qp, bottleneck) -> Motion:
         c = self.cfg
@@ -655,26 +654,26 @@ class BFrame(nn.Module):
         """Codes one frame between two others.
 
         Args:
-          frames: float32 [batch, 1, height, width, 3] in [0, 1], sides multiples of 16. When
-            decoding only the shape counts.
+          frames: float32 [batch, 1, height, width, 3] in [0, 1] and the intra codec's colours,
+            sides multiples of 16. When decoding only the shape counts.
           refs: `Between`.
           qp: int32 [batch, 1], 0..63.
           bottleneck: see `nvc_jax.entropy.bottleneck`.
 
         Returns:
-          recon: float32 [batch, 1, height, width, 3].
+          recon: float32 [batch, 1, height, width, 3], 0..1 and possibly a little beyond.
           new_refs: (Ref,).
         """
         c = self.cfg
         batch, _, height, width, _ = frames.shape
-        f, b, level, _ = refs
+        f, b, layer, _ = refs
         qp = qp[:, 0]
         h, w = height // 16, width // 16
 
         frame = space_to_depth(frames[:, 0], c.patch)
         motion = self._coded_motion(frames[:, 0], refs, qp, bottleneck)
-        contexts_f, warped_f = self._contexts(f, motion.flows[0], motion.guesses, level)
-        contexts_b, warped_b = self._contexts(b, motion.flows[1], motion.guesses, level)
+        contexts_f, warped_f = self._contexts(f, motion.flows[0], motion.guesses, layer)
+        contexts_b, warped_b = self._contexts(b, motion.flows[1], motion.guesses, layer)
         moved = motion.moved or [depth_to_space(x, c.patch) for x in (warped_f, warped_b)]
         for ref, picture in zip((f, b), moved, strict=True):
             note_motion(self, frames[:, 0], ref.frame, picture)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from nvc_jax.errors import NvcError
 from nvc_jax.models.brhvc import Between
-from nvc_jax.models.registry import UNIT, has_scale_head, param_shapes
+from nvc_jax.models.registry import UNIT, has_scale_head, judges_references, param_shapes
 from nvc_jax.models.with_intra import WithIntra
 from nvc_jax.nn.attention import neighbourhood_attention
 from nvc_jax.nn.blocks import depthwise
@@ -180,7 +180,7 @@ def _forward(model, bottleneck):
 
 def _judgement(model):
     """What an encoder computes before it codes a unit that has references; None for nothing."""
-    if not hasattr(model, "reliability"):
+    if not judges_references(model):
         return None
     return lambda params, frames, refs, qp: model.apply(
         {"params": params}, frames, refs, qp, method="reliability"

@@ -20,6 +20,7 @@ from nvc_jax.nn.residual import (
     UNet,
     leaky,
 )
+from nvc_jax.quality import QP_COUNT
 
 GatedBlock = partial(DepthBlock, gated=True)
 
@@ -105,7 +106,7 @@ class Intra(nn.Module):
     schedule = "all_intra"
     references = 0
     refers_to_pictures = False
-    qp_rows = 64
+    qp_rows = QP_COUNT
 
     @property
     def rgb(self) -> bool:
@@ -128,7 +129,10 @@ class Intra(nn.Module):
         return ()
 
     def __call__(self, frames, refs, qp, bottleneck):
-        """Codes one picture: arguments and results as those of `nvc_jax.models.intra.Intra`."""
+        """Codes one picture: arguments and results as those of `nvc_jax.models.intra.Intra`.
+
+        With `Config.rgb` pictures are R, G, B.
+        """
         c = self.cfg
         del refs
         batch, _, height, width, _ = frames.shape

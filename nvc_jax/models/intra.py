@@ -32,8 +32,8 @@ from nvc_jax.nn.hyperprior import (
 )
 from nvc_jax.nn.integer import ScaleHead
 from nvc_jax.nn.spatial_prior import code_in_steps
+from nvc_jax.quality import QP_COUNT
 
-QP_ROWS = 64
 STEPS = 4
 
 
@@ -122,17 +122,17 @@ class Intra(nn.Module):
     schedule = "all_intra"
     references = 0
     refers_to_pictures = False
-    qp_rows = QP_ROWS
+    qp_rows = QP_COUNT
     rgb = False
 
     def setup(self):
         c = self.cfg
         self.encoder = Encoder(c, self.dtype)
-        self.q_scale_enc = QpTable(QP_ROWS, c.width, self.dtype)
+        self.q_scale_enc = QpTable(QP_COUNT, c.width, self.dtype)
         if c.latent_gain:
-            self.q_latent = QpTable(QP_ROWS, c.y, ramp=True)
+            self.q_latent = QpTable(QP_COUNT, c.y, ramp=True)
         self.hyper_encoder = HyperEncoder(c.z, c.form)
-        self.z_prior = FactorizedPrior(QP_ROWS, c.z)
+        self.z_prior = FactorizedPrior(QP_COUNT, c.z)
         self.hyper_decoder = HyperDecoder(c.y, c.form)
         self.prior_fusion = ParameterNet(
             2 * c.y + 2, c.prior, c.fusion, c.form, _neutral_start(c.y)
@@ -145,7 +145,7 @@ class Intra(nn.Module):
         if c.scale_head:
             self.scale_head = ScaleHead(c.y, c.scale_head, STEPS, references=0)
         self.decoder = Decoder(c, self.dtype)
-        self.q_scale_dec = QpTable(QP_ROWS, c.width, self.dtype)
+        self.q_scale_dec = QpTable(QP_COUNT, c.width, self.dtype)
 
     def complete(self, refs, unit, height, width, exact=False):
         """References in the form that a program takes: there are never any."""

@@ -161,9 +161,19 @@ def has_scale_head(model: nn.Module) -> bool:
     return getattr(model.cfg, "scale_head", 0) > 0
 
 
+def modes(model: nn.Module) -> dict[str, str]:
+    """Name -> coding order, of codecs that know several; {} of others."""
+    return getattr(model, "modes", {})
+
+
 def in_any_order(model: nn.Module) -> bool:
     """Whether the codec's pictures may have any references, or none."""
-    return hasattr(model, "modes")
+    return bool(modes(model))
+
+
+def judges_references(model: nn.Module) -> bool:
+    """Whether the encoder has a say in how much references count."""
+    return hasattr(model, "reliability")
 
 
 def networks(model: nn.Module, params: dict) -> dict[str, Any]:

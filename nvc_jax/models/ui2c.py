@@ -19,7 +19,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nvc_jax.entropy.likelihood import lower_bound
 from nvc_jax.nn.blocks import (
     Blocks,
     Conv3x3,
@@ -39,10 +38,10 @@ from nvc_jax.nn.hyperprior import (
     leading_ones,
     pad_to_multiple,
 )
-from nvc_jax.nn.integer import ScaleHead, memory_channels
-from nvc_jax.nn.spatial_prior import code_in_steps
+from nvc_jax.nn.integer import ScaleHead, no_memory
+from nvc_jax.nn.spatial_prior import code_in_steps, split_params
+from nvc_jax.quality import QP_ROWS
 
-QP_ROWS = 72  # 64 quality points and offsets of up to 8
 # Weights on the distortion by frame number modulo 8, in training; better-coded frames count more.
 FRAME_WEIGHTS = (0.52, 1.33, 0.52, 0.83, 0.52, 0.83, 0.52, 0.83)
 
@@ -104,15 +103,15 @@ class Ref(NamedTuple):
     Attributes:
       frame: float32 [batch, height, width, 3] in [0, 1], or None.
       feature: float32 [batch, height/8, width/8, width], or None.
-      blank: bool [], disregard the feature and start from the frame, mid-grey if there is none.
-        Lets one compiled program serve both kinds of unit. None: no.
+      bare: bool [], disregard the feature and start from the frame, mid-grey if there is none.
+        Lets one compiled program serve both kinds of unit. None: what is there is used.
       memory: [batch, height/16, width/16, memory_channels(y)], what the scale head remembers of
         the unit, or None.
     """
 
     frame: jax.Array | None = None
     feature: jax.Array | None = None
-    blank: jax.Array | None = None
+    bare: jax.Array | None = None
     memory: jax.Array | None = None
 
 
@@ -237,13 +236,12 @@ class UI2C(nn.Module):
           exact: whether the scale head is used.
         """
         ref = refs[0] if refs else Ref()
-        blank = ref.feature is None or unit.picture_only
+        bare = ref.feature is None or unit.picture_only
         if ref.feature is None:
             ref = ref._replace(feature=jnp.zeros((1, height // 8, width // 8, self.cfg.width)))
         if exact and ref.memory is None:
-            shape = (1, height // 16, width // 16, memory_channels(self.cfg.y))
-            ref = ref._replace(memory=jnp.zeros(shape, jnp.int8))
-        return (ref._replace(blank=jnp.bool_(blank)),)
+            ref = ref._replace(memory=no_memory(self.cfg.y, height, width))
+        return (ref._replace(bare=jnp.bool_(bare)),)
 
     def _reference(self, ref, shape):
         """Reference feature [batch, height/8, width/8, width]."""
@@ -258,9 +256,9 @@ class UI2C(nn.Module):
 
         if ref.feature is None:
             return from_frame(self)
-        if ref.blank is None:
+        if ref.bare is None:
             return from_feature(self)
-        return nn.cond(ref.blank, from_frame, from_feature, self)
+        return nn.cond(ref.bare, from_frame, from_feature, self)
 
     def __call__(self, frames, refs, qp, bottleneck):
         """Codes one unit of n frames: a pair, or a single one (`Config.frames`).
@@ -299,8 +297,7 @@ class UI2C(nn.Module):
         hyper = self.hyper_decoder(z_hat)[:, :h, :w]
         temporal = self.temporal_prior_encoder(early * self.q_feature(qp))
         params = self.prior_fusion(jnp.concatenate([hyper, temporal], axis=-1))
-        step_size, scale, mean = jnp.split(params, 3, axis=-1)
-        step_size = lower_bound(step_size, 0.5)
+        step_size, scale, mean = split_params(params)
 
         def predict(step, y_hat):
             if step == 0:

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nvc_jax.entropy.likelihood import lower_bound
 from nvc_jax.nn.attention import neighbourhood_attention, polarity_attention
 from nvc_jax.nn.blocks import (
     Blocks,
@@ -44,12 +43,12 @@ from nvc_jax.nn.hyperprior import (
     leading_ones,
     pad_to_multiple,
 )
-from nvc_jax.nn.integer import ScaleHead, memory_channels
+from nvc_jax.nn.integer import ScaleHead, no_memory
 from nvc_jax.nn.matching import motion_between
-from nvc_jax.nn.spatial_prior import code_at_once
+from nvc_jax.nn.spatial_prior import code_at_once, split_params
 from nvc_jax.nn.warp import warp, warp_groups
+from nvc_jax.quality import MAX_QP, QP_ROWS
 
-QP_ROWS = 72  # 64 quality points and offsets of up to 8
 STEPS = 4  # of the spatial prior
 REACH = 64.0  # pixels that motion may span in an adaptation site
 # Of the distortion of every frame, beside the lambda of its row of the tables. Of a row there is
@@ -135,14 +134,14 @@ class Ref(NamedTuple):
     """What is kept of a coded picture.
 
     Attributes:
-      picture: float32 [b, h, w, 3], as it was decoded.
-      latent: float32 [b, h/16, w/16, y], likewise, without the gain of its qp.
+      frame: float32 [b, h, w, 3], as it was decoded.
+      y: float32 [b, h/16, w/16, y], its latent, likewise, without the gain of its qp.
       qp: int32 [b], what it was coded with.
       memory: [b, h/16, w/16, memory_channels(y)], of the scale head, or None.
     """
 
-    picture: jax.Array
-    latent: jax.Array
+    frame: jax.Array
+    y: jax.Array
     qp: jax.Array
     memory: jax.Array | None = None
 
@@ -315,6 +314,11 @@ def _at_first_nothing(width, dtype=jnp.float32, **options):
     )
 
 
+def _facts(qp, slot):
+    """How far away a reference is, and how well both are coded: [b, 3]."""
+    return jnp.stack([jnp.log2(slot.distance), qp / MAX_QP, slot.ref.qp / MAX_QP], -1)
+
+
 def _share(slot):
     return slot.reliability[:, None, None, None]
 
@@ -366,8 +370,7 @@ class NewsEncoder(nn.Module):
         like = latent_shapes(b, h, w, c.y, c.z)[1]
         lookup = NewsLookup(c, name="lookup")
         return sum(
-            _if_looked_at(lookup, slot, like, y, slot.ref.latent * gain) * _share(slot)
-            for slot in slots
+            _if_looked_at(lookup, slot, like, y, slot.ref.y * gain) * _share(slot) for slot in slots
         )
 
 
@@ -414,7 +417,7 @@ class TemporalPrior(nn.Module):
         query = Pointwise(c.tokens, name="query")(params) + news
         lookup = PriorLookup(c, name="lookup")
         found = [
-            _if_looked_at(lookup, slot, (params, (own, own, own)), query, own, t, slot.ref.latent)
+            _if_looked_at(lookup, slot, (params, (own, own, own)), query, own, t, slot.ref.y)
             for slot, t in zip(slots, tokens, strict=True)
         ]
         changes, latents = zip(*found, strict=True)
@@ -474,12 +477,11 @@ class TakeoverLookup(nn.Module):
         c = self.cfg
         sharpness = self.param("sharpness", nn.initializers.constant(9.0), (len(SEARCH),))
         inertia = self.param("inertia", nn.initializers.constant(0.5), (len(SEARCH),))
-        still = slot.ref.picture
+        still = slot.ref.frame
         flow = motion_between(draft[..., :1], still[..., :1], SEARCH, sharpness, inertia)
         seen = (still, warp(still, flow))
         apart = [jnp.abs(space_to_depth(x - draft, 8)) for x in seen]
-        facts = jnp.stack([jnp.log2(slot.distance), qp / 63, slot.ref.qp / 63], -1)
-        facts = Pointwise(c.tokens, self.dtype, name="facts")(facts)[:, None, None]
+        facts = Pointwise(c.tokens, self.dtype, name="facts")(_facts(qp, slot))[:, None, None]
         x = jnp.concatenate([features.astype(jnp.float32), *apart], -1)
         x = wsilu(Pointwise(c.tokens, self.dtype, name="join")(x) + facts)
         x = DepthConvBlock(c.tokens, c.form, dtype=self.dtype, name="block")(x)
@@ -505,7 +507,7 @@ class Judge(nn.Module):
     def __call__(self, picture, qp, slot):
         """picture [b, h, w, 3] -> [b, levels]."""
         c = self.cfg
-        ours, theirs = picture[..., :1], slot.ref.picture[..., :1]
+        ours, theirs = picture[..., :1], slot.ref.frame[..., :1]
         levels = len(JUDGED_BY)
         flow = motion_between(ours, theirs, JUDGED_BY, jnp.full(levels, 7.0), jnp.zeros(levels))
         blocks = [space_to_depth(x, 8) for x in (ours, theirs, warp(theirs, flow))]
@@ -513,8 +515,7 @@ class Judge(nn.Module):
         x = jnp.log(jnp.stack([*energies, blocks[0].var(-1)], -1) + 1e-5) / 4 + 2
         x = wsilu(Pointwise(c.judge, name="join")(x))
         x = DepthConvBlock(c.judge, c.form, name="block")(x)
-        facts = jnp.stack([jnp.log2(slot.distance), qp / 63, slot.ref.qp / 63], -1)
-        x = jnp.concatenate([x.mean((1, 2)), x.max((1, 2)), facts], -1)
+        x = jnp.concatenate([x.mean((1, 2)), x.max((1, 2)), _facts(qp, slot)], -1)
         x = wsilu(Pointwise(c.judge, name="hidden")(x))
         # Untrained, it trusts everything.
         levels = partial(Pointwise, RELIABILITIES, kernel_init=nn.initializers.zeros)
@@ -582,8 +583,8 @@ class UniLVC(nn.Module):
         for i in range(2):
             slot = self._empty(1, height, width)
             if exact:
-                shape = (1, height // 16, width // 16, memory_channels(self.cfg.y))
-                slot = slot._replace(ref=slot.ref._replace(memory=jnp.zeros(shape, jnp.int8)))
+                memory = no_memory(self.cfg.y, height, width)
+                slot = slot._replace(ref=slot.ref._replace(memory=memory))
             # A reference that is named twice counts once.
             if i < len(refs) and unit.distances[i] not in unit.distances[:i]:
                 highest = RELIABILITIES - 1
@@ -631,7 +632,7 @@ class UniLVC(nn.Module):
         refs = refs or 2 * (self._empty(batch, height, width),)
         gain = self.q_latent(first_qp)
         like = jax.ShapeDtypeStruct((batch, 2 * h, 2 * w, c.tokens), jnp.float32)
-        tokens = [_if_looked_at(self.tokens, slot, like, slot.ref.picture, slot) for slot in refs]
+        tokens = [_if_looked_at(self.tokens, slot, like, slot.ref.frame, slot) for slot in refs]
         if self.is_initializing():
             self.reliability(frames, refs, qp)
 
@@ -648,13 +649,12 @@ class UniLVC(nn.Module):
         z_hat = bottleneck.factorized(z, self.z_prior, first_qp)
         hyper = self.hyper_decoder(z_hat)[:, :h, :w]
         params = self.prior_fusion(hyper)
-        step_size, _, mean = jnp.split(params, 3, -1)
-        own = mean * lower_bound(step_size, 0.5) / gain
+        step_size, _, mean = split_params(params)
+        own = mean * step_size / gain
         news = self.news_decoder(z_hat)[:, :h, :w]
         change, latent, weight = self.temporal_prior(params, own, news, refs, tokens)
         params = params + change
-        step_size, scale, mean = jnp.split(params, 3, -1)
-        step_size = lower_bound(step_size, 0.5)
+        step_size, scale, mean = split_params(params)
         latent = latent * gain / step_size
         reduced = self.spatial_prior_reduction(params)
 

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nvc_jax.quality import MAX_QP
+
 Dtype = Any
 
 # Residual branches start small so that deep stacks without normalisation keep their signal's size.
@@ -355,4 +357,4 @@ def quality_ramp(qp: jax.Array) -> jax.Array:
     The step size that is best for a Lagrangian weight goes with its inverse square root, so tables
     that start here need not travel far: a row is only trained when its quality point is drawn.
     """
-    return 2.0 * jnp.exp(0.5 * jnp.log(768.0) * (qp / 63.0 - 0.5))
+    return 2.0 * jnp.exp(0.5 * jnp.log(768.0) * (qp / MAX_QP - 0.5))

@@ -49,6 +49,11 @@ def memory_channels(channels: int) -> int:
     return 2 * channels + STATE
 
 
+def no_memory(channels: int, height: int, width: int) -> jax.Array:
+    """The memory of nothing, for a picture of this size."""
+    return jnp.zeros((1, height // 16, width // 16, memory_channels(channels)), jnp.int8)
+
+
 def activation(x, np=jnp):
     """SiLU of activations, real numbers in units of 1/32."""
     return x / (1 + np.exp(-x / 32))
@@ -250,7 +255,7 @@ class ScaleHead(nn.Module):
 
         Args:
           z: float32 [b, ceil(h/4), ceil(w/4), z channels], symbols of the hyper-latent.
-          qp: int32 [b, frames], 0..72.
+          qp: int32 [b, frames], 0..71.
           memories: of each reference, what `remember` gave, or None if it is blank.
           shape: (h, w) of the latent.
         """

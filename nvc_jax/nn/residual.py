@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nvc_jax.entropy.likelihood import lower_bound
 from nvc_jax.nn.blocks import (
     Conv3x3,
     Depthwise,
@@ -21,7 +20,8 @@ from nvc_jax.nn.blocks import (
     quality_ramp,
     space_to_depth,
 )
-from nvc_jax.nn.spatial_prior import code_in_steps
+from nvc_jax.nn.spatial_prior import code_in_steps, split_params
+from nvc_jax.quality import MAX_QP
 
 Dtype = Any
 STEPS = 4  # of the spatial prior
@@ -184,7 +184,7 @@ class RateScale(nn.Module):
             "anchors", lambda key, shape: quality_ramp(jnp.arange(0, 64, 21.0)) ** self.start, (4,)
         )
         low, high = jnp.log(jnp.maximum(anchors[0], 1e-4)), jnp.log(jnp.maximum(anchors[3], 1e-4))
-        factor = jnp.exp(low + (high - low) * qp / 63.0)
+        factor = jnp.exp(low + (high - low) * qp / MAX_QP)
         return basic * factor[:, None, None, None]
 
 
@@ -209,8 +209,7 @@ class LatentPrior(nn.Module):
             DepthBlock(width, gated=self.gated, name=f"block{i}")
             for i, width in enumerate((*self.widths, 2 * c))
         ]
-        step_size, scale, mean = jnp.split(params, 3, -1)
-        step_size = lower_bound(step_size, 0.5)
+        step_size, scale, mean = split_params(params)
 
         def predict(step, y_hat):
             if step == 0:

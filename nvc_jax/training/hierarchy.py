@@ -36,13 +36,13 @@ class Path(NamedTuple):
 
     Attributes:
       refs: int32 [units, 2], slots of the past and the future reference.
-      level: int32 [units], layer of the hierarchy.
+      layer: int32 [units], of the hierarchy.
       ratio: float32 [units], see `nvc_jax.models.brhvc.Between`.
       weight: float32 [units], how many frames of a group a unit stands for; 1 on average.
     """
 
     refs: np.ndarray
-    level: np.ndarray
+    layer: np.ndarray
     ratio: np.ndarray
     weight: np.ndarray
 
@@ -99,7 +99,7 @@ def draw_path(
     weight = 2.0 ** np.arange(units)
     return [*anchors, *(unit.frames[0] for unit in planned)], Path(
         np.array(refs, np.int32),
-        np.array([unit.level for unit in planned], np.int32),
+        np.array([unit.layer for unit in planned], np.int32),
         np.array([unit.ratio for unit in planned], np.float32),
         np.float32(weight / weight.mean()),
     )
@@ -140,7 +140,7 @@ def code_path(
 
     recon, bits, penalty, motion = _along(path, code, pictures, anchors, key, remat)
     recon = recon.swapaxes(0, 1)
-    layers = jnp.asarray(layer_weights)[jnp.clip(path.level, 0, len(layer_weights) - 1)]
+    layers = jnp.asarray(layer_weights)[jnp.clip(path.layer, 0, len(layer_weights) - 1)]
     distortion = losses.distortion(recon, frames) @ (path.weight * layers)
     share = path.weight / math.prod(recon.shape[2:4])
     bpp, penalty = jax.tree.map(lambda x: share @ x, (bits, penalty))
@@ -161,7 +161,7 @@ def _along(path, code, pictures, anchors, key, remat):
     def blank(shape):
         return jnp.zeros((ANCHORS + units, *shape.shape), shape.dtype)
 
-    start = Between(Ref(anchors[:, 0]), Ref(anchors[:, 1]), path.level[0], path.ratio[0])
+    start = Between(Ref(anchors[:, 0]), Ref(anchors[:, 1]), path.layer[0], path.ratio[0])
     shapes = jax.eval_shape(code, pictures[:, 0], start, key)[0]
     slots = jax.tree.map(blank, shapes)
     slots = slots._replace(
@@ -170,11 +170,11 @@ def _along(path, code, pictures, anchors, key, remat):
     )
 
     def step(slots, unit):
-        number, frame, refs, level, ratio = unit
+        number, frame, refs, layer, ratio = unit
         take = partial(lax.dynamic_index_in_dim, keepdims=False)
         past, future = (jax.tree.map(partial(take, index=slot), slots) for slot in refs)
         noise_key = None if key is None else jax.random.fold_in(key, number)
-        ref, outputs = code(frame, Between(past, future, level, ratio), noise_key)
+        ref, outputs = code(frame, Between(past, future, layer, ratio), noise_key)
         ref = ref._replace(bare=jnp.bool_(False))
         put = partial(lax.dynamic_update_index_in_dim, index=ANCHORS + number, axis=0)
         slots = jax.tree.map(put, slots, ref)
@@ -182,5 +182,5 @@ def _along(path, code, pictures, anchors, key, remat):
             lambda x: x if jnp.ndim(x) else jnp.broadcast_to(x, (batch,)), outputs
         )
 
-    inputs = jnp.arange(units), pictures.swapaxes(0, 1), path.refs, path.level, path.ratio
+    inputs = jnp.arange(units), pictures.swapaxes(0, 1), path.refs, path.layer, path.ratio
     return lax.scan(step, slots, inputs)[1]

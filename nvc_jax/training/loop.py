@@ -255,7 +255,7 @@ class Work:
     def clips(self, sources, step: int) -> Iterator[tuple[training.Clip, bool]]:
         """What the steps from `step` on train with, on the devices ahead of time."""
         pieces = host_clips(
-            sources, self.stage, self.model, step - self.start,
+            sources, self.codec, self.model, self.stage, step - self.start,
             seed=self.config.seed * 1000 + self.number, workers=self.config.workers,
         )  # fmt: skip
         put = partial(_to_devices, self.mesh)
@@ -264,8 +264,9 @@ class Work:
 
 def host_clips(
     sources: list[pipeline.Source],
-    stage: stages.Stage,
+    codec: registry.Entry,
     model: nn.Module,
+    stage: stages.Stage,
     step: int,
     seed: int,
     workers: int = 0,
@@ -296,7 +297,7 @@ def host_clips(
         if registry.in_any_order(model):
             begin, end = stage.temperature
             temperature = begin + (end - begin) * min(number / stage.steps, 1)
-            places, run = draw_run(rng, stage.units, stage.spans, stage.orders, temperature)
+            places, run = draw_run(rng, codec, stage.units, stage.spans, stage.orders, temperature)
             chosen = frames[:, _anywhere(rng, places, length)]
             yield training.Clip(chosen[:, :1], chosen, qp[mine], unit[mine], run), False
             continue

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from nvc_jax.entropy.likelihood import LEVELS, SCALE_MAX, SCALE_MIN, SKIP_SCALE
+from nvc_jax.entropy.likelihood import LEVELS, SCALE_MAX, SCALE_MIN, SKIP_SCALE, level_of_scale
 from nvc_jax.nn.flow import MotionErrors
 from nvc_jax.nn.warp import halve, warp
+from nvc_jax.quality import d_yuv
 
 VISIBLE = 0.02  # differences below cost next to nothing, see `visible`
 
@@ -54,14 +55,11 @@ def yuv_to_rgb(yuv: jax.Array) -> jax.Array:
 def distortion(recon: jax.Array, target: jax.Array) -> jax.Array:
     """0.8 D_yuv + 0.2 D_rgb per picture, [..., h, w, 3] -> [...].
 
-    D_yuv is three times the geometric mean of the planes' squared errors with weights 10:1:1 (a
-    floor of 1e-6 keeps it from vanishing with any single plane), D_rgb the sum of the squared
-    errors of R, G and B.
+    D_yuv: `nvc_jax.quality.d_yuv`; D_rgb is the sum of the squared errors of R, G and B.
     """
-    planes = jnp.maximum(jnp.mean((recon - target) ** 2, axis=(-3, -2)), 1e-6)
-    d_yuv = 3 * jnp.exp(jnp.log(planes) @ jnp.asarray([10.0, 1.0, 1.0]) / 12)
+    planes = jnp.mean((recon - target) ** 2, axis=(-3, -2))
     rgb = jnp.mean((yuv_to_rgb(recon) - yuv_to_rgb(target)) ** 2, axis=(-3, -2))
-    return 0.8 * d_yuv + 0.2 * rgb.sum(-1)
+    return 0.8 * d_yuv(planes, jnp) + 0.2 * rgb.sum(-1)
 
 
 def psnr(recon: jax.Array, target: jax.Array) -> jax.Array:
@@ -124,7 +122,7 @@ def scale_penalty(config: ml_collections.ConfigDict) -> Callable[[jax.Array], ja
         return jnp.exp(-0.5 * ((d - 0.5) / width) ** 2) / (width * math.sqrt(2 * math.pi))
 
     def penalty(scale):
-        level = jnp.log(jnp.maximum(scale, 1e-6) / low) / step
+        level = level_of_scale(scale, low, step)
         d = jnp.abs(level - jnp.floor(level) - 0.5)
         if config.variant == "hinge":
             value = (d - config.eta) ** 2

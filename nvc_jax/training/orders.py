@@ -20,6 +20,7 @@ from jax import lax
 from nvc_jax import schedule
 from nvc_jax.entropy.bottleneck import Estimate
 from nvc_jax.models import uni_lvc
+from nvc_jax.models.registry import Entry
 from nvc_jax.quality import lambda_of_qp
 from nvc_jax.training import losses
 from nvc_jax.training.hierarchy import way_down
@@ -59,6 +60,7 @@ class Run(NamedTuple):
 
 def draw_run(
     rng: np.random.Generator,
+    codec: Entry,
     units: int,
     spans: tuple[int, ...],
     shares: dict[str, float],
@@ -67,6 +69,7 @@ def draw_run(
     """Units in one of the orders.
 
     Args:
+      codec: says how quality follows the layers.
       units: coded one after the other, at least 3 if there is to be a hierarchy.
       spans: distances of its anchors to draw from, each at least 2^(units - 2); the largest also
         limits how far other units lie apart.
@@ -99,10 +102,10 @@ def draw_run(
         ]
         weight[0] = 0.25  # clips are longer
     else:
-        planned = _way_down(rng, units, int(rng.choice(spans)))
+        planned = _way_down(rng, codec.layer_qp, units, int(rng.choice(spans)))
         # Of two anchors one belongs to the group; below them every layer has twice as many frames.
         weight = np.array([0.5, 0.5, *2.0 ** np.arange(units - 2)])
-    run = _as_run(planned, weight / weight.mean(), temperature)
+    run = _as_run(codec, planned, weight / weight.mean(), temperature)
     return [unit.frames[0] for unit in planned], run
 
 
@@ -110,20 +113,20 @@ def _alone(frames, qp_offset):
     return schedule.Unit(frames, (), 0, (qp_offset,), ())
 
 
-def _way_down(rng, units, span):
+def _way_down(rng, layer_qp, units, span):
     """Anchors, and from there frames in the middle of what is left; `refs` are slots."""
 
     def unit(planned, refs, slots):
         frame = planned.frames[0]
         distances = tuple(ref - frame for ref in refs)
-        offset = uni_lvc.LAYER_QP[min(planned.level, len(uni_lvc.LAYER_QP) - 1)]
+        offset = schedule.of_layer(layer_qp, planned)
         return planned._replace(refs=slots, distances=distances, qp_offset=(offset,))
 
-    planned = [_alone((0,), uni_lvc.LAYER_QP[-1])]
+    planned = [_alone((0,), layer_qp[-1])]
     if rng.random() < PREDICTED:
         planned.append(unit(schedule.predicted(0, 0, span), (0,), (0,)))
     else:
-        planned.append(_alone((span,), uni_lvc.LAYER_QP[-1]))
+        planned.append(_alone((span,), layer_qp[-1]))
     below = way_down(rng, (0, 0), (span, 1), 2)
     for middle, *ends in islice(below, units - 2):
         places, slots = zip(*ends, strict=True)
@@ -131,7 +134,7 @@ def _way_down(rng, units, span):
     return planned
 
 
-def _as_run(planned, weight, temperature) -> Run:
+def _as_run(codec, planned, weight, temperature) -> Run:
     count = len(planned)
     offsets = np.array([unit.qp_offset[0] for unit in planned], np.int32)
     higher = lambda_of_qp(offsets, "video") / lambda_of_qp(0, "video")
@@ -142,7 +145,7 @@ def _as_run(planned, weight, temperature) -> Run:
         there=np.zeros((count, 2), np.float32),
         qp_offset=offsets,
         weight=np.float32(weight),
-        quality=np.float32(uni_lvc.DISTORTION_WEIGHT * higher),
+        quality=np.float32(codec.frame_weights[0] * higher),
         temperature=np.full(count, temperature, np.float32),
     )
     for number, unit in enumerate(planned):
@@ -182,12 +185,12 @@ def _spoiled(key, slot: uni_lvc.Slot, share: float) -> tuple[uni_lvc.Slot, jax.A
         noisy = x + jax.random.normal(key, x.shape) * everywhere(spread)
         return jnp.where(everywhere(spoiled), jnp.where(everywhere(kind == 0), other, noisy), x)
 
-    picture = changed(slot.ref.picture, keys[3])
-    latent = changed(slot.ref.latent, jax.random.fold_in(keys[3], 1))
+    frame = changed(slot.ref.frame, keys[3])
+    y = changed(slot.ref.y, jax.random.fold_in(keys[3], 1))
     good = jnp.where(slot.distance >= FAR, -1, 3)
     # Weak noise takes one level, strong noise leaves one.
     label = jnp.where(spoiled, jnp.array([0, 2, 1])[kind], good)
-    return slot._replace(ref=slot.ref._replace(picture=picture, latent=latent)), label
+    return slot._replace(ref=slot.ref._replace(frame=frame, y=y)), label
 
 
 def _chosen(key, logits: jax.Array, temperature) -> jax.Array:

@@ -1,9 +1,10 @@
-"""First references for training clips: blank, true, or degraded pictures.
+"""Degraded pictures, which stand for coded ones as first references of training clips.
 
 UI2C (arXiv 2510.14431) trains one model for intra and inter by drawing the first reference of a
-clip at random from {blank, true previous frame, perturbed previous frame}. The kinds of
-perturbation and their shares are our choice: white noise, and for half of the perturbed references
-a loss that looks like coding (8x8 cosine transform with coarse quantisation, or a 4x4 box blur).
+clip at random from {blank, true previous frame, perturbed previous frame}; so does
+`nvc_jax.training.step.first_refs`. The kinds of perturbation and their shares are our choice: white
+noise, and for half of the perturbed references a loss that looks like coding (8x8 cosine transform
+with coarse quantisation, or a 4x4 box blur).
 """
 
 import jax

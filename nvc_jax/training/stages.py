@@ -29,11 +29,12 @@ RUN_DEFAULTS = {
 # What a stage has from the config if it does not say it itself.
 INHERITED = ("data", "optimizer", "weight_decay", "clip_norm", "rate_balance", "average_decay")
 OPTIMIZERS = ("adamw", "muon")
-SCHEDULES = ("cosine", "linear", "constant")
+LR_SCHEDULES = ("cosine", "linear", "constant")
 REFERENCES = ("blank", "true", "degraded", "coded")
 MAX_SPAN = 64
 MOTION = "flow"  # the sub-network that finds it
 PENALTY_FIELDS = {"variant", "eta", "delta", "beta"}
+PENALTY_TABLES = {"levels", "scale_min", "scale_max", "skip_scale"}  # other than a release's
 NOTHING = FrozenConfigDict()
 
 
@@ -222,6 +223,9 @@ def read(config: ConfigDict) -> tuple[Stage, ...]:
             raise NvcError(f"{where}.{unknown[0]} is nothing that a stage can have")
         if missing := [n for n, f in known.items() if n not in values and _is_required(f)]:
             raise NvcError(f"{where}.{missing[0]} is missing")
+        for name in values:
+            if values[name] and values[name] != known[name].default and not _means(name, model):
+                raise NvcError(f"{where}.{name} means nothing to the codec '{config.model.name}'")
         try:
             for name in ("penalty", "teacher"):
                 values[name] = FrozenConfigDict(dict(values.get(name) or {}))
@@ -249,6 +253,19 @@ def _references(model: nn.Module) -> dict[str, float]:
     return dict.fromkeys(("blank", "true", "degraded"), 1 / 3)
 
 
+def _means(name: str, model: nn.Module) -> bool:
+    """Whether a field says something to the training of such a codec."""
+    if name in ("orders", "spoil", "judged", "judge_loss", "temperature"):
+        return registry.in_any_order(model)
+    if name == "spans":
+        return model.references == 2
+    if name in ("tail_share", "flow_loss"):
+        return model.references == 2 and not registry.in_any_order(model)
+    if name == "references":
+        return model.references > 0 and not registry.in_any_order(model)
+    return True
+
+
 def _is_required(f: Field) -> bool:
     return f.default is MISSING and f.default_factory is MISSING
 
@@ -266,8 +283,8 @@ def _check(stage: Stage, where: str, networks: tuple[str, ...], model: nn.Module
         raise NvcError(
             f"{where}.accumulate is {stage.accumulate}; it must divide the batch of {stage.batch}"
         )
-    if stage.schedule not in SCHEDULES:
-        raise NvcError(f"{where}.schedule is {stage.schedule!r}; give {_listed(SCHEDULES)}")
+    if stage.schedule not in LR_SCHEDULES:
+        raise NvcError(f"{where}.schedule is {stage.schedule!r}; give {_listed(LR_SCHEDULES)}")
     if stage.optimizer not in OPTIMIZERS:
         raise NvcError(f"{where}.optimizer is {stage.optimizer!r}; give {_listed(OPTIMIZERS)}")
     if isinstance(stage.trainable, str):
@@ -289,11 +306,8 @@ def _check(stage: Stage, where: str, networks: tuple[str, ...], model: nn.Module
         raise NvcError(f"{where}.walk is {stage.walk}; a codec without references cannot walk")
     if registry.in_any_order(model):
         _check_orders(stage, where)
-    else:
-        if stage.spoil or stage.judged or stage.judge_loss:
-            raise NvcError(f"{where}: references are not judged by this codec, nor to be spoiled")
-        if model.references == 2:
-            _check_hierarchy(stage, where)
+    elif model.references == 2:
+        _check_hierarchy(stage, where)
     if stage.motion_only and MOTION not in networks:
         raise NvcError(f"{where}.motion_only: this codec has no motion to learn")
     if stage.motion_only and (stage.teacher or stage.penalty):
@@ -307,6 +321,8 @@ def _check(stage: Stage, where: str, networks: tuple[str, ...], model: nn.Module
     if stage.penalty:
         if missing := sorted(PENALTY_FIELDS - set(stage.penalty)):
             raise NvcError(f"{where}.penalty.{missing[0]} is missing")
+        if unknown := sorted(set(stage.penalty) - PENALTY_FIELDS - PENALTY_TABLES):
+            raise NvcError(f"{where}.penalty.{unknown[0]} is nothing that a penalty can have")
         if stage.penalty.variant not in ("gaussian", "hinge"):
             raise NvcError(
                 f"{where}.penalty.variant is {stage.penalty.variant!r}; give 'gaussian' or 'hinge'"

@@ -83,8 +83,8 @@ class StepMetrics(metrics.Collection):
     """What a step reports; merged over steps, `compute()` gives means and the newest counts.
 
     `motion_gain`: how many dB closer references are to a B-frame after motion, as it was decoded; 0
-    for other codecs. `misjudged`: see `CodedClip`; 0 for other codecs. What
-    a stage with `motion_only` does not compute is 0, and its motion was not coded.
+    for other codecs. `misjudged`: see `CodedClip`; 0 for codecs that do not judge. What a stage
+    with `motion_only` does not compute is 0, and its motion was not coded.
     A step that was skipped counts with the values it had, so not a number stays to be seen.
     """
 
