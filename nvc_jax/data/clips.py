@@ -54,7 +54,9 @@ def load_clips(folder: str | PathLike, *, progress: bool = True) -> ClipSet:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise NvcError(f"{folder}: no such folder; give one with videos or images in it")
+        raise NvcError(
+            f"{folder}: no such folder; give one with videos or images in it (config.data.folder)"
+        )
     paths = sorted(visible_files(folder))
     videos, images, skipped = [], [], []
     columns = [TextColumn("reading clips"), BarColumn(), MofNCompleteColumn()]
