@@ -343,7 +343,7 @@ def encode_unit(
       refs: what the units that are referred to left; () for none.
       kept: whether others may refer to the unit. If not, and without `render`, `CodedUnit.refs` are
         not to be used.
-      unit: of the schedule: its level and place between its references count. If it does not say
+      unit: of the schedule: its layer and place between its references count. If it does not say
         how reliable these are, codecs that can judge that do so.
     """
     # What refers to a frame of a separate intra codec refers to its picture.
