@@ -4,7 +4,7 @@ import numpy
 
 QP_COUNT = 64
 MAX_QP = QP_COUNT - 1
-# Rows of the tables of codecs whose pictures may be coded worse than the base: by up to 8.
+# Rows of the tables of codecs that code some of their pictures better than the rest, by up to 8.
 QP_ROWS = QP_COUNT + 8
 # Lambda at qp 0 and at the last qp, by what a codec is for (DCVC-UF, arXiv 2606.04410).
 LAMBDA_RANGE = {"image": (10.0, 2048.0), "video": (1.0, 768.0)}

@@ -15,7 +15,8 @@ from nvc_jax.entropy.likelihood import lower_bound, round_straight_through
 def split_params(params: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Parameters of a latent [b, h, w, 3 c] -> its (step sizes, scales, means), [b, h, w, c] each.
 
-    Symbols are multiples of the step sizes, which are at least 1/2.
+    What is left of the latent behind its means is coded in multiples of the step sizes, which are
+    at least 1/2.
     """
     step_size, scale, mean = jnp.split(params, 3, axis=-1)
     return lower_bound(step_size, 0.5), scale, mean

@@ -24,7 +24,7 @@ PICTURES = 330_000  # of OPEN_IMAGES
 def own_clips(image_share: float) -> ConfigDict:
     """A folder of videos and photographs, decoded into memory: see `nvc_jax.data.pipeline`.
 
-    `--config.data.folder=FOLDER` names another one than that beside the data sets.
+    `--config.data.folder=FOLDER` names another one.
     """
     return ConfigDict(dict(folder="data/clips", image_share=image_share))
 
