@@ -109,7 +109,7 @@ class PreparedTables(NamedTuple):
     decode: np.ndarray
 
 
-def _jit(function: Callable) -> Callable:
+def compiled(function: Callable) -> Callable:
     """Compiles without the interpreter lock, and remembers that on disk where that is possible."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
@@ -206,7 +206,7 @@ def _multiply_high(typing_context, a, b):
 # length is part of its type, so each number of lanes gets its own machine code.
 
 
-@_jit
+@compiled
 def _survey(index, table_bits, distance):
     """(coded elements, their expected code length in 1/256 bit), from a sample."""
     coded, bits = 0, 0
@@ -218,7 +218,7 @@ def _survey(index, table_bits, distance):
     return coded * distance, bits * distance
 
 
-@_jit
+@compiled
 def _count(index, tables):
     """Number of coded elements, or -1 if one names a table that is not there."""
     coded, bad = 0, 0
@@ -229,7 +229,7 @@ def _count(index, tables):
     return -1 if bad else coded
 
 
-@_jit
+@compiled
 def _compact(values, index, compact):
     """Copies the coded elements' values; compact has one element more, which is overwritten."""
     k = np.uint64(0)
@@ -238,7 +238,7 @@ def _compact(values, index, compact):
         k += np.uint64(index[np.uint64(i)] != SKIP)
 
 
-@_jit
+@compiled
 def _spread(compact, index, values):
     """The reverse, with 0 for the other elements; compact has one element more here too."""
     k = np.uint64(0)
@@ -250,7 +250,7 @@ def _spread(compact, index, values):
         values[np.uint64(i)] *= np.int16(index[np.uint64(i)] != SKIP)
 
 
-@_jit
+@compiled
 def _encode(symbols, index, lanes, words, position, lookup):
     """Codes some elements of a step, last one first, as rANS has to.
 
@@ -286,7 +286,7 @@ def _encode(symbols, index, lanes, words, position, lookup):
     return np.int64(at), lanes
 
 
-@_jit
+@compiled
 def _decode(words, position, end, lanes, index, symbols, lookup):
     """Decodes some elements of a step into `symbols`.
 
