@@ -20,17 +20,34 @@ from nvc_jax.nn.motion import MAX_VECTOR
 ROOT = 8  # blocks of the largest node, in each direction
 CLASSES = 13  # of magnitudes: 0, 1, 2..3, 4..7, ..., up to 2 * MAX_VECTOR
 SLOW, FAST = 7, 4  # an estimate takes up 1/128, the other 1/16 of each decision
-SPREADS = 4
+SPREADS = 5  # of neighbours' vectors: apart by 0, 1..2, 3..8, 9..32, more
+EVEN = -1  # in place of a context: probability one half, not adapted
 
 # Where the contexts of each kind of decision begin.
-SPLIT = 0  # 3 node sizes x 0, 1, 2 smaller neighbours
-MOVED = SPLIT + 9  # 0, 1, 2 neighbours with "none"
-MERGE = MOVED + 3  # 4 node sizes x 1, 2, 3 candidates
-WHICH = MERGE + 16  # the first of two, of three; the second of three
-CLASS = WHICH + 6  # (down, across after down = 0, across after another) x spreads x 12 decisions
-TOP = CLASS + 3 * SPREADS * (CLASSES - 1)  # highest bit below the leading one, per class
-CONTEXTS = TOP + CLASSES
-INITIAL = np.full((CONTEXTS, 2), 32768, np.uint16)
+SPLIT = 0  # node sizes 2, 4, 8 x smaller neighbours 0, 1, 2
+MOVED = SPLIT + 9  # node sizes 1, 2, 4, 8 x neighbours with "none" 0, 1, 2
+MERGE = MOVED + 12  # node sizes
+WHICH = MERGE + 4  # the first of 2, the first and second of 3, the first to third of 4 candidates
+OTHER = WHICH + 6  # down, across after down as predicted, across after another x spreads
+CLASS = OTHER + 3 * SPREADS  # spreads x classes but the first and last
+CONTEXTS = CLASS + SPREADS * (CLASSES - 2)
+# Probabilities of 1 that estimates start from, in units of 2^-8: fitted to searched fields of
+# training clips, kept from the extremes where there was little to fit to.
+_CLASS_ROWS = (
+    (115, 141, 154, 141, 87, 48, 48, 48, 48, 48, 48),
+    (115, 87, 115, 141, 72, 48, 48, 48, 48, 48, 48),
+    (184, 141, 102, 115, 87, 48, 48, 48, 48, 48, 48),
+    (212, 212, 184, 141, 72, 48, 48, 48, 48, 48, 48),
+    (236, 225, 225, 200, 154, 72, 48, 48, 48, 48, 48),
+)
+INITIAL = np.array(
+    (44, 115, 169, 72, 141, 200, 115, 212, 236)
+    + 4 * (250, 190, 110)
+    + (154, 184, 200, 240)
+    + (102, 102, 72, 141, 102, 48)
+    + (169, 184, 212, 225, 225, 236, 240, 240, 240, 240, 141, 154, 184, 212, 225)
+    + sum(_CLASS_ROWS, ())
+)
 
 # The range coder's state. `code` is what the encoder adds up, modulo 2^32, or how far the decoder's
 # word lies above that.
@@ -42,10 +59,10 @@ _MAX_BYTES = 80
 
 @compiled
 def _bit(bit, context, estimates, state, data):
-    """Codes a decision, or decodes and returns it. Contexts below 0: one half, never adapted."""
+    """Codes a decision, or decodes and returns it."""
     span = state[_RANGE]
     bound = span >> 1
-    if context >= 0:
+    if context != EVEN:
         slow, fast = estimates[context, 0], estimates[context, 1]
         # Probability of 1, in units of 2^-16.
         bound = (span >> 16) * ((np.int64(slow) + np.int64(fast)) >> 1)
@@ -62,7 +79,7 @@ def _bit(bit, context, estimates, state, data):
             if state[_CODE] >> 32:
                 state[_CODE] &= 0xFFFFFFFF
                 _carry(data, state[_POSITION])
-    if context >= 0:
+    if context != EVEN:
         if bit:
             estimates[context, 0] += (65535 - estimates[context, 0]) >> SLOW
             estimates[context, 1] += (65535 - estimates[context, 1]) >> FAST
@@ -93,23 +110,22 @@ def _carry(data, position):
 
 
 @compiled
-def _difference(value, kind, spread, estimates, state, data):
-    """A component's difference to its prediction."""
-    size, magnitude = 0, abs(value)
-    while magnitude >> size:
-        size += 1
-    first, k = CLASS + (kind * SPREADS + spread) * (CLASSES - 1), 0
-    while k < CLASSES - 1 and _bit(np.int64(size > k), first + k, estimates, state, data):
-        k += 1
-    if k == 0:
+def _difference(value, kind, apart, estimates, state, data):
+    """Codes how far a component is from its prediction; the neighbours are `apart` in it."""
+    spread = np.int64(apart > 0) + np.int64(apart > 2) + np.int64(apart > 8) + np.int64(apart > 32)
+    context = OTHER + kind * SPREADS + spread
+    if not _bit(np.int64(value != 0), context, estimates, state, data):
         return 0
-    negative = _bit(np.int64(value < 0), -1, estimates, state, data)
-    decoded = 1
+    magnitude, known, k = abs(value), 1, 1
+    context = CLASS + spread * (CLASSES - 2) - 1
+    while k < CLASSES - 1 and _bit(
+        np.int64(magnitude >> k > 0), context + k, estimates, state, data
+    ):
+        k += 1
+    negative = _bit(np.int64(value < 0), EVEN, estimates, state, data)
     for i in range(k - 2, -1, -1):
-        context = TOP + k if i == k - 2 else -1
-        bit = _bit((magnitude >> i) & 1, context, estimates, state, data)
-        decoded = decoded << 1 | bit
-    return -decoded if negative else decoded
+        known = known << 1 | _bit(magnitude >> i & 1, EVEN, estimates, state, data)
+    return -known if negative else known
 
 
 @compiled
@@ -123,126 +139,108 @@ def _uniform(field, y, x, height, width):
 
 
 @compiled
-def _leaf(field, sizes, y, x, level, count, candidates, merge, estimates, state, data):
-    """Codes the vector at (y, x) of `field`, or decodes it into there. Returns a status."""
-    down, across, _ = field.shape
-    still = 0
-    found = 0
-    # Left, up, up-right.
+def _candidates(field, sizes, y, x, size, near):
+    """Vectors of left, up and up-right, their median first, each once: into `near`.
+
+    Returns (candidates, of left and up those with "none", how far apart they are in down, across).
+    """
+    across, found, none = field.shape[1], 0, 0
     for k in range(3):
-        i, j = (y, x - 1) if k == 0 else (y - 1, x) if k == 1 else (y - 1, x + count)
+        i, j = (y, x - 1) if k == 0 else (y - 1, x) if k == 1 else (y - 1, x + size)
         if i < 0 or j < 0 or j >= across or sizes[i, j] == 0:
             continue
-        if field[i, j, 2] == 0:
-            still += k < 2
-            continue
-        candidates[found, 0], candidates[found, 1] = field[i, j, 0], field[i, j, 1]
-        found += 1
-    moved = _bit(np.int64(field[y, x, 2]), MOVED + still, estimates, state, data)
-    field[y, x, 2] = moved
-    if not moved:
-        return _OK
-    p0, p1, s0, s1 = 0, 0, 0, 0
-    if found > 0:
-        a0, a1 = candidates[0, 0], candidates[0, 1]
-        b0, b1, c0, c1 = a0, a1, a0, a1
-        if found > 1:
-            b0, b1 = candidates[1, 0], candidates[1, 1]
-        if found > 2:
-            c0, c1 = candidates[2, 0], candidates[2, 1]
-        p0 = max(min(a0, b0), min(max(a0, b0), c0))
-        p1 = max(min(a1, b1), min(max(a1, b1), c1))
-        s0 = max(a0, b0, c0) - min(a0, b0, c0)
-        s1 = max(a1, b1, c1) - min(a1, b1, c1)
-    # The median and those that differ from it and from each other.
-    distinct = 0
-    if found > 0:
-        merge[0, 0], merge[0, 1], distinct = p0, p1, 1
-    for k in range(found):
-        new = True
-        for i in range(distinct):
-            if merge[i, 0] == candidates[k, 0] and merge[i, 1] == candidates[k, 1]:
-                new = False
-        if new:
-            merge[distinct, 0], merge[distinct, 1] = candidates[k, 0], candidates[k, 1]
-            distinct += 1
-    which = 0
-    while which < distinct and (
-        merge[which, 0] != field[y, x, 0] or merge[which, 1] != field[y, x, 1]
-    ):
-        which += 1
-    if distinct > 0:
-        context = MERGE + 4 * level + distinct - 1
-        if _bit(np.int64(which < distinct), context, estimates, state, data):
-            k = 0
-            while k < distinct - 1 and _bit(
-                np.int64(which > k),
-                WHICH + (distinct - 2) * (distinct - 1) // 2 + k,
-                estimates,
-                state,
-                data,
-            ):
-                k += 1
-            field[y, x, 0], field[y, x, 1] = merge[k, 0], merge[k, 1]
-            return _OK
-    v0 = p0 + _difference(field[y, x, 0] - p0, 0, _spread(s0), estimates, state, data)
-    kind = 1 + np.int64(v0 != p0)
-    v1 = p1 + _difference(field[y, x, 1] - p1, kind, _spread(s1), estimates, state, data)
-    if abs(v0) > MAX_VECTOR or abs(v1) > MAX_VECTOR:
-        return _LIMIT
-    for k in range(distinct):
-        if merge[k, 0] == v0 and merge[k, 1] == v1:
-            return _RESPELT
-    field[y, x, 0], field[y, x, 1] = v0, v1
-    return _OK
+        if field[i, j, 2]:
+            found += 1
+            near[found, 0], near[found, 1] = field[i, j, 0], field[i, j, 1]
+        else:
+            none += k < 2
+    if found == 0:
+        return 0, none, 0, 0
+    # One that is missing or "none" counts as the first of those there are.
+    second, third = 2 if found > 1 else 1, 3 if found > 2 else 1
+    a0, b0, c0 = near[1, 0], near[second, 0], near[third, 0]
+    a1, b1, c1 = near[1, 1], near[second, 1], near[third, 1]
+    near[0, 0] = max(min(a0, b0), min(max(a0, b0), c0))
+    near[0, 1] = max(min(a1, b1), min(max(a1, b1), c1))
+    count = 1
+    for k in range(1, found + 1):
+        if _place(near, count, near[k, 0], near[k, 1]) == count:
+            near[count, 0], near[count, 1] = near[k, 0], near[k, 1]
+            count += 1
+    return count, none, max(a0, b0, c0) - min(a0, b0, c0), max(a1, b1, c1) - min(a1, b1, c1)
 
 
 @compiled
-def _spread(apart):
-    return np.int64(apart > 0) + np.int64(apart > 2) + np.int64(apart > 8)
+def _place(near, count, down, across):
+    """Where the candidates have a vector; `count` if nowhere."""
+    for k in range(count):
+        if near[k, 0] == down and near[k, 1] == across:
+            return k
+    return count
+
+
+@compiled
+def _leaf(field, sizes, y, x, level, near, estimates, state, data):
+    """Codes block (y, x) of `field`, or decodes it into there. Returns a status."""
+    count, none, apart0, apart1 = _candidates(field, sizes, y, x, 1 << level, near)
+    v0, v1 = np.int64(field[y, x, 0]), np.int64(field[y, x, 1])
+    moved = _bit(np.int64(field[y, x, 2]), MOVED + 3 * level + none, estimates, state, data)
+    if not moved:
+        return _OK
+    place = _place(near, count, v0, v1)
+    if count and _bit(np.int64(place < count), MERGE + level, estimates, state, data):
+        context, k = WHICH + (count - 1) * (count - 2) // 2, 0
+        while k < count - 1 and _bit(np.int64(place > k), context + k, estimates, state, data):
+            k += 1
+        v0, v1 = near[k, 0], near[k, 1]
+    else:
+        if count == 0:
+            near[0] = 0
+        d0 = _difference(v0 - near[0, 0], 0, apart0, estimates, state, data)
+        d1 = _difference(v1 - near[0, 1], 1 + (d0 != 0), apart1, estimates, state, data)
+        v0, v1 = near[0, 0] + d0, near[0, 1] + d1
+        if abs(v0) > MAX_VECTOR or abs(v1) > MAX_VECTOR:
+            return _LIMIT
+        if _place(near, count, v0, v1) < count:
+            return _RESPELT
+    field[y, x, 0], field[y, x, 1], field[y, x, 2] = v0, v1, 1
+    return _OK
 
 
 @compiled
 def _walk(field, estimates, state, data):
     """Codes the field into `data`, or decodes it from there. Returns a status."""
     down, across, _ = field.shape
-    sizes = np.zeros((down, across), np.uint8)  # of the leaf that a block is in; 0: not yet coded
-    candidates = np.zeros((3, 2), np.int64)
-    merge = np.zeros((4, 2), np.int64)
-    for root in range(-(-down // ROOT) * -(-across // ROOT)):
-        top, left = root // -(-across // ROOT) * ROOT, root % -(-across // ROOT) * ROOT
+    sizes = np.zeros((down, across), np.uint8)  # of the node that a block is in; 0: not yet coded
+    near = np.zeros((4, 2), np.int64)
+    roots = -(-across // ROOT)
+    for root in range(-(-down // ROOT) * roots):
         place = 0  # of blocks in the root, in Z-order
         while place < ROOT * ROOT:
-            y, x = top, left
+            y, x = root // roots * ROOT, root % roots * ROOT
             for i in range(3):
                 x += (place >> 2 * i & 1) << i
-                y += (place >> 2 * i + 1 & 1) << i
+                y += (place >> 2 * i & 2) >> 1 << i
             level = 3
             while place & ((1 << 2 * level) - 1):
                 level -= 1
-            if y >= down or x >= across:
-                place += 1 << 2 * level
-                continue
             # The nodes that begin here, from the largest, until one is a leaf.
-            while level > 0:
+            while level and y < down and x < across:
                 size = 1 << level
                 height, width = min(size, down - y), min(size, across - x)
                 if height * width == 1:
                     break
-                smaller = 0
-                if x > 0:
-                    smaller += sizes[y, x - 1] < size
-                if y > 0:
-                    smaller += sizes[y - 1, x] < size
-                split = not state[_DECODING] and not _uniform(field, y, x, height, width)
+                smaller = (x > 0 and sizes[y, x - 1] < size) + (y > 0 and sizes[y - 1, x] < size)
+                split = not (state[_DECODING] or _uniform(field, y, x, height, width))
                 context = SPLIT + 3 * (level - 1) + smaller
                 if not _bit(np.int64(split), context, estimates, state, data):
                     break
                 level -= 1
             size = 1 << level
-            status = _leaf(
-                field, sizes, y, x, level, size, candidates, merge, estimates, state, data
-            )
+            place += size * size
+            if y >= down or x >= across:
+                continue
+            status = _leaf(field, sizes, y, x, level, near, estimates, state, data)
             if status != _OK:
                 return status
             for i in range(y, min(y + size, down)):
@@ -250,7 +248,6 @@ def _walk(field, estimates, state, data):
                     sizes[i, j] = size
                     for k in range(3):
                         field[i, j, k] = field[y, x, k]
-            place += size * size
     if state[_DECODING]:
         for level in range(1, 4):
             for y in range(0, down, 1 << level):
@@ -285,7 +282,7 @@ def encode(field: np.ndarray) -> bytes:
         raise ValueError("a motion field's blocks are (down, across, 1), or (0, 0, 0) for none")
     data = np.empty(_MAX_BYTES * moved.size + 8, np.uint8)
     state = np.array([0, 1 << 32, 0, 0], np.int64)
-    _walk(np.array(field, order="C"), INITIAL.copy(), state, data)
+    _walk(np.array(field, order="C"), _estimates(), state, data)
     # As few bytes more as name a number that the last interval holds.
     low, span, position, _ = (int(x) for x in state)
     size = next(n for n in range(5) if _ceil(low, 32 - 8 * n) < low + span)
@@ -310,7 +307,7 @@ def decode(data: bytes, down: int, across: int) -> np.ndarray:
     """
     field = np.zeros((down, across, 3), np.int16)
     state = np.array([int.from_bytes(data[:4].ljust(4, b"\0"), "big"), 1 << 32, 4, 1], np.int64)
-    status = _walk(field, INITIAL.copy(), state, np.frombuffer(bytearray(data), np.uint8))
+    status = _walk(field, _estimates(), state, np.frombuffer(bytearray(data), np.uint8))
     if status == _LIMIT:
         raise StreamError(f"a unit's motion is damaged: a vector is beyond {MAX_VECTOR}")
     offset, span, position, _ = (int(x) for x in state)
@@ -324,6 +321,10 @@ def decode(data: bytes, down: int, across: int) -> np.ndarray:
     if status == _RESPELT or shorter or _ceil(low, 32 - 8 * size) != last:
         raise StreamError("a unit's motion is damaged: no encoder writes it so")
     return field
+
+
+def _estimates() -> np.ndarray:
+    return np.repeat(INITIAL[:, None] << 8, 2, 1).astype(np.uint16)
 
 
 def _ceil(value: int, bits: int) -> int:
