@@ -14,40 +14,24 @@ checksums are what guarantees integrity.
 import numpy as np
 
 from nvc_jax.entropy.coder import compiled
+from nvc_jax.entropy.motion_contexts import (
+    CLASS,
+    CLASSES,
+    INITIAL,
+    MERGE,
+    MOVED,
+    OTHER,
+    ROOT,
+    SPLIT,
+    SPREAD_LIMITS,
+    SPREADS,
+    WHICH,
+)
 from nvc_jax.errors import StreamError
 from nvc_jax.nn.motion import MAX_VECTOR
 
-ROOT = 8  # blocks of the largest node, in each direction
-CLASSES = 13  # of magnitudes: 0, 1, 2..3, 4..7, ..., up to 2 * MAX_VECTOR
 SLOW, FAST = 7, 4  # an estimate takes up 1/128, the other 1/16 of each decision
-SPREADS = 5  # of neighbours' vectors: apart by 0, 1..2, 3..8, 9..32, more
 EVEN = -1  # in place of a context: probability one half, not adapted
-
-# Where the contexts of each kind of decision begin.
-SPLIT = 0  # node sizes 2, 4, 8 x smaller neighbours 0, 1, 2
-MOVED = SPLIT + 9  # node sizes 1, 2, 4, 8 x neighbours with "none" 0, 1, 2
-MERGE = MOVED + 12  # node sizes
-WHICH = MERGE + 4  # the first of 2, the first and second of 3, the first to third of 4 candidates
-OTHER = WHICH + 6  # down, across after down as predicted, across after another x spreads
-CLASS = OTHER + 3 * SPREADS  # spreads x classes but the first and last
-CONTEXTS = CLASS + SPREADS * (CLASSES - 2)
-# Probabilities of 1 that estimates start from, in units of 2^-8: fitted to searched fields of
-# training clips, kept from the extremes where there was little to fit to.
-_CLASS_ROWS = (
-    (115, 141, 154, 141, 87, 48, 48, 48, 48, 48, 48),
-    (115, 87, 115, 141, 72, 48, 48, 48, 48, 48, 48),
-    (184, 141, 102, 115, 87, 48, 48, 48, 48, 48, 48),
-    (212, 212, 184, 141, 72, 48, 48, 48, 48, 48, 48),
-    (236, 225, 225, 200, 154, 72, 48, 48, 48, 48, 48),
-)
-INITIAL = np.array(
-    (44, 115, 169, 72, 141, 200, 115, 212, 236)
-    + 4 * (250, 190, 110)
-    + (154, 184, 200, 240)
-    + (102, 102, 72, 141, 102, 48)
-    + (169, 184, 212, 225, 225, 236, 240, 240, 240, 240, 141, 154, 184, 212, 225)
-    + sum(_CLASS_ROWS, ())
-)
 
 # The range coder's state. `code` is what the encoder adds up, modulo 2^32, or how far the decoder's
 # word lies above that.
@@ -112,7 +96,9 @@ def _carry(data, position):
 @compiled
 def _difference(value, kind, apart, estimates, state, data):
     """Codes how far a component is from its prediction; the neighbours are `apart` in it."""
-    spread = np.int64(apart > 0) + np.int64(apart > 2) + np.int64(apart > 8) + np.int64(apart > 32)
+    spread = 0
+    for limit in SPREAD_LIMITS:
+        spread += apart > limit
     context = OTHER + kind * SPREADS + spread
     if not _bit(np.int64(value != 0), context, estimates, state, data):
         return 0
