@@ -14,24 +14,43 @@ checksums are what guarantees integrity.
 import numpy as np
 
 from nvc_jax.entropy.coder import compiled
-from nvc_jax.entropy.motion_contexts import (
-    CLASS,
-    CLASSES,
-    INITIAL,
-    MERGE,
-    MOVED,
-    OTHER,
-    ROOT,
-    SPLIT,
-    SPREAD_LIMITS,
-    SPREADS,
-    WHICH,
-)
 from nvc_jax.errors import StreamError
-from nvc_jax.nn.motion import MAX_VECTOR
+
+MAX_VECTOR = 2047  # of each component, in vector units
+ROOT = 8  # blocks of the largest node, in each direction
+CLASSES = 13  # of magnitudes: 0, 1, 2..3, 4..7, ..., up to 2 * MAX_VECTOR
+# How far neighbours are apart in a component: 0, 1..2, 3..8, 9..32, more.
+SPREAD_LIMITS = (0, 2, 8, 32)
+SPREADS = 5
 
 SLOW, FAST = 7, 4  # an estimate takes up 1/128, the other 1/16 of each decision
 EVEN = -1  # in place of a context: probability one half, not adapted
+
+# Where the contexts of each kind of decision begin.
+SPLIT = 0  # node sizes 2, 4, 8 x smaller neighbours 0, 1, 2
+MOVED = SPLIT + 9  # node sizes 1, 2, 4, 8 x neighbours with "none" 0, 1, 2
+MERGE = MOVED + 12  # node sizes
+WHICH = MERGE + 4  # the first of 2, the first and second of 3, the first to third of 4 candidates
+OTHER = WHICH + 6  # down, across after down as predicted, across after another x spreads
+CLASS = OTHER + 3 * SPREADS  # spreads x classes but the first and last
+CONTEXTS = CLASS + SPREADS * (CLASSES - 2)
+# Probabilities of 1 that estimates start from, in units of 2^-8: fitted to searched fields of
+# training clips, kept from the extremes where there was little to fit to.
+_CLASS_ROWS = (
+    (115, 141, 154, 141, 87, 48, 48, 48, 48, 48, 48),
+    (115, 87, 115, 141, 72, 48, 48, 48, 48, 48, 48),
+    (184, 141, 102, 115, 87, 48, 48, 48, 48, 48, 48),
+    (212, 212, 184, 141, 72, 48, 48, 48, 48, 48, 48),
+    (236, 225, 225, 200, 154, 72, 48, 48, 48, 48, 48),
+)
+INITIAL = np.array(
+    (44, 115, 169, 72, 141, 200, 115, 212, 236)
+    + 4 * (250, 190, 110)
+    + (154, 184, 200, 240)
+    + (102, 102, 72, 141, 102, 48)
+    + (169, 184, 212, 225, 225, 236, 240, 240, 240, 240, 141, 154, 184, 212, 225)
+    + sum(_CLASS_ROWS, ())
+)
 
 # The range coder's state. `code` is what the encoder adds up, modulo 2^32, or how far the decoder's
 # word lies above that.
@@ -42,8 +61,9 @@ _MAX_BYTES = 80
 
 
 @compiled
-def _bit(bit, context, estimates, state, data):
+def _bit(bit, context, coder):
     """Codes a decision, or decodes and returns it."""
+    estimates, state, data = coder
     span = state[_RANGE]
     bound = span >> 1
     if context != EVEN:
@@ -94,23 +114,21 @@ def _carry(data, position):
 
 
 @compiled
-def _difference(value, kind, apart, estimates, state, data):
+def _difference(value, kind, apart, coder):
     """Codes how far a component is from its prediction; the neighbours are `apart` in it."""
     spread = 0
     for limit in SPREAD_LIMITS:
         spread += apart > limit
     context = OTHER + kind * SPREADS + spread
-    if not _bit(np.int64(value != 0), context, estimates, state, data):
+    if not _bit(np.int64(value != 0), context, coder):
         return 0
     magnitude, known, k = abs(value), 1, 1
     context = CLASS + spread * (CLASSES - 2) - 1
-    while k < CLASSES - 1 and _bit(
-        np.int64(magnitude >> k > 0), context + k, estimates, state, data
-    ):
+    while k < CLASSES - 1 and _bit(np.int64(magnitude >> k > 0), context + k, coder):
         k += 1
-    negative = _bit(np.int64(value < 0), EVEN, estimates, state, data)
+    negative = _bit(np.int64(value < 0), EVEN, coder)
     for i in range(k - 2, -1, -1):
-        known = known << 1 | _bit(magnitude >> i & 1, EVEN, estimates, state, data)
+        known = known << 1 | _bit(magnitude >> i & 1, EVEN, coder)
     return -known if negative else known
 
 
@@ -141,6 +159,7 @@ def _candidates(field, sizes, y, x, size, near):
         else:
             none += k < 2
     if found == 0:
+        near[0, 0] = near[0, 1] = 0
         return 0, none, 0, 0
     # One that is missing or "none" counts as the first of those there are.
     second, third = 2 if found > 1 else 1, 3 if found > 2 else 1
@@ -166,24 +185,22 @@ def _place(near, count, down, across):
 
 
 @compiled
-def _leaf(field, sizes, y, x, level, near, estimates, state, data):
+def _leaf(field, sizes, y, x, level, near, coder):
     """Codes block (y, x) of `field`, or decodes it into there. Returns a status."""
     count, none, apart0, apart1 = _candidates(field, sizes, y, x, 1 << level, near)
     v0, v1 = np.int64(field[y, x, 0]), np.int64(field[y, x, 1])
-    moved = _bit(np.int64(field[y, x, 2]), MOVED + 3 * level + none, estimates, state, data)
+    moved = _bit(np.int64(field[y, x, 2]), MOVED + 3 * level + none, coder)
     if not moved:
         return _OK
     place = _place(near, count, v0, v1)
-    if count and _bit(np.int64(place < count), MERGE + level, estimates, state, data):
+    if count and _bit(np.int64(place < count), MERGE + level, coder):
         context, k = WHICH + (count - 1) * (count - 2) // 2, 0
-        while k < count - 1 and _bit(np.int64(place > k), context + k, estimates, state, data):
+        while k < count - 1 and _bit(np.int64(place > k), context + k, coder):
             k += 1
         v0, v1 = near[k, 0], near[k, 1]
     else:
-        if count == 0:
-            near[0] = 0
-        d0 = _difference(v0 - near[0, 0], 0, apart0, estimates, state, data)
-        d1 = _difference(v1 - near[0, 1], 1 + (d0 != 0), apart1, estimates, state, data)
+        d0 = _difference(v0 - near[0, 0], 0, apart0, coder)
+        d1 = _difference(v1 - near[0, 1], 1 + (d0 != 0), apart1, coder)
         v0, v1 = near[0, 0] + d0, near[0, 1] + d1
         if abs(v0) > MAX_VECTOR or abs(v1) > MAX_VECTOR:
             return _LIMIT
@@ -194,11 +211,12 @@ def _leaf(field, sizes, y, x, level, near, estimates, state, data):
 
 
 @compiled
-def _walk(field, estimates, state, data):
+def _walk(field, coder):
     """Codes the field into `data`, or decodes it from there. Returns a status."""
     down, across, _ = field.shape
     sizes = np.zeros((down, across), np.uint8)  # of the node that a block is in; 0: not yet coded
     near = np.zeros((4, 2), np.int64)
+    decoding = coder[1][_DECODING]
     roots = -(-across // ROOT)
     for root in range(-(-down // ROOT) * roots):
         place = 0  # of blocks in the root, in Z-order
@@ -217,16 +235,16 @@ def _walk(field, estimates, state, data):
                 if height * width == 1:
                     break
                 smaller = (x > 0 and sizes[y, x - 1] < size) + (y > 0 and sizes[y - 1, x] < size)
-                split = not (state[_DECODING] or _uniform(field, y, x, height, width))
+                split = not (decoding or _uniform(field, y, x, height, width))
                 context = SPLIT + 3 * (level - 1) + smaller
-                if not _bit(np.int64(split), context, estimates, state, data):
+                if not _bit(np.int64(split), context, coder):
                     break
                 level -= 1
             size = 1 << level
             place += size * size
             if y >= down or x >= across:
                 continue
-            status = _leaf(field, sizes, y, x, level, near, estimates, state, data)
+            status = _leaf(field, sizes, y, x, level, near, coder)
             if status != _OK:
                 return status
             for i in range(y, min(y + size, down)):
@@ -234,7 +252,7 @@ def _walk(field, estimates, state, data):
                     sizes[i, j] = size
                     for k in range(3):
                         field[i, j, k] = field[y, x, k]
-    if state[_DECODING]:
+    if decoding:
         for level in range(1, 4):
             for y in range(0, down, 1 << level):
                 for x in range(0, across, 1 << level):
@@ -268,7 +286,7 @@ def encode(field: np.ndarray) -> bytes:
         raise ValueError("a motion field's blocks are (down, across, 1), or (0, 0, 0) for none")
     data = np.empty(_MAX_BYTES * moved.size + 8, np.uint8)
     state = np.array([0, 1 << 32, 0, 0], np.int64)
-    _walk(np.array(field, order="C"), _estimates(), state, data)
+    _walk(np.array(field, order="C"), (_estimates(), state, data))
     # As few bytes more as name a number that the last interval holds.
     low, span, position, _ = (int(x) for x in state)
     size = next(n for n in range(5) if _ceil(low, 32 - 8 * n) < low + span)
@@ -293,20 +311,21 @@ def decode(data: bytes, down: int, across: int) -> np.ndarray:
     """
     field = np.zeros((down, across, 3), np.int16)
     state = np.array([int.from_bytes(data[:4].ljust(4, b"\0"), "big"), 1 << 32, 4, 1], np.int64)
-    status = _walk(field, _estimates(), state, np.frombuffer(bytearray(data), np.uint8))
+    status = _walk(field, (_estimates(), state, np.frombuffer(bytearray(data), np.uint8)))
+    offset, span, position, _ = (int(x) for x in state)
+    size = len(data) - (position - 4)
     if status == _LIMIT:
         raise StreamError(f"a unit's motion is damaged: a vector is beyond {MAX_VECTOR}")
-    offset, span, position, _ = (int(x) for x in state)
-    if status == _OK and not position - 4 <= len(data) <= position:
+    if status == _OK and not 0 <= size <= 4:
         raise StreamError("a unit's motion is damaged: it does not end where its last block does")
-    # The number read, in the last interval, has to be the one that the encoder chooses.
-    size = len(data) - (position - 4)
-    last = int.from_bytes(data[len(data) - size :].ljust(4, b"\0"), "big") if size else 0
-    low = last - offset
-    shorter = size and _ceil(low, 40 - 8 * size) < low + span
-    if status == _RESPELT or shorter or _ceil(low, 32 - 8 * size) != last:
-        raise StreamError("a unit's motion is damaged: no encoder writes it so")
-    return field
+    # The last interval's number in the data has to be the one that the encoder chooses.
+    if status == _OK:
+        last = int.from_bytes(data[position - 4 :].ljust(4, b"\0"), "big")
+        low = last - offset
+        shorter = size > 0 and _ceil(low, 40 - 8 * size) < low + span
+        if not shorter and _ceil(low, 32 - 8 * size) == last:
+            return field
+    raise StreamError("a unit's motion is damaged: no encoder writes it so")
 
 
 def _estimates() -> np.ndarray:

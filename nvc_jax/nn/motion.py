@@ -9,34 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nvc_jax.entropy.motion_contexts import (
-    CLASS,
-    CLASSES,
-    INITIAL,
-    MERGE,
-    MOVED,
-    OTHER,
-    ROOT,
-    SPLIT,
-    SPREAD_LIMITS,
-    SPREADS,
-    WHICH,
-)
+from nvc_jax.entropy import motion as coder
+from nvc_jax.entropy.motion import CLASSES, ROOT, SPREADS
 
 BLOCK = 8  # pixels that share a vector, in each direction
 PRECISION = 4  # vector units per pixel
-MAX_VECTOR = 2047  # of each component, in vector units
+MAX_VECTOR = coder.MAX_VECTOR  # of each component, in vector units
 
 _BEYOND = 1 << 14  # no value of a field
 _END_BITS = 5  # how many more a coded field has than its decisions, on average
 # Bits of each context's decision: [0 or 1, contexts].
-_COST = -np.log2([1 - INITIAL / 256, INITIAL / 256]).astype(np.float32)
+_COST = -np.log2([1 - coder.INITIAL / 256, coder.INITIAL / 256]).astype(np.float32)
 
 
 def _class_costs() -> np.ndarray:
     """float32 [kinds, spreads, classes]: bits of differences, with sign and remainder."""
-    zero, other = _COST[:, OTHER : OTHER + 3 * SPREADS].reshape(2, 3, SPREADS, 1)
-    stop, on = _COST[:, CLASS:].reshape(2, SPREADS, CLASSES - 2)
+    zero, other = _COST[:, coder.OTHER : coder.OTHER + 3 * SPREADS].reshape(2, 3, SPREADS, 1)
+    stop, on = _COST[:, coder.CLASS :].reshape(2, SPREADS, CLASSES - 2)
     before = np.cumsum(np.pad(on, ((0, 0), (1, 0))), 1)
     raw = np.arange(1, CLASSES)  # the sign and all bits below the leading one
     return np.concatenate([zero, other + before + np.pad(stop, ((0, 0), (0, 1))) + raw], -1)
@@ -46,7 +35,7 @@ def _which_costs() -> np.ndarray:
     """float32 [5, 5]: bits of choosing a candidate, by their number and its place."""
     costs = np.zeros((5, 5), np.float32)
     for count in range(2, 5):
-        first = WHICH + (count - 1) * (count - 2) // 2
+        first = coder.WHICH + (count - 1) * (count - 2) // 2
         for place in range(count):
             costs[count, place] = _COST[1, first : first + place].sum()
             if place < count - 1:
@@ -139,8 +128,8 @@ def _split_bits(sizes: jax.Array, uniform: jax.Array, level: int) -> jax.Array:
     _, left, up, _ = _around(sizes, level)
     size = 1 << level
     smaller = ((left > 0) & (left < size)).astype(int) + ((up > 0) & (up < size))
-    costs = jnp.asarray(_COST[:, SPLIT + 3 * (level - 1) : SPLIT + 3 * level])
-    return costs[(~uniform).astype(int), smaller]
+    first = coder.SPLIT + 3 * (level - 1)
+    return jnp.asarray(_COST[:, first : first + 3])[(~uniform).astype(int), smaller]
 
 
 def _leaf_bits(blocks: jax.Array, level: int, across: int) -> jax.Array:
@@ -152,7 +141,8 @@ def _leaf_bits(blocks: jax.Array, level: int, across: int) -> jax.Array:
     coded = x > 0, y > 0, up_right
     moved = [(b[..., 2] == 1) & c for b, c in zip(near, coded, strict=True)]
     none = sum(((b[..., 2] == 0) & c).astype(int) for b, c in zip(near[:2], coded, strict=False))
-    bits = jnp.asarray(_COST[:, MOVED + 3 * level : MOVED + 3 * (level + 1)])[here[..., 2], none]
+    first = coder.MOVED + 3 * level
+    bits = jnp.asarray(_COST[:, first : first + 3])[here[..., 2], none]
 
     near, here_moved, here = [b[..., :2] for b in near], here[..., 2] == 1, here[..., :2]
     first = jnp.zeros_like(here)
@@ -174,12 +164,12 @@ def _leaf_bits(blocks: jax.Array, level: int, across: int) -> jax.Array:
         count = count + new.astype(int)
         found |= new & (vector == here).all(-1)
         place = place + (~found & new).astype(int)
-    flag = jnp.where(count > 0, jnp.asarray(_COST[:, MERGE + level])[found.astype(int)], 0)
+    flag = jnp.where(count > 0, jnp.asarray(_COST[:, coder.MERGE + level])[found.astype(int)], 0)
     choice = jnp.asarray(_WHICH_COSTS)[count, place]
 
     difference = jnp.abs(here - median)
     classes = sum((difference >= 1 << k).astype(int) for k in range(CLASSES - 1))
-    spread = sum((apart > limit).astype(int) for limit in SPREAD_LIMITS)
+    spread = sum((apart > limit).astype(int) for limit in coder.SPREAD_LIMITS)
     kind = 1 + (classes[..., 0] > 0)
     costs = jnp.asarray(_CLASS_COSTS)
     vector = (
