@@ -284,7 +284,12 @@ def encode(field: np.ndarray) -> bytes:
         raise ValueError(f"a motion field has vectors beyond {MAX_VECTOR}")
     if ((moved != 0) & (moved != 1)).any() or vectors[moved == 0].any():
         raise ValueError("a motion field's blocks are (down, across, 1), or (0, 0, 0) for none")
-    data = np.empty(_MAX_BYTES * moved.size + 8, np.uint8)
+    return coded(field)
+
+
+def coded(field: np.ndarray) -> bytes:
+    """`encode` without its checks; stops at a vector beyond the limit."""
+    data = np.empty(_MAX_BYTES * field[..., 0].size + 8, np.uint8)
     state = np.array([0, 1 << 32, 0, 0], np.int64)
     _walk(np.array(field, order="C"), (_estimates(), state, data))
     # As few bytes more as name a number that the last interval holds.
