@@ -211,3 +211,95 @@ def test_the_format_is_as_it_was():
     field[5, 5] = 7, -3, 1
     field[6:9, 8:, :2] = -MAX_VECTOR, MAX_VECTOR
     assert motion.encode(field).hex() == "35f91279afb1a064d503dee80829e30a"
+
+
+def documented_decode(data, down, across):
+    """docs/bitstream.md in plain Python, without the checks of damage."""
+    heads = [115, 141, 154, 141, 87], [115, 87, 115, 141, 72], [184, 141, 102, 115, 87]
+    heads += [212, 212, 184, 141, 72], [236, 225, 225, 200, 154, 72]
+    start = {
+        "split": [44, 115, 169, 72, 141, 200, 115, 212, 236],
+        "moved": [250, 190, 110] * 4,
+        "merged": [154, 184, 200, 240],
+        "which": [102, 102, 72, 141, 102, 48],
+        "other": [169, 184, 212, 225, 225, 236, 240, 240, 240, 240, 141, 154, 184, 212, 225],
+        "class": [n for head in heads for n in (*head, *(11 - len(head)) * [48])],
+    }
+    estimates = {(kind, i): [256 * n] * 2 for kind in start for i, n in enumerate(start[kind])}
+    rest = iter(data[4:])
+    span, code = 2**32, int.from_bytes(data[:4].ljust(4, b"\0"), "big")
+    blocks, sizes = {}, {}
+
+    def decide(*context):
+        nonlocal span, code
+        pair = estimates.get(context)
+        bound = (span >> 16) * (sum(pair) >> 1) if pair else span >> 1
+        bit = code < bound
+        if bit:
+            span = bound
+        else:
+            span, code = span - bound, code - bound
+        if pair:
+            for i, shift in enumerate((7, 4)):
+                pair[i] += (65535 - pair[i]) >> shift if bit else -(pair[i] >> shift)
+        while span < 2**24:
+            span, code = span * 256, code * 256 + next(rest, 0)
+        return bit
+
+    def difference(kind, values):
+        spread = sum(max(values) - min(values) > limit for limit in (0, 2, 8, 32))
+        if not decide("other", 5 * kind + spread):
+            return 0
+        bits = 0
+        while bits < 11 and decide("class", 11 * spread + bits):
+            bits += 1
+        sign = -1 if decide("even") else 1
+        magnitude = 1
+        for _ in range(bits):
+            magnitude = 2 * magnitude + decide("even")
+        return sign * magnitude
+
+    def node(y, x, size):
+        inside = [(i, j) for i in range(y, min(y + size, down)) for j in range(x, x + size)]
+        inside = [place for place in inside if place[1] < across]
+        if not inside:
+            return
+        level = size.bit_length() - 1
+        places = [(y, x - 1), (y - 1, x), (y - 1, x + size)]
+        smaller = sum(sizes.get(place, 8) < size for place in places[:2])
+        if len(inside) > 1 and decide("split", 3 * (level - 1) + smaller):
+            for i in (0, size // 2):
+                for j in (0, size // 2):
+                    node(y + i, x + j, size // 2)
+            return
+        none = sum(blocks.get(place, (0, 0, 1))[2] == 0 for place in places[:2])
+        block = (0, 0, 0)
+        if decide("moved", 3 * level + none):
+            near = [blocks[place][:2] for place in places if blocks.get(place, (0, 0, 0))[2]]
+            three = (near + 3 * near[:1])[:3] or [(0, 0)] * 3
+            predicted = tuple(sorted(component)[1] for component in zip(*three, strict=True))
+            candidates = list(dict.fromkeys([predicted, *near])) if near else []
+            count, k = len(candidates), 0
+            if count and decide("merged", level):
+                while k < count - 1 and decide("which", (count - 1) * (count - 2) // 2 + k):
+                    k += 1
+                block = (*candidates[k], 1)
+            else:
+                first = difference(0, [vector[0] for vector in three])
+                second = difference(2 if first else 1, [vector[1] for vector in three])
+                block = (predicted[0] + first, predicted[1] + second, 1)
+        blocks.update(dict.fromkeys(inside, block))
+        sizes.update(dict.fromkeys(inside, size))
+
+    for y in range(0, down, 8):
+        for x in range(0, across, 8):
+            node(y, x, 8)
+    return np.array([[blocks[y, x] for x in range(across)] for y in range(down)], np.int16)
+
+
+@given(fields())
+@settings(max_examples=60)
+@example(moving_object(0))
+def test_the_code_is_what_the_documentation_says(field):
+    decoded = documented_decode(motion.encode(field), *field.shape[:2])
+    assert np.array_equal(decoded, field)
