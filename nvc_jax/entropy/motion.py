@@ -33,7 +33,6 @@ MERGE = MOVED + 12  # node sizes
 WHICH = MERGE + 4  # the first of 2, the first and second of 3, the first to third of 4 candidates
 OTHER = WHICH + 6  # down, across after down as predicted, across after another x spreads
 CLASS = OTHER + 3 * SPREADS  # spreads x classes but the first and last
-CONTEXTS = CLASS + SPREADS * (CLASSES - 2)
 # Probabilities of 1 that estimates start from, in units of 2^-8: fitted to searched fields of
 # training clips, kept from the extremes where there was little to fit to.
 _CLASS_ROWS = (
