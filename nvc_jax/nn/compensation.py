@@ -1,0 +1,161 @@
+"""Motion compensation: a picture predicted from blocks of a reference that a motion field moves.
+
+A field is int16 [batch, rows, columns, 3], see `nvc_jax.nn.motion`: for every block of 8x8 luma
+samples a vector (down, across) in quarters of a luma sample, and whether the block is predicted at
+all. Blocks that are not ("none") are mid-grey, which makes them intra coded.
+
+Samples between samples come from an 8-tap windowed sinc, as in AVC and its successors, and blocks
+overlap: each predicts twice its size, weighted by a window (Orchard and Sullivan 1994).
+
+Per-pixel gathers are what makes warping slow on CPUs and TPUs alike. Here the reference is
+interpolated as a whole at 4x4 phases, and then whole blocks are gathered, one slice each. On a CPU
+at 352x288 that takes 2.5 ms; interpolating every block on its own, 4.2 ms by shifted sums and
+4.9 ms by two matrix products.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nvc_jax.nn.warp import warp
+
+PHASES = 4  # positions per sample, in each direction
+TAPS = 8
+BLANK = 0.5  # of blocks that nothing predicts
+# Of a cell of features at 1/8 of the size, in the field's units.
+CELL = 32
+
+
+def interpolation_kernel() -> np.ndarray:
+    """float32 [PHASES, TAPS]: weights of samples -3..4 for a position of 0, 1/4, 1/2, 3/4."""
+    taps = np.arange(TAPS) - 3
+    offsets = taps - np.arange(PHASES)[:, None] / PHASES
+    kernel = np.sinc(offsets) * np.cos(np.pi * offsets / (TAPS + 1))
+    return (kernel / kernel.sum(1, keepdims=True)).astype(np.float32)
+
+
+def window(block: int) -> np.ndarray:
+    """float32 [2 block]: weight of a prediction from half a block before to half a block behind.
+
+    Steeper than a triangle, and together with the neighbour's 1 everywhere.
+    """
+    near = 1 - np.abs(np.arange(2 * block) + 0.5 - block) / block
+    return (near**2 / (near**2 + (1 - near) ** 2)).astype(np.float32)
+
+
+def compensate(reference: jax.Array, field: jax.Array, overlap: bool = True) -> jax.Array:
+    """Predicts a picture from a reference.
+
+    Args:
+      reference: float32 [b, h, w, c]: luma, or chroma at half size. Beyond its border it goes on as
+        it ends.
+      field: int16 [b, rows, columns, 3]; h / rows samples are a block (8 for luma, 4 for chroma,
+        whose vectors are rounded to quarters of its samples).
+      overlap: whether blocks reach over their neighbours.
+
+    Returns:
+      float32 [b, h, w, c]. Gradients flow to the reference only.
+    """
+    b, h, w, c = reference.shape
+    rows, columns = field.shape[1:3]
+    block = h // rows
+    edge = block // 2 if overlap else 0
+    size = block + 2 * edge
+    vectors = _quarters(field[..., :2].astype(jnp.int32), block)
+    margin = size + TAPS  # no block that is further out sees anything else
+    # Channels first: rows of samples are what processors take at once.
+    planes = _phases(reference.transpose(0, 3, 1, 2), margin)
+
+    def starts(axis, count, side):
+        """First sample of every block in the padded planes."""
+        shape = (1, -1, 1) if axis == 0 else (1, 1, -1)
+        place = jnp.arange(count).reshape(shape) * block - edge + (vectors[..., axis] >> 2)
+        return jnp.clip(place, -margin, side + TAPS) + margin
+
+    phase = PHASES * (vectors[..., 0] & 3) + (vectors[..., 1] & 3)
+    places = jnp.stack([phase, starts(0, rows, h), starts(1, columns, w)], -1)
+
+    def gather(planes, places):
+        def take(place):
+            phase, row, column = place
+            return lax.dynamic_slice(planes, (phase, 0, row, column), (1, c, size, size))[0]
+
+        return jax.vmap(take)(places.reshape(-1, 3))
+
+    blocks = jax.vmap(gather)(planes, places).reshape(b, rows, columns, c, size, size)
+    used = (field[..., 2] > 0)[..., None, None, None]
+    if overlap:
+        shares = jnp.where(used, np.multiply.outer(window(block), window(block)), 0)
+        picture = _overlap_add(blocks * shares, block)
+        picture /= jnp.maximum(_overlap_add(shares, block), 1e-6)
+    else:
+        picture = _assembled(blocks)
+    here = jnp.broadcast_to(used, (b, rows, columns, 1, block, block))
+    return jnp.where(_assembled(here), picture, BLANK).transpose(0, 2, 3, 1)
+
+
+def compensate_features(features: jax.Array, field: jax.Array) -> jax.Array:
+    """Features at 1/8 of the size [b, h/8, w/8, c], moved likewise, bilinear; 0 where none."""
+    flow = field[..., 1::-1].astype(jnp.float32) / CELL
+    return jnp.where(field[..., 2:] > 0, warp(features, flow), 0)
+
+
+def compensate_cells(memory: jax.Array, field: jax.Array) -> jax.Array:
+    """A memory of integers at 1/8 of the size [b, h/8, w/8, c], moved by whole cells; 0 where none.
+
+    The same on every machine: nothing is interpolated.
+    """
+    _, rows, columns, _ = memory.shape
+    whole = (field[..., :2].astype(jnp.int32) + CELL // 2) // CELL
+    row = jnp.clip(jnp.arange(rows)[:, None] + whole[..., 0], 0, rows - 1)
+    column = jnp.clip(jnp.arange(columns) + whole[..., 1], 0, columns - 1)
+    moved = jax.vmap(lambda m, r, c: m[r, c])(memory, row, column)
+    return jnp.where(field[..., 2:] > 0, moved, jnp.zeros((), memory.dtype))
+
+
+def _quarters(vectors: jax.Array, block: int) -> jax.Array:
+    """Vectors in quarters of a sample of a plane with blocks of this size, rounded half up."""
+    coarser = 8 // block
+    return (vectors + coarser // 2) // coarser
+
+
+def _phases(reference: jax.Array, margin: int) -> jax.Array:
+    """[b, c, h, w] -> [b, PHASES^2, c, h + 2 margin, w + 2 margin], every phase of the reference.
+
+    Phase PHASES * i + j holds what lies i quarters below and j quarters to the right.
+    """
+    before, behind = TAPS // 2 - 1, TAPS // 2
+    padding = ((0, 0), (0, 0), *2 * ((margin + before, margin + behind),))
+    padded = jnp.pad(reference, padding, mode="edge")
+    kernel = interpolation_kernel()
+
+    def along(x, axis):
+        size = x.shape[axis] - TAPS + 1
+        parts = [lax.slice_in_dim(x, k, k + size, axis=axis) for k in range(TAPS)]
+        moved = [sum(p * w for p, w in zip(parts, row, strict=True)) for row in kernel[1:]]
+        # Or compilers would interpolate along one axis anew for every position along the other.
+        return lax.optimization_barrier([parts[before], *moved])
+
+    return jnp.stack([p for rows in along(padded, 2) for p in along(rows, 3)], 1)
+
+
+def _assembled(blocks: jax.Array) -> jax.Array:
+    """[b, rows, columns, c, n, n] -> [b, c, rows * n, columns * n]."""
+    b, rows, columns, c, n, _ = blocks.shape
+    return blocks.transpose(0, 3, 1, 4, 2, 5).reshape(b, c, rows * n, columns * n)
+
+
+def _overlap_add(blocks: jax.Array, block: int) -> jax.Array:
+    """Sums predictions [b, rows, columns, c, 2 block, 2 block] where they overlap.
+
+    In a grid moved by half a block, every cell gets one quadrant of each of four blocks.
+    """
+    cells = 0.0
+    for down, across in np.ndindex(2, 2):
+        first = blocks[..., down * block : (down + 1) * block, :]
+        quadrant = first[..., across * block : (across + 1) * block]
+        place = ((0, 0), (down, 1 - down), (across, 1 - across), (0, 0), (0, 0), (0, 0))
+        cells += jnp.pad(quadrant, place)
+    half = block // 2
+    return _assembled(cells)[:, :, half:-half, half:-half]
