@@ -13,6 +13,8 @@ at 352x288 that takes 2.5 ms; interpolating every block on its own, 4.2 ms by sh
 4.9 ms by two matrix products.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,29 +63,12 @@ def compensate(reference: jax.Array, field: jax.Array, overlap: bool = True) -> 
     rows, columns = field.shape[1:3]
     block = h // rows
     edge = block // 2 if overlap else 0
-    size = block + 2 * edge
     vectors = _quarters(field[..., :2].astype(jnp.int32), block)
-    margin = size + TAPS  # no block that is further out sees anything else
+    margin = margin_of(block + 2 * edge)
     # Channels first: rows of samples are what processors take at once.
-    planes = _phases(reference.transpose(0, 3, 1, 2), margin)
-
-    def starts(axis, count, side):
-        """First sample of every block in the padded planes."""
-        shape = (1, -1, 1) if axis == 0 else (1, 1, -1)
-        place = jnp.arange(count).reshape(shape) * block - edge + (vectors[..., axis] >> 2)
-        return jnp.clip(place, -margin, side + TAPS) + margin
-
-    phase = PHASES * (vectors[..., 0] & 3) + (vectors[..., 1] & 3)
-    places = jnp.stack([phase, starts(0, rows, h), starts(1, columns, w)], -1)
-
-    def gather(planes, places):
-        def take(place):
-            phase, row, column = place
-            return lax.dynamic_slice(planes, (phase, 0, row, column), (1, c, size, size))[0]
-
-        return jax.vmap(take)(places.reshape(-1, 3))
-
-    blocks = jax.vmap(gather)(planes, places).reshape(b, rows, columns, c, size, size)
+    planes = interpolated(reference.transpose(0, 3, 1, 2), margin)
+    take = partial(blocks_at, size=block + 2 * edge, edge=edge)
+    blocks = jax.vmap(take)(planes, vectors)
     used = (field[..., 2] > 0)[..., None, None, None]
     if overlap:
         shares = jnp.where(used, np.multiply.outer(window(block), window(block)), 0)
@@ -93,6 +78,39 @@ def compensate(reference: jax.Array, field: jax.Array, overlap: bool = True) -> 
         picture = _assembled(blocks)
     here = jnp.broadcast_to(used, (b, rows, columns, 1, block, block))
     return jnp.where(_assembled(here), picture, BLANK).transpose(0, 2, 3, 1)
+
+
+def margin_of(size: int) -> int:
+    """By how much planes are extended for blocks of this size; further out nothing changes."""
+    return size + TAPS
+
+
+def blocks_at(planes: jax.Array, vectors: jax.Array, size: int, edge: int = 0) -> jax.Array:
+    """Blocks of one reference, one slice each.
+
+    Args:
+      planes: [phases, c, h + 2 margin, w + 2 margin] with `margin_of(size)`, see `interpolated`; or
+        [1, c, ...], the whole samples, for vectors that are multiples of 4.
+      vectors: int32 [rows, columns, 2], in quarters of a sample.
+      size: of blocks, which begin `edge` samples before their place.
+
+    Returns:
+      [rows, columns, c, size, size].
+    """
+    phases, c, *extended = planes.shape
+    rows, columns, _ = vectors.shape
+    margin, step = margin_of(size), size - 2 * edge
+    grid = jnp.stack(jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij"), -1)
+    side = jnp.array(extended) - 2 * margin
+    places = jnp.clip(step * grid - edge + (vectors >> 2), -margin, side + TAPS) + margin
+    fraction = vectors & 3
+    phase = PHASES * fraction[..., 0] + fraction[..., 1] if phases > 1 else 0 * fraction[..., 0]
+
+    def take(phase, place):
+        return lax.dynamic_slice(planes, (phase, 0, *place), (1, c, size, size))[0]
+
+    blocks = jax.vmap(take)(phase.reshape(-1), places.reshape(-1, 2))
+    return blocks.reshape(rows, columns, c, size, size)
 
 
 def compensate_features(features: jax.Array, field: jax.Array) -> jax.Array:
@@ -120,7 +138,7 @@ def _quarters(vectors: jax.Array, block: int) -> jax.Array:
     return (vectors + coarser // 2) // coarser
 
 
-def _phases(reference: jax.Array, margin: int) -> jax.Array:
+def interpolated(reference: jax.Array, margin: int) -> jax.Array:
     """[b, c, h, w] -> [b, PHASES^2, c, h + 2 margin, w + 2 margin], every phase of the reference.
 
     Phase PHASES * i + j holds what lies i quarters below and j quarters to the right.

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nvc_jax.nn.blocks import Blocks, DepthConvBlock, Down, Pointwise, Up
+from nvc_jax.nn.blocks import KERNEL_INIT, Blocks, DepthConvBlock, Down, Pointwise, Up
 
 
 def latent_shapes(batch: int, h: int, w: int, y: int, z: int) -> tuple:
@@ -56,11 +56,15 @@ class ParameterNet(nn.Module):
     depth: int
     form: str = "rt"
     bias_init: Callable = nn.initializers.zeros
+    kernel_init: Callable = KERNEL_INIT  # of the last layer
 
     @nn.compact
     def __call__(self, x):
         x = Blocks(self.width, self.depth, self.form, name="blocks")(x)
-        return Pointwise(self.features, bias_init=self.bias_init, name="params")(x)
+        last = Pointwise(
+            self.features, kernel_init=self.kernel_init, bias_init=self.bias_init, name="params"
+        )
+        return last(x)
 
 
 def leading_ones(count: int):

@@ -49,9 +49,9 @@ def memory_channels(channels: int) -> int:
     return 2 * channels + STATE
 
 
-def no_memory(channels: int, height: int, width: int) -> jax.Array:
-    """The memory of nothing, for a picture of this size."""
-    return jnp.zeros((1, height // 16, width // 16, memory_channels(channels)), jnp.int8)
+def no_memory(channels: int, height: int, width: int, cell: int = 16) -> jax.Array:
+    """The memory of nothing, for a picture of this size; `cell` pixels are a side of an element."""
+    return jnp.zeros((1, height // cell, width // cell, memory_channels(channels)), jnp.int8)
 
 
 def activation(x, np=jnp):
