@@ -36,8 +36,8 @@ from nvc_jax.files import replacing, writing
 from nvc_jax.schedule import MODES, Schedule
 
 MAGIC = b"\x8bNVC"
-VERSION = 3
-OLDEST_VERSION = 1  # that is still read: 1 has only mode 0, 1 and 2 no short groups
+VERSION = 4
+OLDEST_VERSION = 1  # that is still read: 1 has only mode 0, 1 and 2 no short groups, 3 no motion
 END_MAGIC = b"CVN\x8b"
 
 MAX_SIDE = 16384  # pixels, width and height

@@ -213,9 +213,12 @@ def _encode_group(
     whole = len(group) == schedules.group_size(schedule, first_frame)
     short = None if whole or not schedules.in_layers(schedule) else len(group)
     planned = schedules.units(schedule, first_frame, len(group), first_unit, mode)
+    offsets = registry.entry(codec.model.codec).qp_offsets
     for number, unit in enumerate(planned, first_unit):
         originals = [group[f - first_frame] for f in unit.frames]
         qps = tuple(qp + offset for offset in unit.qp_offset)
+        if offsets and not unit.layered:
+            qps = tuple(qp + offsets[frame % len(offsets)] for frame in unit.frames)
         if layer_qp and unit.layered:
             extra = schedules.of_layer(layer_qp, unit)
             qps = tuple(min(max(qp + extra, 0), codec.model.module.qp_rows - 1) for qp in qps)
@@ -226,10 +229,10 @@ def _encode_group(
         for slot in unit.release:
             del slots[slot]
         steps = list(zip(coded.symbols, coded.indices, strict=True))
-        packet = Packet(unit.frames, qps, payload, symbols_crc(coded.symbols))
+        packet = Packet(unit.frames, qps, payload, symbols_crc(coded.symbols, coded.motion))
         if number == first_unit:
             packet = replace(packet, random_access=not unit.refs, group=short, mode=mode)
-        bits = coder.code_length_bits(steps, codec.tables)
+        bits = coder.code_length_bits(steps, codec.tables) + 8 * coded.motion_bytes
         yield EncodedUnit(packet, originals, coded.pictures, unit, coded, bits)
 
 
@@ -476,7 +479,7 @@ def _decode_packet(
         raise _mismatch(codec.entropy_mode, number, packet, reason) from None
     except StreamError as e:
         raise StreamError(f"{_place(number, packet)} cannot be decoded: {e}") from None
-    if symbols_crc(decoded.symbols) != packet.symbols_crc:
+    if symbols_crc(decoded.symbols, decoded.motion) != packet.symbols_crc:
         raise _mismatch(codec.entropy_mode, number, packet, "the checksum of its symbols is wrong")
     return decoded
 

@@ -7,7 +7,8 @@ MAX_QP = QP_COUNT - 1
 # Rows of the tables of codecs that code some of their pictures better than the rest, by up to 8.
 QP_ROWS = QP_COUNT + 8
 # Lambda at qp 0 and at the last qp, by what a codec is for (DCVC-UF, arXiv 2606.04410).
-LAMBDA_RANGE = {"image": (10.0, 2048.0), "video": (1.0, 768.0)}
+# "wide" is for codecs that can come as close to their source as anyone likes.
+LAMBDA_RANGE = {"image": (10.0, 2048.0), "video": (1.0, 768.0), "wide": (12.0, 6144.0)}
 
 
 def lambda_of_qp(qp, kind: str):

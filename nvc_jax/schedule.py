@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nvc_jax.errors import NvcError
 
@@ -45,7 +45,8 @@ class Unit(NamedTuple):
     B-frame's place between its two references: its distance from the first as a share of theirs.
     `distances`: how many frames behind the unit's first one each reference is displayed; negative
     before it. `reliability`: how far each can be trusted, in the codec's levels, for codecs that
-    have them; the encoder finds it for every unit. `layered`: its quality follows its layer.
+    have them; the encoder finds it for every unit, as it does `motion`, int16 [blocks down, blocks
+    across, 3], see `nvc_jax.nn.motion`. `layered`: its quality follows its layer.
     """
 
     frames: tuple[int, ...]
@@ -56,6 +57,7 @@ class Unit(NamedTuple):
     ratio: float = 0.5
     distances: tuple[int, ...] = ()
     reliability: tuple[int, ...] = ()
+    motion: Any = None
     layered: bool = False
     picture_only: bool = False  # reads the picture of its reference, not its feature
     shown: bool = False  # a later unit reads its picture: also the encoder has to make it

@@ -20,7 +20,7 @@ import numpy as np
 from nvc_jax import colour
 from nvc_jax import schedule as schedules
 from nvc_jax.bitstream import read_varint, varint
-from nvc_jax.entropy import calibration, coder
+from nvc_jax.entropy import calibration, coder, motion
 from nvc_jax.entropy.bottleneck import (
     FROM_CALLER,
     FROM_PICTURE,
@@ -33,6 +33,7 @@ from nvc_jax.errors import NvcError, StreamError
 from nvc_jax.machine import cores
 from nvc_jax.models import registry, released
 from nvc_jax.models.released import Released
+from nvc_jax.nn.motion import BLOCK
 from nvc_jax.video import Planes
 
 
@@ -47,7 +48,8 @@ class CodedUnit(NamedTuple):
       flags: bool arrays, one per coding step with scales; none unless in calibrated mode.
       scales: float32 arrays likewise, on the device; none in exact mode.
       coder_state: of the host coder, uint32.
-      reliability: of the references, see `nvc_jax.schedule.Unit`.
+      reliability, motion: of the references, see `nvc_jax.schedule.Unit`.
+      motion_bytes: that the motion takes in the payload.
     """
 
     pictures: list[Planes] | None
@@ -58,6 +60,8 @@ class CodedUnit(NamedTuple):
     scales: list[jax.Array]
     coder_state: np.ndarray
     reliability: tuple[int, ...] = ()
+    motion: np.ndarray | None = None
+    motion_bytes: int = 0
 
 
 class UnitCodec(NamedTuple):
@@ -74,6 +78,7 @@ class UnitCodec(NamedTuple):
       steps: of units (without, with) references, see `registry.steps`.
       program: jitted, see `_unit_program`.
       judge: jitted, see `_judge_program`; None for codecs that do not judge their references.
+      search: jitted, see `_search_program`; None for codecs without searched motion.
     """
 
     model: Released
@@ -86,6 +91,7 @@ class UnitCodec(NamedTuple):
     steps: dict[bool, tuple[Step, ...]]
     program: Any
     judge: Any = None
+    search: Any = None
 
     def steps_of(self, refs: Any) -> tuple[Step, ...]:
         """The coding steps of a unit with references, or without if `refs` is empty or False."""
@@ -132,10 +138,14 @@ def prepare(
     steps = registry.steps(module, variables, _padded(height), _padded(width), exact)
     tables = coder.prepare(model.tables)
     program = jax.jit(functools.partial(_unit_program, model, tables, width, height, entropy_mode))
-    judge = None
+    judge = search = None
     if registry.judges_references(module):
         judge = jax.jit(functools.partial(_judge_program, model, width, height))
-    codec = UnitCodec(model, tables, width, height, entropy_mode, (), (), steps, program, judge)
+    if registry.searches_motion(module):
+        search = jax.jit(functools.partial(_search_program, model, width, height))
+    codec = UnitCodec(
+        model, tables, width, height, entropy_mode, (), (), steps, program, judge, search
+    )
     if entropy_mode == CALIBRATED:
         codec = with_margins(codec, margin_exponents or (MARGIN_EXPONENT,))
     return codec
@@ -192,6 +202,13 @@ def _judge_program(model, width, height, variables, planes, refs, qp):
     frames = planes_to_frames(planes, height, width, model.module.rgb)
     logits = model.module.apply(variables, frames, refs, qp, method="reliability")
     return jnp.argmax(logits[0], -1)
+
+
+def _search_program(model, width, height, variables, planes, refs, qp):
+    """Motion of a unit's picture, int16 [blocks down, blocks across, 3]."""
+    frames = planes_to_frames(planes, height, width, model.module.rgb)
+    field = model.module.apply(variables, frames[:, 0], refs[0], qp[:, 0], method="search")
+    return field[0]
 
 
 def _pull_on_host(tables: coder.PreparedTables):
@@ -296,8 +313,9 @@ def _run(
         out = jax.device_get(out)
         out = [Planes(*(plane[i] for plane in out)) for i in range(len(qps))]
     return CodedUnit(
-        out if render else None, refs, symbols, indices, flags, scales, state, unit.reliability
-    )
+        out if render else None, refs, symbols, indices, flags, scales, state, unit.reliability,
+        unit.motion,
+    )  # fmt: skip
 
 
 def _stacked(pictures: Sequence[Planes]) -> tuple[np.ndarray, ...]:
@@ -308,7 +326,10 @@ def _stacked(pictures: Sequence[Planes]) -> tuple[np.ndarray, ...]:
 def _completed(codec: UnitCodec, refs: tuple, unit: schedules.Unit) -> Any:
     """References as the programs take them."""
     height, width = _padded(codec.height), _padded(codec.width)
-    return codec.model.module.complete(refs, unit, height, width, codec.entropy_mode == EXACT)
+    slots = codec.model.module.complete(refs, unit, height, width, codec.entropy_mode == EXACT)
+    if unit.motion is None:
+        return slots
+    return (slots[0]._replace(motion=unit.motion[None]), *slots[1:])
 
 
 def _capacity(codec: UnitCodec, refs: tuple) -> int:
@@ -320,10 +341,10 @@ def _capacity(codec: UnitCodec, refs: tuple) -> int:
     return 4 * sum(step.size for step in codec.steps_of(refs)) + 512
 
 
-def symbols_crc(symbols: Sequence[np.ndarray]) -> int:
-    """CRC-32 of a unit's symbols as little-endian int16, in coding order."""
+def symbols_crc(symbols: Sequence[np.ndarray], motion: np.ndarray | None = None) -> int:
+    """CRC-32 of a unit's motion, if any, and symbols as little-endian int16, in coding order."""
     crc = 0
-    for s in symbols:
+    for s in symbols if motion is None else (motion, *symbols):
         crc = zlib.crc32(s.astype("<i2", copy=False).tobytes(), crc)
     return crc
 
@@ -351,9 +372,28 @@ def encode_unit(
     render = render or unit.shown or (kept and by_picture)
     if refs and codec.judge and not unit.reliability:
         unit = unit._replace(reliability=_judged(codec, refs, qps, unit, pictures))
+    if refs and codec.search and unit.motion is None:
+        unit = unit._replace(motion=_searched(codec, refs, qps, unit, pictures))
     coded = _run(codec, refs, qps, FROM_PICTURE, render, unit, pictures=pictures)
     payload = coder.encode(list(zip(coded.symbols, coded.indices, strict=True)), codec.tables)
-    return _reliability_byte(codec, refs, unit) + _calibration_bytes(codec, coded) + payload, coded
+    side = _motion_bytes(codec, refs, unit)
+    coded = coded._replace(motion_bytes=len(side))
+    side = _reliability_byte(codec, refs, unit) + side + _calibration_bytes(codec, coded)
+    return side + payload, coded
+
+
+def _searched(codec, refs, qps, unit, pictures) -> np.ndarray:
+    slots, planes = _completed(codec, refs, unit), _stacked(pictures)
+    qp = np.array([qps], np.int32)
+    return np.asarray(codec.search(codec.model.variables, planes, slots, qp))
+
+
+def _motion_bytes(codec: UnitCodec, refs: tuple, unit: schedules.Unit) -> bytes:
+    """Motion of a unit with references, of codecs that search it."""
+    if not refs or not codec.search:
+        return b""
+    data = motion.encode(unit.motion)
+    return varint(len(data)) + data
 
 
 def _judged(codec, refs, qps, unit, pictures) -> tuple[int, ...]:
@@ -369,7 +409,7 @@ def _reliability_byte(codec: UnitCodec, refs: tuple, unit: schedules.Unit) -> by
     return bytes([sum(level << 2 * i for i, level in enumerate(unit.reliability))])
 
 
-def read_reliability(
+def read_references(
     codec: UnitCodec, payload: bytes, refs: tuple, unit: schedules.Unit
 ) -> tuple[schedules.Unit, bytes]:
     """(a unit whose references count as they did for its encoder, the payload behind what says so).
@@ -377,12 +417,19 @@ def read_reliability(
     Raises:
       StreamError: the payload does not say it.
     """
-    if not refs or not codec.judge:
-        return unit, payload
-    if not payload or payload[0] >> 2 * len(refs):
-        raise StreamError("what the payload says about references is damaged")
-    levels = tuple(payload[0] >> 2 * i & 3 for i in range(len(refs)))
-    return unit._replace(reliability=levels), payload[1:]
+    if refs and codec.judge:
+        if not payload or payload[0] >> 2 * len(refs):
+            raise StreamError("what the payload says about references is damaged")
+        levels = tuple(payload[0] >> 2 * i & 3 for i in range(len(refs)))
+        unit, payload = unit._replace(reliability=levels), payload[1:]
+    if refs and codec.search:
+        size, start = read_varint(payload)
+        if size > len(payload) - start:
+            raise StreamError("the motion is longer than its payload")
+        down, across = _padded(codec.height) // BLOCK, _padded(codec.width) // BLOCK
+        field = motion.decode(payload[start : start + size], down, across)
+        unit, payload = unit._replace(motion=field), payload[start + size :]
+    return unit, payload
 
 
 def _calibration_bytes(codec: UnitCodec, unit: CodedUnit) -> bytes:
@@ -430,7 +477,7 @@ def decode_unit(
     """
     if _xla_threads() < 2:
         return decode_unit_from_host(codec, payload, refs, qps, unit)
-    unit, payload = read_reliability(codec, payload, refs, unit)
+    unit, payload = read_references(codec, payload, refs, unit)
     flags, payload = _split_payload(codec, payload, refs)
     with _ONE_AT_A_TIME:
         coded = _run(codec, refs, qps, FROM_STREAM, True, unit, payload=payload, flags=flags)
@@ -465,7 +512,7 @@ def decode_unit_from_host(
     indices of the next step. Slower, but needs nothing of the backend: a cross-check, and the way
     out where callbacks are not available.
     """
-    unit, payload = read_reliability(codec, payload, refs, unit)
+    unit, payload = read_references(codec, payload, refs, unit)
     flags, payload = _split_payload(codec, payload, refs)
     buffer = np.frombuffer(payload, np.uint8)
     state = coder.begin_decode(buffer, len(payload))

@@ -30,7 +30,7 @@ from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT
 from nvc_jax.errors import NvcError, StreamError
 from nvc_jax.metrics import psnr_611
 from nvc_jax.models import released
-from nvc_jax.unit_program import UnitCodec, decode_unit, read_reliability, replay_unit, symbols_crc
+from nvc_jax.unit_program import UnitCodec, decode_unit, read_references, replay_unit, symbols_crc
 from nvc_jax.video import Planes, VideoInfo
 
 
@@ -128,12 +128,12 @@ def run_decode(job: dict) -> None:
                 refs = coding.references(unit, slots)
                 try:
                     decoded = decode_unit(codec, packet.payload, refs, packet.qps, unit)
-                    wrong = symbols_crc(decoded.symbols) != packet.symbols_crc
+                    wrong = symbols_crc(decoded.symbols, decoded.motion) != packet.symbols_crc
                 except StreamError:
                     wrong = True
                 failed.append(wrong)
                 if wrong:
-                    unit, _ = read_reliability(codec, packet.payload, refs, unit)
+                    unit, _ = read_references(codec, packet.payload, refs, unit)
                     decoded = replay_unit(codec, symbols[str(number)], refs, packet.qps, unit)
                 slots[number] = decoded.refs
                 for slot in unit.release:

@@ -16,6 +16,8 @@ Bottleneck interface, used by the models:
   gaussian(residual, scale)  -> symbols            rounded y - mean; one call per step
   laplace(residual, scale)   -> symbols            the same for another distribution
   leveled(residual, level, scale) -> symbols       the same under scale levels; scale: to compare
+  dead_zone(residual, scale, strength) -> residual the encoder's, see `likelihood.dead_zone`
+  motion(field) -> field                           motion that the encoder has found and sends
 """
 
 from collections.abc import Callable
@@ -31,6 +33,7 @@ from jax import lax
 from nvc_jax.entropy import calibration, likelihood
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT, Margin
 from nvc_jax.entropy.coder import SKIP
+from nvc_jax.nn.motion import field_bits
 
 # Where a coded unit's symbols come from: the values of `Coded`'s `source` input.
 FROM_PICTURE, FROM_STREAM, FROM_CALLER = 0, 1, 2
@@ -49,12 +52,17 @@ class Step(NamedTuple):
     family: str | None
 
 
+# What a unit consists of, see `Estimate.bits`.
+NO_BITS = {"z": 0.0, "y": 0.0, "y_float": 0.0, "side": 0.0, "motion": 0.0}
+
+
 class Estimate:
     """Training and rate estimates: straight-through rounding, bits from the likelihoods.
 
     Attributes:
-      bits: {"z", "y", "y_float", "side"} -> float32 [batch], bits so far; "y_float": what "y"
-        would be under float scales; "side": the calibrated mode's lists, not for `exact`.
+      bits: `NO_BITS`'s names -> float32 [batch], bits so far; "y_float": what "y" would be under
+        float scales; "side": the calibrated mode's lists, not for `exact`; "motion": without
+        gradients.
       steps: the calls so far, each a `Step`.
     """
 
@@ -79,7 +87,7 @@ class Estimate:
         """
         self._key, self.exact, self._detached, self._penalty = noise_key, exact, detached, penalty
         self._as_published = as_published
-        self.bits = {"z": 0.0, "y": 0.0, "y_float": 0.0, "side": 0.0}
+        self.bits = dict(NO_BITS)
         self.steps, self.penalty = [], 0.0
 
     def encoder_only(self, module, fn, *shapes):
@@ -93,6 +101,12 @@ class Estimate:
             return likelihood.round_straight_through(value)
         self._key, key = jax.random.split(self._key)
         return value + jax.random.uniform(key, value.shape, minval=-0.5, maxval=0.5)
+
+    dead_zone = staticmethod(likelihood.dead_zone)
+
+    def motion(self, field):
+        self.bits["motion"] += field_bits(field)
+        return field
 
     def factorized(self, z, prior, row):
         stand_in = self._stand_in(z, None)
@@ -200,6 +214,17 @@ class Coded:
 
     def decoder_only(self, module, fn, *shapes):
         return self._only_if(self._render, module, fn, shapes)
+
+    def dead_zone(self, residual, scale, strength):
+        return lax.cond(
+            self._source == FROM_PICTURE,
+            lambda: likelihood.dead_zone(residual, scale, strength),
+            lambda: residual,
+        )
+
+    @staticmethod
+    def motion(field):
+        return field  # which the host has coded, or decoded, before
 
     def _code(self, value, index):
         """value float32 [1, h, w, c] (used by the encoder), index int32 same shape -> symbols."""

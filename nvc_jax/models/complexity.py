@@ -110,6 +110,12 @@ class _Everything:
     def decoder_only(self, module, fn, *shapes):
         return fn(module)
 
+    def motion(self, field):
+        return field
+
+    def dead_zone(self, residual, scale, strength):
+        return residual
+
     def factorized(self, z, prior, row):
         return z
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from nvc_jax.entropy.bottleneck import Estimate, Step
 from nvc_jax.errors import NvcError
-from nvc_jax.models import brhvc, dcvc_dc, intra, ui2c, uni_lvc, with_intra
+from nvc_jax.models import brhvc, dcvc_dc, intra, light, ui2c, uni_lvc, with_intra
 from nvc_jax.schedule import QP_OFFSETS, Unit
 
 
@@ -26,9 +26,9 @@ class Entry(NamedTuple):
       module: Linen module class with fields `cfg` and `dtype`.
       config: its config class.
       sizes: named configs.
-      content: "image" or "video", which lambda range it is trained with.
+      content: a name in `nvc_jax.quality.LAMBDA_RANGE`.
       qp_offsets, frame_weights: by frame number modulo their length, what is added to the qp, and
-        the weight of the frame's distortion in training.
+        the weight of the frame's distortion in training. Without offsets the schedule says them.
       layer_weights: the latter by layer, for codecs of B-frames.
       layer_qp: likewise what is added to the qp; the last one also for the layers above.
       summary: what it is, and where it was published.
@@ -38,7 +38,7 @@ class Entry(NamedTuple):
     config: type
     sizes: dict[str, Any]
     content: str
-    qp_offsets: tuple[int, ...] = (0,)
+    qp_offsets: tuple[int, ...] = ()
     frame_weights: tuple[float, ...] = (1.0,)
     layer_weights: tuple[float, ...] = (1.0,)
     layer_qp: tuple[int, ...] = ()
@@ -86,6 +86,16 @@ CODECS = {
         "video",
         layer_weights=brhvc.LAYER_WEIGHTS,
         summary="hierarchical B-frames, and an intra codec (BRHVC, arXiv 2511.08938)",
+    ),
+    "light": Entry(
+        light.Light,
+        light.Config,
+        light.SIZES,
+        light.CONTENT,
+        light.QP_OFFSETS,
+        light.FRAME_WEIGHTS,
+        summary="P-frames with searched motion, for real time (after Tian et al., MM 2023, arXiv "
+        "2309.11276)",
     ),
     "uni_lvc": Entry(
         uni_lvc.UniLVC,
@@ -174,6 +184,11 @@ def in_any_order(model: nn.Module) -> bool:
 def judges_references(model: nn.Module) -> bool:
     """Whether the encoder has a say in how much references count."""
     return hasattr(model, "reliability")
+
+
+def searches_motion(model: nn.Module) -> bool:
+    """Whether the encoder searches motion and sends it, see `nvc_jax.nn.motion`."""
+    return hasattr(model, "search")
 
 
 def networks(model: nn.Module, params: dict) -> dict[str, Any]:

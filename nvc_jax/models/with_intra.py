@@ -74,6 +74,10 @@ class WithIntra(nn.Module):
         self.intra = MODULES[type(c.intra)](c.intra, self.dtype)
         self.inter = self._inter(c.inter, self.dtype)
 
+    def start(self, frame):
+        """What the inter codec may refer to of a picture [batch, height, width, 3]."""
+        return self._inter.start(frame)
+
     def complete(self, refs, unit, height, width, exact=False):
         """See `nvc_jax.models.ui2c.UI2C.complete`. Without references: ()."""
         if not refs:

@@ -59,9 +59,8 @@ def compensate(reference: jax.Array, field: jax.Array, overlap: bool = True) -> 
     Returns:
       float32 [b, h, w, c]. Gradients flow to the reference only.
     """
-    b, h, w, c = reference.shape
-    rows, columns = field.shape[1:3]
-    block = h // rows
+    b, rows, columns, _ = field.shape
+    block = reference.shape[1] // rows
     edge = block // 2 if overlap else 0
     vectors = _quarters(field[..., :2].astype(jnp.int32), block)
     margin = margin_of(block + 2 * edge)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from nvc_jax.entropy.likelihood import lower_bound, round_straight_through
+from nvc_jax.entropy.likelihood import lower_bound, round_straight_through, scale_of_level
 
 
 def split_params(params: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -64,6 +64,7 @@ def code_in_steps(
     bottleneck,
     levels: Callable | None = None,
     family: str = "gaussian",
+    dead_zone: jax.Array | None = None,
 ):
     """Codes a latent group by group, each step knowing what the ones before decoded to.
 
@@ -73,6 +74,8 @@ def code_in_steps(
       bottleneck: see `nvc_jax.entropy.bottleneck`.
       levels: (step, symbols so far) -> scale levels [b, h, w, c], which replace the scales.
       family: of the distributions, "gaussian" or "laplace".
+      dead_zone: [b, 1, 1, c], strength of the encoder's dead zone, see
+        `nvc_jax.entropy.likelihood.dead_zone`; None for none.
 
     Returns:
       (y_hat, symbols, levels), all [b, h, w, c]; levels are None if none were given.
@@ -83,10 +86,14 @@ def code_in_steps(
     for s in range(steps):
         mean, scale = (pack_step(p, group(s), steps) for p in predict(s, y_hat))
         residual = pack_step(y, group(s), steps) - mean
-        if levels is None:
+        level = None if levels is None else pack_step(levels(s, symbols), group(s), steps)
+        if dead_zone is not None:
+            used = scale if level is None else scale_of_level(level)
+            strength = pack_step(jnp.broadcast_to(dead_zone, y.shape), group(s), steps)
+            residual = bottleneck.dead_zone(residual, used, strength)
+        if level is None:
             coded = getattr(bottleneck, family)(residual, scale)
         else:
-            level = pack_step(levels(s, symbols), group(s), steps)
             coded = bottleneck.leveled(residual, level, scale)
             placed = unpack_step(level, group(s), steps)
             level_map = placed if level_map is None else level_map + placed

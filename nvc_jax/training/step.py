@@ -19,11 +19,9 @@ from clu import metrics
 from jax import lax
 
 from nvc_jax import colour, quality
-from nvc_jax.entropy.bottleneck import Estimate
+from nvc_jax.entropy.bottleneck import NO_BITS, Estimate
 from nvc_jax.models import registry
-from nvc_jax.models.brhvc import Ref as BRef
 from nvc_jax.models.registry import Entry
-from nvc_jax.models.ui2c import Ref
 from nvc_jax.models.with_intra import WithIntra
 from nvc_jax.nn.flow import MotionErrors, motion_errors
 from nvc_jax.nn.warp import warp
@@ -93,6 +91,7 @@ class StepMetrics(metrics.Collection):
     bpp_y_float: metrics.Average.from_output("bpp_y_float")
     bpp_z: metrics.Average.from_output("bpp_z")
     bpp_side: metrics.Average.from_output("bpp_side")
+    bpp_motion: metrics.Average.from_output("bpp_motion")
     distortion: metrics.Average.from_output("distortion")
     psnr_y: metrics.Average.from_output("psnr_y")
     psnr_u: metrics.Average.from_output("psnr_u")
@@ -231,7 +230,8 @@ def unroll(
     _, count, height, width, _ = clip.frames.shape
     pictures = colour.for_codec(model, clip.frames)
     per_unit = model.frames_per_unit
-    offsets, weights = jnp.asarray(codec.qp_offsets), jnp.asarray(codec.frame_weights)
+    offsets = jnp.asarray(codec.qp_offsets or (0,))
+    weights = jnp.asarray(codec.frame_weights)
 
     def unit(params, frames, refs, qp, key):
         bottleneck = Estimate(key, **options)
@@ -240,7 +240,7 @@ def unroll(
 
     if remat:
         unit = jax.checkpoint(unit)
-    bits = {"z": 0.0, "y": 0.0, "y_float": 0.0, "side": 0.0}
+    bits = dict(NO_BITS)
     distortion, recons, penalties = 0.0, [], jnp.zeros(len(clip.frames))
     for start in range(0, count, per_unit):
         index = (clip.phase[:, None] + start + jnp.arange(per_unit)) % len(offsets)
@@ -295,8 +295,7 @@ def as_refs(model: nn.Module, pictures: jax.Array) -> tuple:
         return ()
     if model.rgb:
         pictures = jnp.clip(colour.to_rgb(pictures), 0, 1)
-    kind = BRef if model.references == 2 else Ref
-    return tuple(kind(frame=pictures[:, i]) for i in range(model.references))
+    return tuple(model.start(pictures[:, i]) for i in range(model.references))
 
 
 def _coded(codec, model, params, before: jax.Array, clip: Clip, key: jax.Array) -> jax.Array:
@@ -361,7 +360,7 @@ def make_train_step(
         bpp, lam = coded.bpp, quality.lambda_of_qp(clip.qp, codec.content)
         shares = (1, 1) if stage.detached else (1 - stage.float_share, stage.float_share)
         terms = lam * coded.distortion
-        terms += bpp["z"] + shares[0] * bpp["y"] + shares[1] * bpp["y_float"]
+        terms += bpp["z"] + shares[0] * bpp["y"] + shares[1] * bpp["y_float"] + bpp["motion"]
         if penalty:
             terms += stage.penalty.beta * coded.penalty
         motion_gain = jnp.float32(0)
@@ -381,6 +380,7 @@ def make_train_step(
             "bpp_y_float": bpp["y_float"].mean(),
             "bpp_z": bpp["z"].mean(),
             "bpp_side": jnp.mean(bpp["side"]),
+            "bpp_motion": jnp.mean(bpp["motion"]),
             "distortion": coded.distortion.mean(),
             "psnr_y": psnr[0],
             "psnr_u": psnr[1],
@@ -445,7 +445,7 @@ def make_train_step(
             average=keep_if_finite(average, state.average),
             skipped=state.skipped + ~finite,
             skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
-            carry=jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0.0), refs)
+            carry=jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)), refs)
             if model.references and stage.walk > 1
             else state.carry,
         )
@@ -488,7 +488,7 @@ def _flow_loss(model: nn.Module, params: Any, clip: Clip) -> tuple[jax.Array, tu
 
 def _motion_outputs(loss: jax.Array, errors: MotionErrors) -> dict[str, jax.Array]:
     """Of a step that codes no pictures: all that `StepMetrics` has."""
-    coded = "bpp_y bpp_y_float bpp_z bpp_side distortion psnr_y psnr_u psnr_v misjudged"
+    coded = "bpp_y bpp_y_float bpp_z bpp_side bpp_motion distortion psnr_y psnr_u psnr_v misjudged"
     outputs = dict.fromkeys(coded.split(), jnp.float32(0))
     return outputs | {"loss": loss, "motion_gain": _motion_gain(errors)}
 

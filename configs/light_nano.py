@@ -1,0 +1,32 @@
+"""Light nano: P-frames with searched motion, about 7 kMAC per pixel to decode, trained on a CPU.
+
+  python train.py --config=configs/light_nano.py --workdir=runs/light_nano \
+      --config.data.folder=FOLDER_OF_VIDEOS_AND_PHOTOS
+  nvc release --workdir=runs/light_nano --config=configs/light_nano.py OUT.safetensors
+
+Training starts from a hybrid codec that works (cosine transform, searched motion), so there is no
+stage that finds transforms first. The model card of the released weights
+(nvc_jax/weights/light-nano.md) says what this reaches.
+"""
+
+from ml_collections import ConfigDict
+
+from nvc_jax.training import recipes
+from nvc_jax.training.recipes import stage
+
+# Clips begin with a frame that has no reference, as they do in use, and go on from what the codec
+# itself has coded.
+IN_USE = dict(references={"blank": 1.0})
+
+
+def get_config():
+    c = recipes.on_a_cpu()
+    c.transform_start = False
+    c.optimizer = "muon"
+    c.model = ConfigDict(dict(name="light", size="nano", dtype="float32"))
+    c.data = recipes.own_clips(image_share=0.1)
+    c.stages = (
+        stage(steps=12_000, units=1, walk=6, batch=4, crop=128, lr=2e-3, end_lr=3e-4, **IN_USE),
+        stage(steps=4_000, units=3, walk=4, batch=4, crop=128, lr=3e-4, end_lr=3e-5, **IN_USE),
+    )
+    return c

@@ -1,0 +1,317 @@
+"""Light: P-frames from one reference with searched motion, for real time on small machines.
+
+After the real-time system of Tian et al. (ACM MM 2023, arXiv 2309.11276): explicit motion, low
+delay, one frame at a time, entropy coding that decodes on any machine. Ours differs in where the
+work is done: motion is found by block search at the encoder and coded as integers (see
+`nvc_jax.nn.motion`), and the pixel path is a hybrid codec from the first step of training on, with
+learned parts beside it:
+
+    u = compensated picture, v = picture, both as blocks of 8x8 luma and 2 of 4x4 chroma samples
+    y = (T(v - u)) / step + E(v, u, f)        T: cosine transforms, which may learn
+    x = u + T'((y^ + D(y^, u, f)) * step)     E and D: networks that start at zero
+    f = what D saw of the frame               for the next one, moved with the blocks
+
+A linear path beside a learned one trains faster and has no ceiling at high rates (AuxT, arXiv
+2501.13751). There is no intra codec: blocks that nothing predicts are coded from mid-grey, in any
+frame, and the first frame consists of such blocks.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nvc_jax.nn.blocks import (
+    Blocks,
+    Pointwise,
+    QpTable,
+    depth_to_space,
+    space_to_depth,
+)
+from nvc_jax.nn.compensation import BLANK, compensate, compensate_cells, compensate_features
+from nvc_jax.nn.hyperprior import (
+    FactorizedPrior,
+    HyperDecoder,
+    HyperEncoder,
+    ParameterNet,
+    latent_shapes,
+    pad_to_multiple,
+)
+from nvc_jax.nn.integer import ScaleHead, no_memory
+from nvc_jax.nn.motion_search import search
+from nvc_jax.nn.spatial_prior import code_in_steps
+from nvc_jax.quality import QP_ROWS, lambda_of_qp
+
+CELL = 8  # luma samples of a side of a cell of the latent
+COEFFICIENTS = CELL**2 + 2 * (CELL // 2) ** 2  # of a cell
+STEPS = 2
+# Squared quantiser step times lambda at which rate and distortion are in balance. At high rates a
+# step S costs S^2 / 12 of squared error and saves log2(S) bits; `d_yuv` weighs luma by 10/12 of 3.
+BALANCE = 3.46
+# What a bit of motion is worth, as squared differences over a squared quantiser step.
+MOTION_WEIGHT = 0.18
+# Of the encoder's dead zone, from the same balance: a squared step is worth 8.7 bits.
+DEAD_ZONE = 0.0577
+# Within which scales lie, as logarithms: what tables there are, and a little beyond.
+LOG_SCALES = (-2.2, 3.5)
+CONTENT = "wide"  # the range of lambda
+# Of layers that give means and scales: at first means are near 0, as they are without a network.
+SMALL = nn.initializers.normal(0.01)
+# By frame number: what later frames lean on is coded better.
+QP_OFFSETS = (8, 0, 2, 0, 4, 0, 2, 0)
+# So that a row of the tables stands for one lambda, whichever frame it serves.
+FRAME_WEIGHTS = tuple(
+    float(lambda_of_qp(offset, CONTENT) / lambda_of_qp(0, CONTENT)) for offset in QP_OFFSETS
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Widths (channels) and depths (blocks) of one size.
+
+    Attributes:
+      width: of the features, contexts and decoder.
+      z: hyper-latent.
+      encoder, context, decoder, fusion, spatial: blocks of each network.
+      scale_head: width of the integer network behind the exact mode, 0 for none.
+      form: of the blocks, see `nvc_jax.nn.blocks.DepthConvBlock`.
+    """
+
+    width: int = 96
+    z: int = 32
+    encoder: int = 2
+    context: int = 2
+    decoder: int = 2
+    fusion: int = 1
+    spatial: int = 1
+    scale_head: int = 64
+    form: str = "uf2"
+
+    y = COEFFICIENTS  # channels of the latent
+
+
+SIZES = {"nano": Config()}
+
+
+class Ref(NamedTuple):
+    """What a slot of the decoded picture buffer holds, and where to look in it.
+
+    Attributes:
+      frame: float32 [batch, height, width, 3] in [0, 1].
+      feature: float32 [batch, height/8, width/8, width], or None.
+      memory: of the scale head, [batch, height/8, width/8, memory channels], or None.
+      field: int16 [batch, height/8, width/8, 3], the motion that the frame was coded with, or None.
+      motion: likewise, where blocks of the picture to be coded are in this one. None: to be found.
+    """
+
+    frame: jax.Array
+    feature: jax.Array | None = None
+    memory: jax.Array | None = None
+    field: jax.Array | None = None
+    motion: jax.Array | None = None
+
+
+def cosine_transform(size: int) -> np.ndarray:
+    """float32 [size, size]: rows are the orthonormal basis (DCT-II)."""
+    frequency, place = np.arange(size)[:, None], np.arange(size)
+    basis = np.cos(np.pi * frequency * (2 * place + 1) / (2 * size)) * np.sqrt(2 / size)
+    basis[0] /= np.sqrt(2)
+    return basis.astype(np.float32)
+
+
+def _transform_init(key, shape, dtype=jnp.float32):
+    """Samples of a cell -> coefficients: [96, 96], 8x8 of luma, 4x4 of U and of V."""
+    del key, shape
+    kernel = np.zeros((COEFFICIENTS, COEFFICIENTS), np.float32)
+    start = 0
+    for size in (CELL, CELL // 2, CELL // 2):
+        basis = cosine_transform(size)
+        end = start + size**2
+        kernel[start:end, start:end] = np.kron(basis, basis).T
+        start = end
+    return jnp.asarray(kernel, dtype)
+
+
+def cells_of(luma: jax.Array, chroma: jax.Array) -> jax.Array:
+    """[b, h, w, 1] and [b, h/2, w/2, 2] -> [b, h/8, w/8, 96]."""
+    return jnp.concatenate([space_to_depth(luma, CELL), space_to_depth(chroma, CELL // 2)], -1)
+
+
+def planes_of(cells: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Inverse of `cells_of`."""
+    luma, chroma = jnp.split(cells, [CELL**2], -1)
+    return depth_to_space(luma, CELL), depth_to_space(chroma, CELL // 2)
+
+
+def split_planes(frame: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A picture [b, h, w, 3] -> luma [b, h, w, 1], and chroma of half the size [b, h/2, w/2, 2]."""
+    b, h, w, _ = frame.shape
+    chroma = frame[..., 1:].reshape(b, h // 2, 2, w // 2, 2, 2).mean((2, 4))
+    return frame[..., :1], chroma
+
+
+def join_planes(luma: jax.Array, chroma: jax.Array) -> jax.Array:
+    """Inverse of `split_planes`: chroma samples are repeated."""
+    return jnp.concatenate([luma, chroma.repeat(2, 1).repeat(2, 2)], -1)
+
+
+def step_of_qp(qp: jax.Array) -> jax.Array:
+    """The quantiser step that balances rate and distortion, for samples in [0, 1]."""
+    return jnp.sqrt(BALANCE / lambda_of_qp(qp, CONTENT))
+
+
+class Light(nn.Module):
+    """The codec. `dtype` is the compute type of everything but the entropy path (float32)."""
+
+    cfg: Config
+    dtype: Any = jnp.float32
+
+    references = 1
+    refers_to_pictures = True
+    frames_per_unit = 1
+    qp_rows = QP_ROWS
+    rgb = False
+    schedule = "low_delay"
+
+    def setup(self):
+        c = self.cfg
+        self.transform = Pointwise(COEFFICIENTS, kernel_init=_transform_init)
+        self.inverse = Pointwise(COEFFICIENTS, kernel_init=lambda *a: _transform_init(*a).T)
+        self.q_step = QpTable(QP_ROWS, COEFFICIENTS)  # times the nominal step
+        self.q_dead_zone = QpTable(QP_ROWS, COEFFICIENTS)
+        self.q_context = QpTable(QP_ROWS, c.width)
+        # Float32 from here ...
+        self.context_in = Pointwise(c.width)
+        self.context = Blocks(c.width, c.context, c.form)
+        self.hyper_decoder = HyperDecoder(COEFFICIENTS, c.form)
+        params = partial(ParameterNet, 2 * COEFFICIENTS, c.width, form=c.form, kernel_init=SMALL)
+        self.prior_fusion = params(c.fusion)
+        self.spatial_prior = params(c.spatial)
+        self.z_prior = FactorizedPrior(QP_ROWS, c.z)
+        # ... to here: everything between decoded data and the scales.
+        if c.scale_head:
+            self.scale_head = ScaleHead(COEFFICIENTS, c.scale_head, STEPS, references=1)
+        self.encoder = Blocks(c.width, c.encoder, c.form, self.dtype)
+        self.encoder_out = Pointwise(COEFFICIENTS, self.dtype, nn.initializers.zeros)
+        self.hyper_encoder = HyperEncoder(c.z, c.form)
+        self.decoder = Blocks(c.width, c.decoder, c.form, self.dtype)
+        self.decoder_out = Pointwise(COEFFICIENTS, self.dtype, nn.initializers.zeros)
+
+    @staticmethod
+    def start(frame):
+        """A reference that is but a picture [batch, height, width, 3]."""
+        return Ref(frame=frame)
+
+    def complete(self, refs, unit, height, width, exact=False):
+        """References in the one form that a compiled program of this size takes.
+
+        See `nvc_jax.models.ui2c.UI2C.complete`. `unit.motion` is where the reference's blocks are.
+        """
+        del unit
+        shape = (1, height // CELL, width // CELL)
+        ref = refs[0] if refs else Ref(jnp.full((1, height, width, 3), BLANK))
+        if not refs:
+            ref = ref._replace(motion=jnp.zeros((*shape, 3), jnp.int16))
+        if ref.feature is None:
+            ref = ref._replace(feature=jnp.zeros((*shape, self.cfg.width)))
+        if ref.field is None:
+            ref = ref._replace(field=jnp.zeros((*shape, 3), jnp.int16))
+        if exact and ref.memory is None:
+            ref = ref._replace(memory=no_memory(COEFFICIENTS, height, width, CELL))
+        return (ref,)
+
+    def search(self, frame, ref, qp):
+        """Where blocks of a picture are in a reference.
+
+        Args:
+          frame: float32 [b, h, w, 3].
+          ref: `Ref`; its `motion` does not count.
+          qp: int32 [b].
+
+        Returns:
+          int16 [b, h/8, w/8, 3], see `nvc_jax.nn.motion`.
+        """
+        weight = MOTION_WEIGHT * step_of_qp(qp) ** 2
+        field = search(frame[..., 0], ref.frame[..., 0], weight, ref.field)
+        # In training, some samples have references and others do not.
+        blank = jnp.all(ref.frame == BLANK, (1, 2, 3))
+        return jnp.where(blank[:, None, None, None], jnp.zeros_like(field), field)
+
+    def __call__(self, frames, refs, qp, bottleneck):
+        """Codes one frame.
+
+        Args:
+          frames: float32 [batch, 1, height, width, 3], Y, U, V in [0, 1], sides multiples of 16.
+            When decoding only the shape counts.
+          refs: () for none, or one `Ref`.
+          qp: int32 [batch, 1], 0..71.
+          bottleneck: see `nvc_jax.entropy.bottleneck`.
+
+        Returns:
+          recon: float32 [batch, 1, height, width, 3], 0..1 and possibly a little beyond.
+          new_refs: (Ref,) to be kept for the next unit.
+        """
+        c = self.cfg
+        batch, _, height, width, _ = frames.shape
+        h, w = height // CELL, width // CELL
+        qp = qp[:, 0]
+        ref = refs[0] if refs else Ref(jnp.full((batch, height, width, 3), BLANK))
+        if ref.motion is None:
+            frame, reference = lax.stop_gradient((frames[:, 0], ref))
+            ref = ref._replace(motion=self.search(frame, reference, qp))
+        field = bottleneck.motion(ref.motion)
+
+        u = cells_of(*(compensate(plane, field) for plane in split_planes(ref.frame)))
+        gain = 1 / (step_of_qp(qp)[:, None, None, None] * self.q_step(qp))
+        moved = jnp.zeros((batch, h, w, c.width))
+        if ref.feature is not None:
+            moved = compensate_features(ref.feature, field)
+        texture = jnp.arcsinh(self.transform(u - BLANK) * gain)
+        context = [texture, moved, field[..., 2:].astype(jnp.float32)]
+        context = self.context_in(jnp.concatenate(context, -1)) * self.q_context(qp)
+        context = self.context(context)
+
+        def analysis(m):
+            y = m.transform(cells_of(*split_planes(frames[:, 0])) - u) * gain
+            learned = m.encoder(jnp.concatenate([jnp.arcsinh(y), context], -1).astype(m.dtype))
+            y += m.encoder_out(learned).astype(jnp.float32)
+            return y, m.hyper_encoder(pad_to_multiple(jnp.arcsinh(y), 4))
+
+        shapes = latent_shapes(batch, h, w, c.y, c.z)
+        y, z = bottleneck.encoder_only(self, analysis, *shapes)
+        z_hat = bottleneck.factorized(z, self.z_prior, qp)
+        hyper = self.hyper_decoder(z_hat)[:, :h, :w]
+        params = self.prior_fusion(jnp.concatenate([hyper, context], -1))
+
+        def split(params):
+            log_scale, mean = jnp.split(params, 2, -1)
+            return mean, jnp.exp(jnp.clip(log_scale, *LOG_SCALES))
+
+        def predict(step, y_hat):
+            if step == 0:
+                return split(params)
+            known = jnp.concatenate([jnp.arcsinh(y_hat), params], -1)
+            return split(params + self.spatial_prior(known))
+
+        levels = memory = None
+        if bottleneck.exact:
+            remembered = None if ref.memory is None else compensate_cells(ref.memory, field)
+            hidden = self.scale_head.begin(z_hat, qp[:, None], [remembered], (h, w))
+            levels = partial(self.scale_head.level, hidden)
+        y_hat, symbols, level_map = code_in_steps(
+            y, STEPS, predict, bottleneck, levels, dead_zone=DEAD_ZONE * self.q_dead_zone(qp)
+        )
+        if bottleneck.exact:
+            memory = self.scale_head.remember(hidden, symbols, level_map)
+
+        decoded = jnp.concatenate([jnp.arcsinh(y_hat), context], -1).astype(self.dtype)
+        feature = self.decoder(decoded)
+        correction = self.decoder_out(feature).astype(jnp.float32)
+        recon = join_planes(*planes_of(u + self.inverse((y_hat + correction) / gain)))
+        new = Ref(jnp.clip(recon, 0, 1), feature.astype(jnp.float32), memory, field)
+        return recon[:, None], (new,)
