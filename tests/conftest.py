@@ -55,6 +55,9 @@ ANY_ORDER = dict(  # of "uni_lvc"
     tokens=16, heads=2, groups=2, window=3, temporal=16, judge=8, form="uf2",
     scale_head=16,
 )  # fmt: skip
+LIGHT = dict(  # of "light"
+    width=16, z=8, encoder=1, context=1, decoder=1, fusion=1, spatial=1, scale_head=16, form="uf2",
+)  # fmt: skip
 PREDICTED = dict(  # of "dcvc_rt"
     intra=B_FRAMES["intra"], inter=SIZES["ui2c"] | dict(frames=1, scale_head=0)
 )
@@ -83,6 +86,8 @@ def random_parameters(module, seed: int = 0) -> dict:
             value = rng.uniform(0.8, 1.2, leaf.shape)
         elif path[-1] == "chain":
             value = rng.normal(0.5, 0.3, leaf.shape)
+        elif path[0] == "prior_fusion" and "transform" in shapes:  # "light": logarithms of scales
+            value = rng.normal(0, 1.5, leaf.shape)
         else:
             value = rng.normal(0, 0.1, leaf.shape) + ("params" in name)
         params[path] = np.asarray(value, np.float32)
@@ -117,11 +122,12 @@ def assert_same_pictures(some, others) -> None:
 
 # Name of a small model -> (codec, size): codecs of `SIZES`, and others. "single" is UI2C with one
 # frame per unit, "brhvc" has B-frames, "dcvc_rt" predicted frames after those of an intra codec,
-# "uni_lvc" codes in any order.
+# "light" searches motion, "uni_lvc" codes in any order.
 MODELS = {name: (name, size) for name, size in SIZES.items()} | {
     "single": ("ui2c", SIZES["ui2c"] | {"frames": 1}),
     "brhvc": ("brhvc", B_FRAMES),
     "dcvc_rt": ("dcvc_rt", PREDICTED),
+    "light": ("light", LIGHT),
     "uni_lvc": ("uni_lvc", ANY_ORDER),
 }
 

@@ -33,6 +33,8 @@ KINDS = {
     "ui2c-exact": ("ui2c", EXACT, ()),
     "ui2c-calibrated": ("ui2c", CALIBRATED, (6,)),
     "single-exact": ("single", EXACT, ()),
+    "light-exact": ("light", EXACT, ()),
+    "light-calibrated": ("light", CALIBRATED, (6,)),
     "intra-exact": ("intra", EXACT, ()),
     "intra-float": ("intra", FLOAT, ()),
 }
@@ -92,7 +94,9 @@ def test_decoder_repeats_the_encoder(unit_codec, qp, clip, tmp_path):
     assert [p.shape for p in pictures[0]] == [(HEIGHT, WIDTH), (12, 19), (12, 19)]
 
 
-@pytest.mark.parametrize("name, width, height", [("ui2c", 1, 1), ("intra", 16, 48)])
+@pytest.mark.parametrize(
+    "name, width, height", [("ui2c", 1, 1), ("intra", 16, 48), ("light", 1, 1)]
+)
 @pytest.mark.parametrize("frames", [1, 2, 3])
 def test_any_size_and_length(prepared, name, width, height, frames, tmp_path):
     unit_codec = prepared(name, width, height)

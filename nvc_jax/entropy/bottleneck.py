@@ -73,6 +73,7 @@ class Estimate:
         detached: bool = False,
         penalty: Callable[[jax.Array], jax.Array] | None = None,
         as_published: bool = False,
+        rounded: bool = False,
     ):
         """
         Args:
@@ -84,9 +85,12 @@ class Estimate:
           penalty: of a float scale, elementwise, see `nvc_jax.training.losses`; `self.penalty`
             adds it up, float32 [batch].
           as_published: see `likelihood.gaussian_bits`.
+          rounded: rates are those of rounded symbols, from which their distributions learn; noise
+            only gives latents and means their gradients, under distributions taken as they are.
+            For latents that are nearly all 0, where noise would hide how little these cost.
         """
         self._key, self.exact, self._detached, self._penalty = noise_key, exact, detached, penalty
-        self._as_published = as_published
+        self._as_published, self._rounded = as_published, rounded
         self.bits = dict(NO_BITS)
         self.steps, self.penalty = [], 0.0
 
@@ -110,7 +114,7 @@ class Estimate:
 
     def factorized(self, z, prior, row):
         stand_in = self._stand_in(z, None)
-        self.bits["z"] += likelihood.factorized_bits(stand_in, prior(row)).sum((1, 2, 3))
+        self.bits["z"] += self._rate(likelihood.factorized_bits, z, stand_in, prior(row))
         return likelihood.round_straight_through(z)
 
     def gaussian(self, residual, scale):
@@ -122,12 +126,21 @@ class Estimate:
     def leveled(self, residual, level, scale):
         return self._latent(residual, likelihood.scale_of_level(level), scale)
 
+    def _rate(self, bits, value, stand_in, distribution):
+        if not self._rounded:
+            return bits(stand_in, distribution).sum((1, 2, 3))
+        symbols, known = lax.stop_gradient((jnp.round(value), distribution))
+        smooth = bits(stand_in, known)
+        return (bits(symbols, distribution) + smooth - lax.stop_gradient(smooth)).sum((1, 2, 3))
+
     def _latent(self, residual, used, scale, family="gaussian"):
         stand_in = self._stand_in(residual, family)
         bits = partial(likelihood.BITS[family], as_published=self._as_published)
-        coded = lax.stop_gradient(jnp.round(residual)) if self._detached else stand_in
-        self.bits["y"] += bits(coded, used).sum((1, 2, 3))
-        self.bits["y_float"] += bits(stand_in, scale).sum((1, 2, 3))
+        if self._detached:
+            self.bits["y"] += bits(lax.stop_gradient(jnp.round(residual)), used).sum((1, 2, 3))
+        else:
+            self.bits["y"] += self._rate(bits, residual, stand_in, used)
+        self.bits["y_float"] += self._rate(bits, residual, stand_in, scale)
         if not self.exact:
             self.bits["side"] += likelihood.list_bits(scale, 2.0**-calibration.MARGIN_EXPONENT)
         if self._penalty is not None:

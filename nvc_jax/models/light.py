@@ -172,7 +172,7 @@ class Light(nn.Module):
     dtype: Any = jnp.float32
 
     references = 1
-    refers_to_pictures = True
+    refers_to_pictures = False  # but to frames in its references, which are always there
     frames_per_unit = 1
     qp_rows = QP_ROWS
     rgb = False

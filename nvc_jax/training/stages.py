@@ -84,6 +84,8 @@ class Stage:
       exact: whether scales come from the integer scale head.
       noise: whether noise stands for rounding in the rate. Without, rates are those of the symbols,
         and gradients pass through the rounding as if it were not there.
+      rounded: whether noise only stands in for rounding in gradients of latents, see
+        `nvc_jax.entropy.bottleneck.Estimate`.
       detached: whether the scale head learns from rounded symbols, and everything from the rate
         under float scales, which is added in full. For `exact`, with `noise`.
       float_share: of the latent's rate that is taken from float scales even if `exact`, so that a
@@ -127,6 +129,7 @@ class Stage:
     cut_share: float = 0.05
     exact: bool = False
     noise: bool = True
+    rounded: bool = False
     detached: bool = False
     float_share: float = 0.0
     penalty: FrozenConfigDict = NOTHING
@@ -318,6 +321,8 @@ def _check(stage: Stage, where: str, networks: tuple[str, ...], model: nn.Module
         raise NvcError(f"{where}.exact needs a model with a scale head")
     if stage.detached and not (stage.exact and stage.noise):
         raise NvcError(f"{where}.detached needs `exact`, and noise")
+    if stage.rounded and not stage.noise:
+        raise NvcError(f"{where}.rounded needs noise, for the gradients of latents")
     if stage.penalty:
         if missing := sorted(PENALTY_FIELDS - set(stage.penalty)):
             raise NvcError(f"{where}.penalty.{missing[0]} is missing")

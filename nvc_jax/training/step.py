@@ -196,6 +196,7 @@ def unroll(
     exact: bool = False,
     detached: bool = False,
     penalty: Callable | None = None,
+    rounded: bool = False,
     remat: bool = False,
     draws: jax.Array | None = None,
     spoil: float = 0.0,
@@ -211,11 +212,11 @@ def unroll(
       clip: of float32.
       refs: references of the first unit; () for codecs without.
       key: of the noise that stands for rounding in the rate; None to round.
-      exact, detached, penalty: see `nvc_jax.entropy.bottleneck.Estimate`.
+      exact, detached, penalty, rounded: see `nvc_jax.entropy.bottleneck.Estimate`.
       remat: whether activations are computed again for the gradients.
       draws, spoil, judge, only_alone: see `nvc_jax.training.orders.code_run`.
     """
-    options = dict(exact=exact, detached=detached, penalty=penalty)
+    options = dict(exact=exact, detached=detached, penalty=penalty, rounded=rounded)
     if isinstance(clip.path, Run):
         return code_run(
             model, params, clip.path, clip.frames, clip.qp, key, draws=draws, spoil=spoil,
@@ -354,8 +355,8 @@ def make_train_step(
         noise_key, draws_key = jax.random.split(key)
         coded = unroll(
             codec, model, params, clip, refs, noise_key if stage.noise else None,
-            exact=stage.exact, detached=stage.detached, penalty=penalty, remat=stage.remat,
-            draws=draws_key, spoil=stage.spoil, judge=stage.judged,
+            exact=stage.exact, detached=stage.detached, penalty=penalty, rounded=stage.rounded,
+            remat=stage.remat, draws=draws_key, spoil=stage.spoil, judge=stage.judged,
         )  # fmt: skip
         bpp, lam = coded.bpp, quality.lambda_of_qp(clip.qp, codec.content)
         shares = (1, 1) if stage.detached else (1 - stage.float_share, stage.float_share)
