@@ -41,6 +41,10 @@ SIZES = {
         width=16, y=16, z=8, prior=16, spatial_width=16, encoder=1, decoder=1, fusion=1, spatial=1,
         offset=0.5, form="uf", latent_gain=True, scale_head=16,
     ),
+    "light": dict(
+        width=16, z=8, encoder=1, context=1, decoder=1, fusion=1, spatial=1, scale_head=16,
+        form="uf2",
+    ),
 }  # fmt: skip
 B_FRAMES = dict(  # of "brhvc"
     intra=SIZES["intra"] | dict(scale_head=0),
@@ -54,9 +58,6 @@ ANY_ORDER = dict(  # of "uni_lvc"
     width=16, y=16, z=8, prior=16, spatial_width=16, encoder=2, decoder=2, fusion=1, spatial=1,
     tokens=16, heads=2, groups=2, window=3, temporal=16, judge=8, form="uf2",
     scale_head=16,
-)  # fmt: skip
-LIGHT = dict(  # of "light"
-    width=16, z=8, encoder=1, context=1, decoder=1, fusion=1, spatial=1, scale_head=16, form="uf2",
 )  # fmt: skip
 PREDICTED = dict(  # of "dcvc_rt"
     intra=B_FRAMES["intra"], inter=SIZES["ui2c"] | dict(frames=1, scale_head=0)
@@ -127,7 +128,6 @@ MODELS = {name: (name, size) for name, size in SIZES.items()} | {
     "single": ("ui2c", SIZES["ui2c"] | {"frames": 1}),
     "brhvc": ("brhvc", B_FRAMES),
     "dcvc_rt": ("dcvc_rt", PREDICTED),
-    "light": ("light", LIGHT),
     "uni_lvc": ("uni_lvc", ANY_ORDER),
 }
 

@@ -926,7 +926,7 @@ def test_initial_weights_have_strong_types(name):
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(shapes))
 
 
-@pytest.mark.parametrize("name", ["ui2c", "intra"])
+@pytest.mark.parametrize("name", SIZES)
 def test_gradients_reach_every_weight_and_lead_downhill(folder, name):
     """Of two units in a row, under integer scales and float ones together."""
     codec_entry, model = registry.entry(name), registry.build(name, SIZES[name])

@@ -192,7 +192,7 @@ class Light(nn.Module):
         params = partial(ParameterNet, 2 * COEFFICIENTS, c.width, form=c.form, kernel_init=SMALL)
         self.prior_fusion = params(c.fusion)
         self.spatial_prior = params(c.spatial)
-        self.z_prior = FactorizedPrior(QP_ROWS, c.z)
+        self.z_prior = FactorizedPrior(QP_ROWS, c.z, steepness=1.3)
         # ... to here: everything between decoded data and the scales.
         if c.scale_head:
             self.scale_head = ScaleHead(COEFFICIENTS, c.scale_head, STEPS, references=1)

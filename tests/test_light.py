@@ -1,0 +1,253 @@
+"""The light codec: a hybrid codec before anybody trains it, and motion in its streams."""
+
+import zlib
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SIZES, assert_same_pictures, noise, write_clip
+
+from nvc_jax import bitstream, cli, codec, unit_program
+from nvc_jax.data.synthetic import moving_texture
+from nvc_jax.entropy.bottleneck import Estimate
+from nvc_jax.entropy.calibration import FLOAT
+from nvc_jax.errors import StreamError
+from nvc_jax.evaluation import anchors
+from nvc_jax.metrics import psnr_611
+from nvc_jax.models import light, registry, released
+from nvc_jax.video import Planes, VideoInfo
+
+WIDTH, HEIGHT = 96, 64
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """`light` nano as training starts with it."""
+    path = tmp_path_factory.mktemp("untrained") / "untrained.safetensors"
+    module = registry.build("light", "nano")
+    released.save(
+        path, *released.freeze("untrained", "light", module, registry.random_params(module, 0))
+    )
+    return unit_program.prepare(released.load(path), WIDTH, HEIGHT, FLOAT)
+
+
+def detailed(frames: int, shift: float = 0.0) -> list[Planes]:
+    """A texture that moves, with details that no prediction has."""
+    texture, grain = moving_texture(WIDTH, HEIGHT, frames), noise(WIDTH, HEIGHT, frames, seed=1)
+
+    def mixed(a, b):
+        return np.clip(a + 0.06 * (b.astype(np.float32) - 128) + shift, 0, 255).astype(np.uint8)
+
+    return [Planes(*map(mixed, a, b)) for a, b in zip(texture, grain, strict=True)]
+
+
+def coded(unit_codec, pictures, qp):
+    schedule = codec.schedule_for(unit_codec.model)
+    return list(codec.encode(unit_codec, pictures, qp, schedule, render=True))
+
+
+def scores(units):
+    return [psnr_611(u.pictures[0], u.recons[0]) for u in units]
+
+
+# An untrained codec
+
+
+def test_transforms_are_orthonormal_and_inverse():
+    kernel = light._transform_init(None, None)
+    np.testing.assert_allclose(kernel @ kernel.T, np.eye(light.COEFFICIENTS), atol=1e-5)
+    flat = light.cells_of(jnp.ones((1, 16, 16, 1)), jnp.ones((1, 8, 8, 2))) @ kernel
+    np.testing.assert_allclose(np.flatnonzero(np.abs(flat[0, 0, 0]) > 1e-4), [0, 64, 80])
+
+
+def test_planes_and_cells_go_there_and_back():
+    rng = np.random.default_rng(0)
+    luma = rng.random((2, 32, 48, 1), np.float32)
+    chroma = rng.random((2, 16, 24, 2), np.float32)
+    frame = light.join_planes(luma, chroma)
+    for ours, theirs in zip(light.split_planes(frame), (luma, chroma), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    for ours, theirs in zip(
+        light.planes_of(light.cells_of(luma, chroma)), (luma, chroma), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_there_is_no_ceiling(untrained):
+    """Every qp buys quality: up to 40 dB and more, of pictures that nothing predicts."""
+    curve = [np.mean(scores(coded(untrained, detailed(3), qp))) for qp in range(0, 64, 9)]
+    assert curve[-1] > 40
+    assert all(b - a > 0.8 for a, b in pairwise(curve)), curve
+
+
+@pytest.mark.slow
+def test_no_part_of_the_curve_is_much_flatter_than_that_of_x264(untrained, tmp_path):
+    """Quality per doubling of the rate, by a third at most below what x264 gets there."""
+    pictures = detailed(8)
+    ours = []
+    for qp in range(0, 64, 9):
+        units = coded(untrained, pictures, qp)
+        ours.append((sum(len(u.packet.payload) for u in units), np.mean(scores(units))))
+    anchor, theirs = anchors.ANCHORS["x264-lowdelay"], []
+    info = VideoInfo(WIDTH, HEIGHT, fps=25)
+    for crf in (12, 18, 24, 30, 36, 42):
+        facts, decoded = anchors.code_clip(
+            anchor, "medium", crf, pictures, info, tmp_path / "a.h264", tmp_path,
+            anchors.find_ffmpeg(),
+        )  # fmt: skip
+        quality = np.mean([psnr_611(*pair) for pair in zip(pictures, decoded, strict=True)])
+        theirs.append((facts["file_bytes"], quality))
+    slopes = lambda curve: [  # noqa: E731
+        ((p + q) / 2, (q - p) / np.log2(s / r)) for (r, p), (s, q) in pairwise(sorted(curve))
+    ]
+    wanted = np.array(slopes(theirs)).T
+    for quality, slope in slopes(ours):
+        if wanted[0, 0] <= quality <= wanted[0, -1]:
+            assert slope > 2 / 3 * np.interp(quality, *wanted), (ours, theirs)
+
+
+def test_moving_pictures_cost_less_than_pictures_alone(untrained):
+    texture = moving_texture(WIDTH, HEIGHT, 4)
+    first, *rest = coded(untrained, texture, 32)
+    for unit in rest:
+        assert unit.coded.motion_bytes > 0
+        assert (
+            np.count_nonzero(unit.coded.symbols[1]) < np.count_nonzero(first.coded.symbols[1]) / 2
+        )
+
+
+def test_a_cut_is_over_within_one_frame(untrained):
+    """Without any signal: blocks that nothing predicts are coded by themselves."""
+    before, behind = noise(WIDTH, HEIGHT, 2), detailed(2)
+    units = coded(untrained, before + behind, 32)
+    cut = units[2]
+    assert cut.coded.motion[..., 2].mean() < 0.2
+    alone = unit_program.encode_unit(untrained, behind[:1], (), cut.packet.qps, True)
+    assert len(cut.packet.payload) < 1.05 * len(alone[0]) + 16
+    assert scores([cut])[0] > psnr_611(behind[0], alone[1].pictures[0]) - 0.3
+
+
+# Training
+
+
+def test_motion_is_searched_in_training_and_its_bits_are_counted():
+    model = registry.build("light", SIZES["light"])
+    params = registry.random_params(model, 0)
+    texture = moving_texture(64, 64, 2)
+    frames = [
+        unit_program.planes_to_frames(tuple(p[None] for p in picture), 64, 64)
+        for picture in texture
+    ]
+    before, frame = (f[:, 0] for f in frames)
+    blank = jnp.full_like(before, light.BLANK)
+    ref = light.Ref(jnp.concatenate([before, blank]))  # a clip that goes on, and one that begins
+    bottleneck = Estimate()
+    _, (left,) = model.apply(
+        {"params": params}, jnp.stack([frame, frame]), (ref,),
+        jnp.full((2, 1), 32), bottleneck,
+    )  # fmt: skip
+    assert left.field[0, ..., 2].mean() > 0.8 and not left.field[1].any()
+    assert bottleneck.bits["motion"][0] > bottleneck.bits["motion"][1] > 0
+
+
+def test_a_reference_and_its_motion_are_all_that_counts():
+    """What complete() adds changes nothing: the same pictures with and without."""
+    model = registry.build("light", SIZES["light"])
+    variables = {"params": registry.random_params(model, 0)}
+    frames, qp = jnp.full((1, 1, 32, 32, 3), 0.3), jnp.array([[20]])
+    alone, _ = model.apply(variables, frames, (), qp, Estimate())
+    completed, _ = model.apply(
+        variables, frames, model.complete((), registry.UNIT, 32, 32), qp, Estimate()
+    )
+    np.testing.assert_allclose(alone, completed, atol=1e-6)
+
+
+# Streams
+
+
+@pytest.fixture
+def stream(prepared, tmp_path):
+    """(codec, units, write: packets -> file)."""
+    unit_codec = prepared("light", 37, 23)
+    units = coded(unit_codec, moving_texture(37, 23, 4), 30)
+
+    def write(packets):
+        info = VideoInfo(37, 23, fps=25)
+        header = codec.make_header(unit_codec, info, codec.schedule_for(unit_codec.model))
+        with bitstream.write_stream(tmp_path / "a.nvc", header) as out:
+            for packet in packets:
+                out.write(packet)
+        return tmp_path / "a.nvc"
+
+    return unit_codec, units, write
+
+
+def decoded(unit_codec, path: Path):
+    with bitstream.open_stream(path) as opened:
+        return [picture for _, shown in codec.decode(unit_codec, opened) for picture in shown]
+
+
+@pytest.mark.parametrize("damage", ["longer than all", "cut", "another", "beyond the limits"])
+def test_damaged_motion_names_its_unit(stream, damage):
+    """As if an encoder had written it: the packet's own checksum is right."""
+    unit_codec, units, write = stream
+    payload = units[1].packet.payload
+    size = payload[0]
+    assert size == units[1].coded.motion_bytes - 1 < 128
+    field, rest = payload[1 : 1 + size], payload[1 + size :]
+    spoilt = {
+        "longer than all": bytes([127]) + field + rest[: 127 - size - 1],
+        "cut": bytes([size - 1]) + field[:-1] + rest,
+        "another": bytes([size]) + bytes(255 - b for b in field) + rest,
+        "beyond the limits": bytes([8]) + b"\xff" * 8 + rest,
+    }[damage]
+    packets = [u.packet for u in units]
+    packets[1] = replace(packets[1], payload=spoilt)
+    with pytest.raises(StreamError, match="unit 1"):
+        decoded(unit_codec, write(packets))
+
+
+def test_motion_is_under_the_checksum_of_symbols(stream):
+    unit_codec, units, write = stream
+    packets = [u.packet for u in units]
+    symbols = np.concatenate(units[1].coded.symbols).astype("<i2").tobytes()
+    field = units[1].coded.motion.astype("<i2").tobytes()
+    assert packets[1].symbols_crc == zlib.crc32(symbols, zlib.crc32(field))
+    packets[1] = replace(packets[1], symbols_crc=zlib.crc32(symbols))
+    with pytest.raises(StreamError, match="unit 1"):
+        decoded(unit_codec, write(packets))
+
+
+def test_files_of_version_3_decode_as_before(prepared, tmp_path):
+    """Nothing but the version differs in streams without motion."""
+    unit_codec = prepared("ui2c", 37, 23)
+    units = coded(unit_codec, moving_texture(37, 23, 3), 30)
+    info = VideoInfo(37, 23, fps=25)
+    header = codec.make_header(unit_codec, info, codec.schedule_for(unit_codec.model))
+    path = tmp_path / "a.nvc"
+    with bitstream.write_stream(path, header) as out:
+        for unit in units:
+            out.write(unit.packet)
+    data = bytearray(path.read_bytes())
+    data[4] = 3
+    end = 6 + data[5]  # of the header, as long as its size takes a byte
+    data[end : end + 4] = zlib.crc32(data[:end]).to_bytes(4, "little")
+    path.write_bytes(data)
+    assert_same_pictures(decoded(unit_codec, path), [r for u in units for r in u.recons])
+
+
+def test_commands_with_intra_periods(model_files, prepare_once, tmp_path, monkeypatch):
+    """Decoding starts at the second intra frame, and gives what it gives from the first one on."""
+    monkeypatch.chdir(tmp_path)
+    write_clip(Path("in.y4m"), moving_texture(37, 23, 7))
+    model = ["--model", str(model_files["light"])]
+    assert cli.main(["encode", "in.y4m", "a.nvc", "--intra-period", "3", *model]) == 0
+    assert cli.main(["decode", "a.nvc", "all.y4m", *model]) == 0
+    assert cli.main(["decode", "a.nvc", "part.y4m", "--start", "4", "--end", "6", *model]) == 0
+    everything, part = Path("all.y4m").read_bytes(), Path("part.y4m").read_bytes()
+    picture = 37 * 23 + 2 * 19 * 12 + len("FRAME\n")
+    assert len(everything) - len(part) == 5 * picture
+    assert part[-2 * picture :] == everything[-3 * picture : -picture]
