@@ -30,16 +30,15 @@ def get_config():
     fixed = dict(lr_scale=dict(transform=0.0, inverse=0.0))
     c.stages = (
         stage(
-            steps=10_000,
-            units=1,
-            walk=8,
-            batch=4,
-            crop=128,
-            lr=2e-3,
-            end_lr=3e-4,
-            **IN_USE,
+            steps=5_600, units=1, walk=8, batch=4, crop=128, lr=1.2e-3, end_lr=2e-4, **IN_USE,
             **fixed,
         ),
-        stage(steps=4_000, units=3, walk=4, batch=4, crop=128, lr=3e-4, end_lr=3e-5, **IN_USE),
-    )
+        # Frames learn what their errors do to the next one; clips of 17 frames.
+        stage(steps=1_600, units=2, walk=8, batch=4, crop=128, lr=6e-4, end_lr=6e-5, **IN_USE),
+        # The exact mode: the integer scales alone, from rounded symbols.
+        stage(
+            steps=3_200, units=1, walk=16, batch=4, crop=128, lr=3e-3, end_lr=1e-4, noise=False,
+            exact=True, trainable=("scale_head",), references={"blank": 1.0}, optimizer="adamw",
+        ),
+    )  # fmt: skip
     return c

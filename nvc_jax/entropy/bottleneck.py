@@ -87,7 +87,8 @@ class Estimate:
           as_published: see `likelihood.gaussian_bits`.
           rounded: rates are those of rounded symbols, from which their distributions learn; noise
             only gives latents and means their gradients, under distributions taken as they are.
-            For latents that are nearly all 0, where noise would hide how little these cost.
+            For latents that are nearly all 0, where noise would hide how little these cost. What a
+            latent does to pictures has gradients where its symbol is not 0.
         """
         self._key, self.exact, self._detached, self._penalty = noise_key, exact, detached, penalty
         self._as_published, self._rounded = as_published, rounded
@@ -145,7 +146,12 @@ class Estimate:
             self.bits["side"] += likelihood.list_bits(scale, 2.0**-calibration.MARGIN_EXPONENT)
         if self._penalty is not None:
             self.penalty += self._penalty(scale).sum((1, 2, 3))
-        return likelihood.round_straight_through(residual)
+        if not self._rounded:
+            return likelihood.round_straight_through(residual)
+        # A dead zone leaves most symbols at 0, where no small change of the latent changes
+        # anything: gradients that said otherwise would lift it to the threshold everywhere.
+        symbols = lax.stop_gradient(jnp.round(residual))
+        return symbols + jnp.where(symbols == 0, 0, residual - lax.stop_gradient(residual))
 
 
 class Family(NamedTuple):
