@@ -18,7 +18,7 @@ from nvc_jax import cli, codec, platforms, unit_program
 from nvc_jax.benchmarks import platforms as bench
 from nvc_jax.benchmarks.clips import read_clip
 from nvc_jax.data.synthetic import moving_texture
-from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT
+from nvc_jax.entropy.calibration import CALIBRATED, EXACT, FLOAT, LEAST_EXPONENT
 from nvc_jax.errors import NvcError, StreamError, WeightsMismatch
 
 WIDTH, HEIGHT, FRAMES = 70, 50, 12
@@ -26,15 +26,14 @@ CLIP = [*moving_texture(WIDTH, HEIGHT, FRAMES // 2), *noise(WIDTH, HEIGHT, FRAME
 NAMES = ("ui2c", "intra")
 
 
-# Latents of random networks amplify differences much more in intra.
-SIZES = {"ui2c": 1e-5, "intra": 2e-6}
-QPS = range(0, 64, 7)
+# Up to here most scales of random networks lie within the tables. Beyond, small ones are what
+# remains of numbers a thousand times as large, and a few elements differ far more than all others.
+QPS = range(0, 30, 3)
 
 
-def elsewhere(unit_codec, size=None):
-    """The same codec on a platform whose floats differ."""
-    size = SIZES[unit_codec.model.codec] if size is None else size
-    rng = np.random.default_rng(0)
+def elsewhere(unit_codec, size, seed=0):
+    """The same codec on a platform whose floats differ: in the weights, by up to `size`."""
+    rng = np.random.default_rng(seed)
 
     def shifted(p):
         return p * np.float32(1 + size * rng.uniform(-1, 1, p.shape))
@@ -42,6 +41,22 @@ def elsewhere(unit_codec, size=None):
     params = jax.tree.map(shifted, unit_codec.model.variables["params"])
     variables = unit_codec.model.variables | {"params": params}
     return unit_codec._replace(model=unit_codec.model._replace(variables=variables))
+
+
+def barely_within_margins(here, records, seed):
+    """(size, what it changes) of the platform elsewhere(here, size, seed) at about the most that
+    a margin can cover: by how much levels differ is up to the processor, the codec and the seed.
+    """
+    most = 2.0**-LEAST_EXPONENT / platforms.SAFETY
+    size = 1e-6
+    for _ in range(9):
+        there = elsewhere(here, size, seed)
+        found = [platforms.compare(there, record)[0] for record in records]
+        largest = max(d.largest for d in found)
+        if most / 2 < largest <= most:
+            return size, found
+        size *= 0.75 * most / largest
+    raise AssertionError(f"weights that differ by {size} let levels differ by {largest}")
 
 
 def failures(here, there):
@@ -69,20 +84,24 @@ def failures(here, there):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_margin_that_calibration_recommends_is_enough(name, prepared):
-    here = prepared(name, WIDTH, HEIGHT, CALIBRATED, (20,))
-    records = [platforms.make_record(here, CLIP, qp, codec.schedule_for(here.model)) for qp in QPS]
-    found = [platforms.compare(elsewhere(here), record)[0] for record in records]
-    assert sum(d.units for d in found) == len(QPS) * len(records[0].units)
-    worst = max(d.largest for d in found)
-    exponent = platforms.recommended_exponent(worst)
-    assert 4 * worst <= 2.0**-exponent < 8 * worst
-    protected = prepared(name, WIDTH, HEIGHT, CALIBRATED, (exponent,))
-    assert failures(protected, elsewhere(protected))[0] == 0
-    # Without protection, some of the units that the comparison counted do fail.
+    # All is measured in the program without protection: the other one may round otherwise.
     unprotected = prepared(name, WIDTH, HEIGHT, FLOAT)
-    failed, _ = failures(unprotected, elsewhere(unprotected))
-    # A unit fails if another table meets a symbol that it codes otherwise; not all do.
-    assert 0 < failed <= sum(d.changed_units for d in found)
+    order = codec.schedule_for(unprotected.model)
+    records = [platforms.make_record(unprotected, CLIP, qp, order) for qp in QPS]
+    failed, seed = 0, 0
+    while not failed:  # which of all close decisions fall otherwise is chance
+        assert seed < 9, "none of so many platforms fails without protection"
+        size, found = barely_within_margins(unprotected, records, seed)
+        assert sum(d.units for d in found) == len(QPS) * len(records[0].units)
+        worst = max(d.largest for d in found)
+        exponent = platforms.recommended_exponent(worst)
+        assert 4 * worst <= 2.0**-exponent < 8 * worst
+        protected = prepared(name, WIDTH, HEIGHT, CALIBRATED, (exponent,))
+        assert failures(protected, elsewhere(protected, size, seed))[0] == 0
+        failed, _ = failures(unprotected, elsewhere(unprotected, size, seed))
+        # A unit fails if another table meets a symbol that it codes otherwise; not all do.
+        assert failed <= sum(d.changed_units for d in found)
+        seed += 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -170,9 +189,10 @@ def test_processes_with_other_compiler_settings(tmp_path):
         if pair["protection"] != "none" or pair["encoder"] == pair["decoder"]:
             assert pair["failed_units"] == 0, pair
         assert pair["largest_psnr_difference_db"] < 0.05
-    # About one unit in 25 fails; if none did, nothing above would show that protection protects.
-    across = [p for p in result["pairs"] if p["encoder"] != p["decoder"]]
-    assert any(p["failed_units"] for p in across if p["protection"] == "none")
+        # Between platforms floats do differ. Whether one of these units fails for that without
+        # protection is chance; the test of recommended margins looks until one does.
+        apart = pair["encoder"] != pair["decoder"]
+        assert (pair["largest_psnr_difference_db"] > 0) == apart, pair
 
 
 def test_pictures_are_cut_from_the_middle(tmp_path):
