@@ -76,6 +76,10 @@ class Toy(nn.Module):
         if self.cfg.scale_head:
             self.scale_head = ScaleHead(self.cfg.y, self.cfg.scale_head, steps=1, references=1)
 
+    @staticmethod
+    def start(frame):
+        return Ref(frame=frame)
+
     def complete(self, refs, unit, height, width, exact=False):
         feature = jnp.zeros((1, height // 8, width // 8, self.cfg.width))
         ref = refs[0] if refs else Ref(feature=feature)
