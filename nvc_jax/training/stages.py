@@ -28,7 +28,7 @@ RUN_DEFAULTS = {
 }
 # What a stage has from the config if it does not say it itself.
 INHERITED = ("data", "optimizer", "weight_decay", "clip_norm", "rate_balance", "average_decay")
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon", "soap")
 LR_SCHEDULES = ("cosine", "linear", "constant")
 REFERENCES = ("blank", "true", "degraded", "coded")
 MAX_SPAN = 64
@@ -51,8 +51,8 @@ class Stage:
       lr, end_lr: learning rate when the stage starts and when it ends.
       data: sets to draw from, see `nvc_jax.data.pipeline.open_sets`. Without `folder` or `sets`,
         those of the config.
-      optimizer: "adamw" or "muon", see `nvc_jax.training.step.make_optimizer`. A stage with another
-        one than the stage before forgets its moments.
+      optimizer: "adamw", "muon" or "soap", see `nvc_jax.training.step.make_optimizer`. A stage with
+        another one than the stage before forgets its moments.
       weight_decay, clip_norm: of the optimiser, and of the gradient's norm.
       rate_balance: exponent b of the weight lambda^-b on every sample's loss; 0 as published.
       average_decay: of the moving average of the weights, which is what gets released.

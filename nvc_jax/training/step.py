@@ -30,6 +30,7 @@ from nvc_jax.training.hierarchy import Path, code_path
 from nvc_jax.training.losses import CodedClip
 from nvc_jax.training.orders import Run, code_run
 from nvc_jax.training.references import BLANK, degraded
+from nvc_jax.training.soap import soap
 from nvc_jax.training.stages import Stage
 
 
@@ -144,7 +145,8 @@ def make_optimizer(stage: Stage) -> optax.GradientTransformation:
     by Liu et al. (arXiv 2502.16982), their steps are about as large as those of Adam with Nesterov
     momentum, by which all other parameters learn; one learning rate serves both. What a step did
     not use, such as networks for other kinds of references, stays as it is: orthogonal steps are
-    as large without a gradient as with one.
+    as large without a gradient as with one. "soap" moves the same matrices by steps of Adam along
+    directions of their own, see `nvc_jax.training.soap`, and likewise what is used only.
     """
     if stage.optimizer == "muon":
         steps = optax.contrib.muon(
@@ -156,6 +158,8 @@ def make_optimizer(stage: Stage) -> optax.GradientTransformation:
             consistent_rms=0.2,
         )
         steps = _where_used(steps)
+    elif stage.optimizer == "soap":
+        steps = _where_used(soap(1.0, _are_matrices, weight_decay=stage.weight_decay))
     else:
         steps = optax.adamw(1.0, weight_decay=stage.weight_decay)
     return optax.chain(optax.clip_by_global_norm(stage.clip_norm), steps)
@@ -183,6 +187,15 @@ def _matrices(params: dict) -> dict:
         return optax.contrib.MuonDimensionNumbers(tuple(inputs), output)
 
     return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _are_matrices(params: dict) -> dict:
+    """Which parameters are, as a tree of bool."""
+    return jax.tree.map(lambda axes, _: axes is not None, _matrices(params), params, is_leaf=_axes)
+
+
+def _axes(x: Any) -> bool:
+    return x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
 
 
 def unroll(
