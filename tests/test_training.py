@@ -847,7 +847,7 @@ def arguments_of_configs():
         yield f"ui2c.py:{size}"
     for size in ("dev", "full,4"):
         yield f"intra.py:{size}"
-    for size in ("light", "full,8"):
+    for size in ("small", "full,8"):
         yield f"brhvc.py:{size}"
     for size in ("large", "dev", "fast,8"):
         yield f"uni_lvc.py:{size}"

@@ -47,7 +47,7 @@ class Config:
     `widths` are those of the contexts at full, half and quarter size, `motion` of everything that
     concerns motion, `tail` of the decoder's last layer, `guess` of the first layers that read the
     guessed flows. `groups` and `offsets`: see `OffsetDiversity`. `patch` 2 is our addition for
-    light models: all networks work on patches of 2x2 pixels, motion included, at a quarter of the
+    small models: all networks work on patches of 2x2 pixels, motion included, at a quarter of the
     cost; "full size" below is then half of the picture's. `flow_halvings`: how often pictures are
     made half as large before motion is looked for in them; the cost of that falls to a quarter each
     time. `flow_contrast`: see `nvc_jax.nn.flow.SpyNet`. `family`: of the latents' distributions.
@@ -85,7 +85,7 @@ class Config:
 
 SIZES = {
     "full": Config(),
-    "light": Config(
+    "small": Config(
         widths=(16, 24, 48), y=96, motion=24, guess=24, tail=16, groups=8, unet=(16, 32, 64),
         unet_blocks=2, flow=(16, 24, 16), patch=2, flow_halvings=1, flow_contrast=5.0,
         family="gaussian", direct=True,

@@ -31,7 +31,7 @@ DCVC_RT_SIZES = {"full": Config(intra.SIZES["full"], ui2c.SIZES["dcvc_rt"])}
 # Without the exact mode's networks, which B-frames do not have.
 BRHVC_SIZES = {
     "full": Config(dcvc_dc.SIZES["full"], brhvc.SIZES["full"]),
-    "light": Config(intra.SIZES["dev"], brhvc.SIZES["light"]),
+    "small": Config(intra.SIZES["dev"], brhvc.SIZES["small"]),
     "nano": Config(replace(intra.SIZES["nano"], scale_head=0), brhvc.SIZES["nano"]),
 }
 
