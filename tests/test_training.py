@@ -130,12 +130,13 @@ class Toy(nn.Module):
 
 
 UI2C = registry.entry("ui2c")
-TOY = UI2C._replace(module=Toy, config=ToyConfig, sizes={"small": ToyConfig()})
+TOY = UI2C._replace(sizes={"small": ToyConfig()})
 
 
 @pytest.fixture(autouse=True)
 def toy_codec(monkeypatch):
     monkeypatch.setitem(registry.CODECS, "toy", TOY)
+    monkeypatch.setitem(registry.MODULES, ToyConfig, Toy)
 
 
 @pytest.fixture(scope="module")
@@ -295,9 +296,10 @@ def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
 TRAIN = """\
 import runpy, sys
 sys.path[:0] = {paths!r}
-from test_training import TOY
+from test_training import TOY, Toy, ToyConfig
 from nvc_jax.models import registry
 registry.CODECS["toy"] = TOY
+registry.MODULES[ToyConfig] = Toy
 runpy.run_path("train.py", run_name="__main__")
 """
 
@@ -883,7 +885,7 @@ def arguments_of_configs():
         yield f"ui2c.py:{size}"
     for size in ("dev", "full,4"):
         yield f"intra.py:{size}"
-    for size in ("light", "full,8"):
+    for size in ("small", "full,8"):
         yield f"brhvc.py:{size}"
     for size in ("large", "dev", "fast,8"):
         yield f"uni_lvc.py:{size}"

@@ -174,6 +174,7 @@ class Light(nn.Module):
     references = 1
     refers_to_pictures = False  # but to frames in its references, which are always there
     frames_per_unit = 1
+    searches = True
     qp_rows = QP_ROWS
     rgb = False
     schedule = "low_delay"
