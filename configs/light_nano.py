@@ -26,14 +26,13 @@ def get_config():
     c.optimizer = "muon"
     c.model = ConfigDict(dict(name="light", size="nano", dtype="float32"))
     c.data = recipes.own_clips(image_share=0.1)
-    # The encoder stays what it is to begin with: cosine transforms, balanced steps, and a dead zone
-    # that weighs rate against distortion. No gradient through a dead zone is right: what passes as
-    # if nothing was rounded lifts latents to the threshold, which costs twice the bits.
+    # The encoder stays what the stage before has made of it. No gradient through a dead zone is
+    # right: what passes as if nothing was rounded lifts latents to the threshold.
     names = ("transform", "inverse", "encoder", "encoder_out", "q_step", "q_dead_zone")
     fixed = dict(lr_scale=dict.fromkeys(names, 0.0))
     c.stages = (
         stage(
-            steps=6_000, units=1, walk=8, batch=4, crop=128, lr=1.5e-3, end_lr=2e-4, **IN_USE,
+            steps=6_000, units=1, walk=8, batch=4, crop=128, lr=1.2e-3, end_lr=1e-4, **IN_USE,
             **fixed,
         ),
         # The exact mode: the integer scales alone, from rounded symbols.
