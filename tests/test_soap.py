@@ -1,5 +1,9 @@
 """SOAP: that it solves what it should, and leaves alone what it must."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,6 +183,24 @@ def test_states_are_trees_of_arrays_that_go_on_as_if_they_had_not_been_stored():
     for leaf, first in zip(*map(jax.tree.leaves, (state, begin)), strict=True):
         assert leaf.shape == first.shape and leaf.dtype == first.dtype
         assert leaf.size and leaf.dtype in (jnp.float32, jnp.int32)
+
+
+MANY_AT_ONCE = """\
+import jax
+from nvc_jax.training.soap import scale_by_soap
+shapes = [(48, 96), (96, 192), (96, 48), (64, 64), (96, 96), (192, 96)] * 6
+kernels = {str(n): jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate(shapes)}
+optimizer = scale_by_soap()
+state, update = optimizer.init(kernels), jax.jit(optimizer.update)
+for _ in range(51):
+    steps, state = jax.block_until_ready(update(kernels, state))
+"""
+
+
+def test_decompositions_do_not_wait_for_each_other():
+    """As several of many matrices at once do on CPUs; a process that hangs is ended."""
+    environ = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", MANY_AT_ONCE], env=environ, timeout=240, check=True)
 
 
 @pytest.mark.parametrize("shape, sides", [((600, 4), ["columns"]), ((4, 600), ["rows"])])

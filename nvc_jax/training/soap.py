@@ -161,7 +161,7 @@ def _step(grads: jax.Array, known: Matrices, refresh: jax.Array) -> tuple[jax.Ar
     known = lax.cond(refresh, _followed, lambda known: known, known)
 
     def begun(known):
-        eigen = {name: jnp.linalg.eigh(f)[1][..., ::-1] for name, f in known.factors.items()}
+        eigen = {name: _one_by_one(_eigenvectors, f) for name, f in known.factors.items()}
         bases = {name: where(first, eigen[name], basis) for name, basis in known.bases.items()}
         return known._replace(bases=bases)
 
@@ -179,13 +179,30 @@ def _followed(known: Matrices) -> Matrices:
         product = known.factors[name] @ basis
         strength = jnp.sum(basis * product, 1)
         order = jnp.argsort(-strength, axis=-1)
-        bases[name] = jnp.linalg.qr(jnp.take_along_axis(product, order[:, None], axis=2))[0]
+        bases[name] = _one_by_one(_orthogonal, jnp.take_along_axis(product, order[:, None], axis=2))
         turns[name] = basis.mT @ bases[name]
     return known._replace(
         bases=bases,
         mean=_along(turns, known.mean),
         squares=_along({name: turn**2 for name, turn in turns.items()}, known.squares),
     )
+
+
+def _eigenvectors(factor: jax.Array) -> jax.Array:
+    return jnp.linalg.eigh(factor)[1][:, ::-1]
+
+
+def _orthogonal(product: jax.Array) -> jax.Array:
+    return jnp.linalg.qr(product)[0]
+
+
+def _one_by_one(decomposed: Callable, matrices: jax.Array) -> jax.Array:
+    """Of matrices [n, side, side].
+
+    On CPUs, decompositions of several at once wait in threads of XLA's pool for others of this pool
+    (JAX 0.10), so that as many of them as there are threads wait for ever.
+    """
+    return lax.map(decomposed, matrices)
 
 
 def _along(bases: dict[str, jax.Array], matrices: jax.Array) -> jax.Array:
