@@ -59,6 +59,15 @@ ANY_ORDER = dict(  # of "uni_lvc"
     tokens=16, heads=2, groups=2, window=3, temporal=16, judge=8, form="uf2",
     scale_head=16,
 )  # fmt: skip
+HEM = dict(  # of "light", as its size "full"
+    intra=SIZES["intra"],
+    inter=dict(
+        widths=(8, 8, 8), y=16, z=8, motion="flow", motion_width=8, tail=8, fusion=(16,),
+        spatial=(16,), motion_fusion=(16,), motion_spatial=(16,), unet=(8, 8, 8), unet_blocks=1,
+        flow=(8, 8), flow_kernel=3, direct=False, scale_head=16,
+    ),
+)  # fmt: skip
+HEM_SEARCHED = HEM | dict(inter=HEM["inter"] | dict(motion="searched", direct=True))
 PREDICTED = dict(  # of "dcvc_rt"
     intra=B_FRAMES["intra"], inter=SIZES["ui2c"] | dict(frames=1, scale_head=0)
 )
@@ -123,11 +132,14 @@ def assert_same_pictures(some, others) -> None:
 
 # Name of a small model -> (codec, size): codecs of `SIZES`, and others. "single" is UI2C with one
 # frame per unit, "brhvc" has B-frames, "dcvc_rt" predicted frames after those of an intra codec,
-# "light" searches motion, "uni_lvc" codes in any order.
+# "light" searches motion, "hem" sends flows or, "hem_searched", does likewise, "uni_lvc" codes in
+# any order.
 MODELS = {name: (name, size) for name, size in SIZES.items()} | {
     "single": ("ui2c", SIZES["ui2c"] | {"frames": 1}),
     "brhvc": ("brhvc", B_FRAMES),
     "dcvc_rt": ("dcvc_rt", PREDICTED),
+    "hem": ("light", HEM),
+    "hem_searched": ("light", HEM_SEARCHED),
     "uni_lvc": ("uni_lvc", ANY_ORDER),
 }
 

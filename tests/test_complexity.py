@@ -215,6 +215,44 @@ def test_b_frames_match_the_published_table():
     assert total["decode_kmac_per_pixel"] == pytest.approx(2558.1, abs=0.01)
 
 
+# Table 3 of Tian et al. (ACM MM 2023, arXiv 2309.11276): millions of parameters, and of
+# multiply-accumulates thousands of millions, for pictures of 1280x768 as the timings beside them.
+# Their encoder includes what reconstructs pictures.
+TIAN = {
+    "intra": {"encoder": (23.71, 252.633), "decoder": (20.95, 160.683)},
+    "inter": {"encoder": (10.17, 161.686), "decoder": (8.75, 76.311)},
+}
+ENCODER_ONLY = {
+    "flow", "motion_encoder", "motion_hyper_encoder", "encoder", "hyper_encoder", "q_encoder",
+    "q_scale_enc",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_light_meets_the_published_operating_point():
+    """Arithmetic within 2 %, parameters within 10 %: the channels that were left are not published.
+
+    Integer scale heads are counted as well.
+    """
+    counted = rows("light", "full")
+    for part, sides in TIAN.items():
+        own = [(n.partition("/")[2], r) for n, r in counted.items() if n.startswith(part)]
+        used = {
+            "encoder": [row for name, row in own if name != "feature_of_frame"],  # first P-frames'
+            "decoder": [
+                row for name, row in own if name not in {*ENCODER_ONLY, "feature_of_frame"}
+            ],
+        }
+        for side, (parameters, giga) in sides.items():
+            kmac = sum(row.kmac_per_pixel for row in used[side])
+            assert kmac == pytest.approx(1e6 * giga / (1280 * 768), rel=0.02), (part, side)
+            total = sum(row.parameters for row in used[side])
+            assert total == pytest.approx(1e6 * parameters, rel=0.1), (part, side)
+            if part == "inter":
+                both = cost("light", "full")[f"{side[:-1]}_kmac_per_pixel"]
+                assert both == pytest.approx(kmac)
+
+
 @pytest.mark.parametrize(
     "codec, size, parameters, encode, decode",
     [

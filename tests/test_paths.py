@@ -405,9 +405,9 @@ def test_codecs_of_rgb_are_judged_by_the_same_distortion():
     class Mirror:
         frames_per_unit, references, rgb = 1, 0, True
 
-        def apply(self, variables, frames, refs, qp, bottleneck):
+        def apply(self, variables, frames, refs, qp, bottleneck, mutable):
             bottleneck.bits = {k: jnp.zeros(len(frames)) for k in bottleneck.bits}
-            return frames, ()
+            return (frames, ()), {}
 
     frames = pictures((2, 1, 16, 16))
     clip = training.Clip(frames, frames, jnp.array([0, 63]), jnp.zeros(2, jnp.int32))

@@ -726,12 +726,12 @@ class Recorder:
         self.frames_per_unit = frames_per_unit
         self.qps, self.refs = [], []
 
-    def apply(self, variables, frames, refs, qp, bottleneck):
+    def apply(self, variables, frames, refs, qp, bottleneck, mutable):
         self.qps.append(np.asarray(qp))
         self.refs.append(refs)
         bits = {"z": 2.0, "y": 30.0, "y_float": 30.0, "side": 0.0}
         bottleneck.bits = {part: jnp.full(len(frames), count) for part, count in bits.items()}
-        return frames.at[:, 0].add(0.1), len(self.qps)
+        return (frames.at[:, 0].add(0.1), len(self.qps)), {}
 
 
 def test_pairs_follow_the_pattern_of_qualities_and_weights():
@@ -883,10 +883,12 @@ def arguments_of_configs():
         yield file.name
     for size in ("plain", "dev", "base,8"):
         yield f"ui2c.py:{size}"
-    for size in ("dev", "full,4"):
+    for size in ("dev", "light", "full,4"):
         yield f"intra.py:{size}"
     for size in ("small", "full,8"):
         yield f"brhvc.py:{size}"
+    for size in ("full_searched", "full,8"):
+        yield f"light.py:{size}"
     for size in ("large", "dev", "fast,8"):
         yield f"uni_lvc.py:{size}"
     for file in ("ui2c_ablations.py", "brhvc_ablations.py", "uni_lvc_ablations.py"):

@@ -216,6 +216,7 @@ class Convolutions(nn.Module):
 
 
 def hyper_encoder(features, strides):
+    """A convolution for each stride, all of the same width."""
     return Convolutions((features,) * len(strides), strides)
 
 

@@ -73,7 +73,7 @@ class Config:
     motion_fusion: tuple[int, ...] = (96, 96)
     motion_spatial: tuple[int, ...] = (96, 96)
     unet: tuple[int, int, int] = (8, 16, 32)
-    unet_blocks: int = 2
+    unet_blocks: int = 1
     flow: tuple[int, ...] = (32, 60, 32, 16)
     flow_kernel: int = 7
     flow_contrast: float = 5.0

@@ -74,7 +74,7 @@ SIZES = {
     ),
     # Beside P-frames of `light`, see `nvc_jax.models.hem`.
     "light": Config(
-        width=256, y=192, prior=416, spatial_width=320, encoder=10, decoder=11, spatial=2,
+        width=256, y=192, prior=416, spatial_width=328, encoder=10, decoder=11, spatial=2,
         scale_head=256,
     ),
 }  # fmt: skip

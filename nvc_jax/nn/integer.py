@@ -312,11 +312,11 @@ class ScaleHead(nn.Module):
 def head_of(variables: dict) -> tuple[ScaleHead, int]:
     """(the head that has such parameters or integers, the hyper-latent's channels)."""
     z, width = variables["hyper"]["kernel"].shape
-    count = {
-        kind: sum(n.startswith(f"{kind}_") for n in variables) for kind in ("levels", "digest")
-    }
     channels = variables["levels_0"]["kernel"].shape[-1]
-    return ScaleHead(channels, width, count["levels"], count["digest"]), z
+    steps, references = (
+        sum(name.startswith(kind) for name in variables) for kind in ("levels_", "digest_")
+    )
+    return ScaleHead(channels, width, steps, references), z
 
 
 def freeze(params: dict) -> dict:

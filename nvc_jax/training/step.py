@@ -82,8 +82,8 @@ class StepMetrics(metrics.Collection):
     """What a step reports; merged over steps, `compute()` gives means and the newest counts.
 
     `motion_gain`: how many dB closer references are to a picture after motion, as it was decoded; 0
-    for codecs that do not say. `misjudged`: see `CodedClip`; 0 for codecs that do not judge. What a stage
-    with `motion_only` does not compute is 0, and its motion was not coded.
+    for codecs that do not say. `misjudged`: see `CodedClip`; 0 for codecs that do not judge. What a
+    stage with `motion_only` does not compute is 0, and its motion was not coded.
     A step that was skipped counts with the values it had, so not a number stays to be seen.
     """
 
