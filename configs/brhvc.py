@@ -1,13 +1,13 @@
-"""BRHVC for GPUs and TPU pods, at full size; its smaller relative `light` as an argument.
+"""BRHVC for GPUs and TPU pods, at full size; its smaller relative `small` as an argument.
 
   python train.py --config=configs/brhvc.py --workdir=runs/brhvc --config.data_root=DATA_DIR \
       --config.init_from=INTRA.safetensors
-  python train.py --config=configs/brhvc.py:light --workdir=runs/light ...
+  python train.py --config=configs/brhvc.py:small --workdir=runs/brhvc_small ...
   python train.py --config=configs/brhvc.py:full,8 ...    # larger batches, for up to 64 devices
   nvc release --workdir=runs/brhvc --config=configs/brhvc.py OUT.safetensors
 
 INTRA is the intra codec, which does not learn: for `full` the published one as `nvc import
-brhvc-intra` writes it, for `light` what `configs/intra.py:dev` trains. DATA_DIR holds the data sets
+brhvc-intra` writes it, for `small` what `configs/intra.py:dev` trains. DATA_DIR holds the data sets
 that configs/ui2c.py names.
 
 The paper (arXiv 2511.08938) does not publish its training. The order - motion first, few layers

@@ -1,4 +1,4 @@
-"""The intra codec at full size, for GPUs and TPU pods; `dev`, a smaller one, as an argument.
+"""The intra codec at full size, for GPUs and TPU pods; `dev` and `light`, smaller ones, as an argument.
 
   python train.py --config=configs/intra.py --workdir=runs/intra --config.data_root=DATA_DIR
   python train.py --config=configs/intra.py:dev --workdir=runs/intra_dev \

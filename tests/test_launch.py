@@ -34,6 +34,7 @@ def command(tmp_path):
 
     def run(*arguments, **changes):
         unwanted = ("GLIBC_TUNABLES", launch.RESTARTED, "TF_CPP_MIN_LOG_LEVEL")
+        unwanted += ("OPENBLAS_NUM_THREADS",)
         environ = {
             name: value
             for name, value in os.environ.items()
@@ -147,6 +148,7 @@ def test_compiled_programs_are_kept_in_a_folder_per_cpu(command, tmp_path):
     assert printed["env"]["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0"
     assert printed["env"]["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] == "-1"
     assert printed["env"]["TF_CPP_MIN_LOG_LEVEL"] == "3"
+    assert printed["env"]["OPENBLAS_NUM_THREADS"] == "1"
 
 
 def test_given_settings_win(command, tmp_path):
@@ -154,6 +156,7 @@ def test_given_settings_win(command, tmp_path):
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "3",
         "TF_CPP_MIN_LOG_LEVEL": "0",
+        "OPENBLAS_NUM_THREADS": "2",
     }
     printed, _ = command("tool.py", **given)
     assert given.items() <= printed["env"].items()

@@ -327,7 +327,7 @@ def test_motion_can_learn_alone(intra_file, tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, complaint",
     [
-        (dict(motion_only=True), "motion_only needs paths of one unit, not 2"),
+        (dict(motion_only=True), "motion_only needs clips of one unit"),
         (dict(motion_only=True, units=1, lr_scale=dict(flow=0.0)), "no sub-network learns"),
         (
             dict(motion_only=True, units=1, teacher=dict(weights="previous", recon=1.0)),

@@ -40,6 +40,7 @@ from nvc_jax.nn.hyperprior import FactorizedPrior
 from nvc_jax.nn.integer import ScaleHead
 from nvc_jax.training import checkpoints, loop, losses, references, stages
 from nvc_jax.training import step as training
+from nvc_jax.training.soap import SoapState
 from nvc_jax.training.transform_start import transform_start
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +75,10 @@ class Toy(nn.Module):
         self.z_prior = FactorizedPrior(self.qp_rows, self.cfg.z)
         if self.cfg.scale_head:
             self.scale_head = ScaleHead(self.cfg.y, self.cfg.scale_head, steps=1, references=1)
+
+    @staticmethod
+    def start(frame):
+        return Ref(frame=frame)
 
     def complete(self, refs, unit, height, width, exact=False):
         feature = jnp.zeros((1, height // 8, width // 8, self.cfg.width))
@@ -125,12 +130,13 @@ class Toy(nn.Module):
 
 
 UI2C = registry.entry("ui2c")
-TOY = UI2C._replace(module=Toy, config=ToyConfig, sizes={"small": ToyConfig()})
+TOY = UI2C._replace(sizes={"small": ToyConfig()})
 
 
 @pytest.fixture(autouse=True)
 def toy_codec(monkeypatch):
     monkeypatch.setitem(registry.CODECS, "toy", TOY)
+    monkeypatch.setitem(registry.MODULES, ToyConfig, Toy)
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +247,9 @@ def stop_at(monkeypatch, *steps):
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(folder, tmp_path, monkeypatch):
     """Between two stages unlike each other, and in the middle of a walk through a clip."""
-    other = dict(units=2, walk=2, batch=1, optimizer="muon")
-    config = config_of(folder, stage(3), stage(5, **other))
+    first = stage(3, optimizer="muon")
+    other = dict(units=2, walk=2, batch=1, optimizer="soap")
+    config = config_of(folder, first, stage(5, **other))
     uninterrupted = loop.train(config, tmp_path / "whole")
 
     stop_at(monkeypatch, 4, 7)
@@ -256,7 +263,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(folder, tmp_path, monkeypat
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
     for ours, others in zip(logged(tmp_path / "parts"), logged(tmp_path / "whole"), strict=True):
         assert ours["loss"] == others["loss"] and ours["stage"] == others["stage"]
-    shortened = config_of(folder, stage(3), stage(2, **other))
+    shortened = config_of(folder, first, stage(2, **other))
     for complete in (config, shortened):  # nothing left to do
         assert_same_state(loop.train(complete, tmp_path / "parts"), uninterrupted)
 
@@ -289,9 +296,10 @@ def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
 TRAIN = """\
 import runpy, sys
 sys.path[:0] = {paths!r}
-from test_training import TOY
+from test_training import TOY, Toy, ToyConfig
 from nvc_jax.models import registry
 registry.CODECS["toy"] = TOY
+registry.MODULES[ToyConfig] = Toy
 runpy.run_path("train.py", run_name="__main__")
 """
 
@@ -475,6 +483,36 @@ def test_muon_steps_along_all_directions_alike():
             np.testing.assert_allclose(np.abs(step), np.abs(step).max(), rtol=1e-3)
 
 
+def test_soap_moves_the_matrices_that_muon_does_and_only_what_is_used():
+    (only,) = stages.read(stages.complete(config_of("", stage(1), optimizer="soap")))
+    rng = np.random.default_rng(0)
+    shapes = {
+        ("dense", "kernel"): (24, 16),
+        ("convolution", "kernel"): (3, 3, 4, 8),
+        ("convolution", "bias"): (8,),
+        ("depthwise", "kernel"): (3, 3, 1, 8),
+        ("intra", "dense", "kernel"): (16, 16),
+        ("unused", "kernel"): (16, 8),
+        ("unused", "bias"): (8,),
+    }
+    params = traverse_util.unflatten_dict(
+        {path: jnp.float32(rng.normal(size=shape)) for path, shape in shapes.items()}
+    )
+    grads = params | {"unused": jax.tree.map(jnp.zeros_like, params["unused"])}
+    optimizer = training.make_optimizer(only)
+    update, state = jax.jit(optimizer.update), optimizer.init(params)
+    soap = next(
+        x
+        for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, SoapState))
+        if isinstance(x, SoapState)
+    )
+    assert set(soap.groups) == {"24x16", "36x8", "16x8"}
+    for _ in range(2):
+        steps, state = update(grads, state, params)
+    for path, step in traverse_util.flatten_dict(steps).items():
+        assert step.any() == (path[0] != "unused")
+
+
 @pytest.mark.parametrize(
     "change, complaint",
     [
@@ -490,7 +528,7 @@ def test_muon_steps_along_all_directions_alike():
         ({"stages": (ConfigDict(dict(steps=2)),)}, r"stages\[0\].batch is missing"),
         ({"stages": (stage(2, batch=4, accumulate=3),)}, "it must divide the batch"),
         ({"stages": (stage(2, schedule="step"),)}, "give 'cosine', 'linear'"),
-        ({"optimizer": "sgd"}, "give 'adamw', 'muon'"),
+        ({"optimizer": "sgd"}, "give 'adamw', 'muon', 'soap'"),
         ({"stages": (stage(2, references={"black": 1.0}),)}, "'black' is none of 'blank'"),
         ({"stages": (stage(2, references={"blank": 0.0}),)}, "one must be above"),
         ({"stages": (stage(2, lr_scale=(("hyperr", 0.1),)),)}, "lr_scale names hyperr"),
@@ -847,7 +885,7 @@ def arguments_of_configs():
         yield f"ui2c.py:{size}"
     for size in ("dev", "full,4"):
         yield f"intra.py:{size}"
-    for size in ("light", "full,8"):
+    for size in ("small", "full,8"):
         yield f"brhvc.py:{size}"
     for size in ("large", "dev", "fast,8"):
         yield f"uni_lvc.py:{size}"

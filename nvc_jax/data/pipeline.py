@@ -22,6 +22,7 @@ from absl import flags
 from nvc_jax.data.clips import Clip, ClipSet, load_clips, stats
 from nvc_jax.data.crops import cut_out
 from nvc_jax.data.synthetic import made_up_clips
+from nvc_jax.data.synthetic_motion import Scene, Scenes, film
 from nvc_jax.errors import NvcError
 
 EPOCHS = 1 << 24  # for ever, but lengths must stay below 2^63
@@ -34,11 +35,11 @@ class Source:
     """Clips to draw from.
 
     Attributes:
-      records: random access to `Clip`s.
+      records: random access to `Clip`s, or to `Scene`s that clips are made of.
       weight: share of the samples, relative to the other sources' weights.
     """
 
-    records: Sequence[Clip]
+    records: Sequence[Clip | Scene]
     weight: float
 
 
@@ -85,11 +86,12 @@ class Stored(Sequence):
 def open_sets(data: Any, root: str = "", loaded: dict[str, ClipSet] | None = None) -> list[Source]:
     """The clips that a config's data section names, with paths that start from `root`.
 
-    data: either `folder`, of videos and photographs that are decoded into memory, and
-      `image_share`, the photographs' share of the samples ("" for a few clips that are made up,
-      which teach a codec next to nothing); or `sets`, a tuple of dicts with `path`
-      of a data set that `nvc_jax.data.build` wrote, `split` (default "train") and `weight`
-      (default 1).
+    data: either `folder`, of videos and photographs that are decoded into memory ("" for a few
+      clips that are made up, which teach a codec next to nothing), `synthetic_share`, the share of
+      samples that `nvc_jax.data.synthetic_motion` makes of the photographs (default 0), and
+      `image_share`, the photographs' share of the others (default 0.25); or `sets`, a tuple of
+      dicts with `path` of a data set that `nvc_jax.data.build` wrote, `split` (default "train")
+      and `weight` (default 1).
     loaded: folder -> clips that are in memory already; gets those that are read.
 
     Raises:
@@ -97,7 +99,7 @@ def open_sets(data: Any, root: str = "", loaded: dict[str, ClipSet] | None = Non
     """
     if ("sets" in data) == ("folder" in data):
         raise NvcError("config.data must have either `folder` or `sets`; see nvc_jax.data.pipeline")
-    known = {"sets"} if "sets" in data else {"folder", "image_share"}
+    known = {"sets"} if "sets" in data else {"folder", "image_share", "synthetic_share"}
     if unknown := sorted(set(data) - known):
         raise NvcError(f"config.data.{unknown[0]} is nothing that {sorted(known)[0]} can have")
     if "sets" in data:
@@ -105,14 +107,17 @@ def open_sets(data: Any, root: str = "", loaded: dict[str, ClipSet] | None = Non
             raise NvcError("config.data.sets is empty: there is nothing to train on")
         sets = enumerate(data["sets"])
         return [_open_set(dict(s), root, f"config.data.sets[{n}]") for n, s in sets]
-    folder, share = data["folder"], data.get("image_share", 0.25)
-    if not isinstance(share, int | float) or not 0 <= share <= 1:
-        raise NvcError(f"config.data.image_share is {share!r}; it must be from 0 to 1")
+    folder = data["folder"]
+    shares = {"image_share": data.get("image_share", 0.25)}
+    shares["synthetic_share"] = data.get("synthetic_share", 0.0)
+    for name, share in shares.items():
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise NvcError(f"config.data.{name} is {share!r}; it must be from 0 to 1")
     loaded = {} if loaded is None else loaded
     if folder not in loaded:
         loaded[folder] = load_clips(os.path.join(root, folder)) if folder else made_up_clips()
         log.info("training data: %s", stats(loaded[folder]))
-    return memory_sources(loaded[folder], share)
+    return memory_sources(loaded[folder], **shares)
 
 
 def _open_set(values: dict, root: str, where: str) -> Source:
@@ -127,13 +132,28 @@ def _open_set(values: dict, root: str, where: str) -> Source:
     return Source(Stored(path, values.get("split", "train")), weight)
 
 
-def memory_sources(clips: ClipSet, image_share: float) -> list[Source]:
-    """Videos by their pixels and frames, images all alike."""
-    result = []
+def memory_sources(
+    clips: ClipSet, image_share: float, synthetic_share: float = 0.0
+) -> list[Source]:
+    """Videos by their pixels and frames, images all alike, and a share of clips made of these.
+
+    image_share: of the samples that are not synthetic.
+
+    Raises:
+      NvcError: no photograph to make clips of.
+    """
+    if synthetic_share and not clips.images:
+        raise NvcError(
+            f"config.data.synthetic_share is {synthetic_share}, but there are no photographs in "
+            "config.data.folder, of which such clips are made; add some, or set it to 0"
+        )
+    rest, result = 1 - synthetic_share, []
     if clips.videos:
-        result.append(Source(Weighted(clips.videos), 1 - image_share if clips.images else 1.0))
+        weight = 1 - image_share if clips.images else 1.0
+        result.append(Source(Weighted(clips.videos), rest * weight))
     if clips.images:
-        result.append(Source(clips.images, image_share if clips.videos else 1.0))
+        result.append(Source(clips.images, rest * (image_share if clips.videos else 1.0)))
+        result.append(Source(Scenes(clips.images), synthetic_share))
     return [source for source in result if source.weight > 0]
 
 
@@ -190,14 +210,18 @@ def batches(
 
 
 def _sample(
-    clip: Clip, rng: np.random.Generator, records, shares, frames, crop, cut_share
+    record: Clip | Scene, rng: np.random.Generator, records, shares, frames, crop, cut_share
 ) -> np.ndarray:
     sample = np.empty((frames, crop, crop, 3), np.uint8)
-    cut_out(clip, sample, rng)
+    _fill(sample, record, rng)
     if rng.random() < cut_share:
         other = records[rng.choice(len(records), p=shares)]
-        cut_out(other[int(rng.integers(len(other)))], sample[:1], rng)
+        _fill(sample[:1], other[int(rng.integers(len(other)))], rng)
     return sample
+
+
+def _fill(sample: np.ndarray, record: Clip | Scene, rng: np.random.Generator) -> None:
+    (film if isinstance(record, Scene) else cut_out)(record, sample, rng)
 
 
 def _follow_parent(worker: int, workers: int) -> None:

@@ -47,7 +47,7 @@ class Config:
     `widths` are those of the contexts at full, half and quarter size, `motion` of everything that
     concerns motion, `tail` of the decoder's last layer, `guess` of the first layers that read the
     guessed flows. `groups` and `offsets`: see `OffsetDiversity`. `patch` 2 is our addition for
-    light models: all networks work on patches of 2x2 pixels, motion included, at a quarter of the
+    small models: all networks work on patches of 2x2 pixels, motion included, at a quarter of the
     cost; "full size" below is then half of the picture's. `flow_halvings`: how often pictures are
     made half as large before motion is looked for in them; the cost of that falls to a quarter each
     time. `flow_contrast`: see `nvc_jax.nn.flow.SpyNet`. `family`: of the latents' distributions.
@@ -85,7 +85,7 @@ class Config:
 
 SIZES = {
     "full": Config(),
-    "light": Config(
+    "small": Config(
         widths=(16, 24, 48), y=96, motion=24, guess=24, tail=16, groups=8, unet=(16, 32, 64),
         unet_blocks=2, flow=(16, 24, 16), patch=2, flow_halvings=1, flow_contrast=5.0,
         family="gaussian", direct=True,
@@ -215,11 +215,11 @@ class Convolutions(nn.Module):
         return x
 
 
-def _hyper_encoder(features, strides):
+def hyper_encoder(features, strides):
     return Convolutions((features,) * len(strides), strides)
 
 
-def _halving(*widths):
+def halving(*widths):
     """Each convolution halves both sides."""
     return Convolutions(widths, (2,) * len(widths), slope=0.1)
 
@@ -496,12 +496,12 @@ class BFrame(nn.Module):
         c = self.cfg
         w1, w2, w3 = c.widths
         self.flow = SpyNet(c.flow, c.flow_kernel, c.flow_contrast)
-        self.guess_feature = _halving(c.guess, c.motion)
+        self.guess_feature = halving(c.guess, c.motion)
         self.motion_encoder = MotionEncoder(c)
-        self.motion_hyper_encoder = _hyper_encoder(c.motion, (1, 1, 2, 1, 2))
+        self.motion_hyper_encoder = hyper_encoder(c.motion, (1, 1, 2, 1, 2))
         self.motion_hyper_decoder = HyperDecoder(c.motion)
         self.motion_z_prior = FactorizedPrior(1, c.motion)
-        self.motion_guess = _halving(c.guess, c.motion, *[c.motion] * c.halvings)
+        self.motion_guess = halving(c.guess, c.motion, *[c.motion] * c.halvings)
         self.motion_types = ReferenceTypes(2 * c.motion)
         self.motion_fusion = [DepthBlock(3 * c.motion) for _ in range(2)]
         self.motion_prior = LatentPrior(c.motion, (3 * c.motion, 3 * c.motion), c.family)
@@ -521,10 +521,10 @@ class BFrame(nn.Module):
         self.encoder_fusion = (EncoderFusion if c.weigh else PlainFusion)(c.widths, self.dtype)
         self.encoder = Encoder(c, self.dtype)
         self.q_encoder = RateScale(2 * w2, start=1.0)
-        self.hyper_encoder = _hyper_encoder(c.y, (1, 2, 2))
+        self.hyper_encoder = hyper_encoder(c.y, (1, 2, 2))
         self.hyper_decoder = HyperDecoder(c.y)
         self.z_prior = FactorizedPrior(1, c.y)
-        self.temporal_prior = _halving(*[w3] * (c.halvings - 1), c.y)
+        self.temporal_prior = halving(*[w3] * (c.halvings - 1), c.y)
         self.types = ReferenceTypes(3 * c.y)
         self.fusion = [DepthBlock(3 * c.y) for _ in range(2)]
         self.prior = LatentPrior(c.y, (3 * c.y, 3 * c.y), c.family)

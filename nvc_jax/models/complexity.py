@@ -297,14 +297,15 @@ def training_flop(model: nn.Module, exact: bool, pixels: int) -> int:
 def motion_training_flop(model: nn.Module, pixels: int) -> int:
     """Likewise of a step in which flows learn alone, see `motion_only` of training stages.
 
-    Three flows for every frame that would be coded: to both references, and between these.
+    A flow for every frame that would be coded; of B-frames three, to both references, and between
+    these.
     """
     picture = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
 
     def flow(params, a, b):
         return model.apply({"params": params}, a, b, method="motion")
 
-    count = 3 * macs(flow, param_shapes(model), picture, picture)
+    count = (1 if model.references == 1 else 3) * macs(flow, param_shapes(model), picture, picture)
     return round(6 * count / (SIDE * SIDE) * pixels)
 
 

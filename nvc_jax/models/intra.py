@@ -72,6 +72,11 @@ SIZES = {
         width=112, y=128, z=32, prior=112, spatial_width=96, encoder=3, decoder=5, fusion=2,
         spatial=1, offset=0.5, form="uf2", latent_gain=True, scale_head=128,
     ),
+    # Beside P-frames of `light`, see `nvc_jax.models.hem`.
+    "light": Config(
+        width=256, y=192, prior=416, spatial_width=320, encoder=10, decoder=11, spatial=2,
+        scale_head=256,
+    ),
 }  # fmt: skip
 
 

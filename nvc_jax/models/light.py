@@ -7,7 +7,8 @@ work is done: motion is found by block search at the encoder and coded as intege
 learned parts beside it:
 
     u = compensated picture, v = picture, both as blocks of 8x8 luma and 2 of 4x4 chroma samples
-    y = (T(v - u)) / step + E(v, u, f)        T: cosine transforms, which may learn
+    y = (T(v - u)) / step + E(v, u, f)        T: cosine transforms, which may learn; E: where
+                                              nothing is predicted
     x = u + T'((y^ + D(y^, u, f)) * step)     E and D: networks that start at zero
     f = what D saw of the frame               for the next one, moved with the blocks
 
@@ -174,6 +175,7 @@ class Light(nn.Module):
     references = 1
     refers_to_pictures = False  # but to frames in its references, which are always there
     frames_per_unit = 1
+    searches = True
     qp_rows = QP_ROWS
     rgb = False
     schedule = "low_delay"
@@ -279,7 +281,8 @@ class Light(nn.Module):
         def analysis(m):
             y = m.transform(cells_of(*split_planes(frames[:, 0])) - u) * gain
             learned = m.encoder(jnp.concatenate([jnp.arcsinh(y), context], -1).astype(m.dtype))
-            y += m.encoder_out(learned).astype(jnp.float32)
+            # Only cells that nothing predicts: see configs/light_nano.py.
+            y += jnp.where(field[..., 2:] > 0, 0, m.encoder_out(learned).astype(jnp.float32))
             return y, m.hyper_encoder(pad_to_multiple(jnp.arcsinh(y), 4))
 
         shapes = latent_shapes(batch, h, w, c.y, c.z)

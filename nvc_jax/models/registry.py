@@ -1,11 +1,13 @@
 """All codecs by name, and what the rest of the project needs to know of each.
 
 To add a codec: write `nvc_jax/models/<name>.py` with `Config`, `SIZES` and a Linen module whose
-`__call__(frames, refs, qp, bottleneck)` follows `nvc_jax.models.ui2c.UI2C`, and add a row here.
+`__call__(frames, refs, qp, bottleneck)` follows `nvc_jax.models.ui2c.UI2C`, and add rows here, to
+`MODULES` and `CODECS`.
 """
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -23,9 +25,7 @@ class Entry(NamedTuple):
     """A codec.
 
     Attributes:
-      module: Linen module class with fields `cfg` and `dtype`.
-      config: its config class.
-      sizes: named configs.
+      sizes: named configs. The type of a config says which module it is of, see `MODULES`.
       content: a name in `nvc_jax.quality.LAMBDA_RANGE`.
       qp_offsets, frame_weights: by frame number modulo their length, what is added to the qp, and
         the weight of the frame's distortion in training. Without offsets the schedule says them.
@@ -34,8 +34,6 @@ class Entry(NamedTuple):
       summary: what it is, and where it was published.
     """
 
-    module: type[nn.Module]
-    config: type
     sizes: dict[str, Any]
     content: str
     qp_offsets: tuple[int, ...] = ()
@@ -45,24 +43,25 @@ class Entry(NamedTuple):
     summary: str = ""
 
 
+# Class of a config -> Linen module class with fields `cfg` and `dtype`; see also
+# `with_intra.MODULES`.
+MODULES = {
+    light.Config: light.Light,
+    uni_lvc.Config: uni_lvc.UniLVC,
+    with_intra.Config: with_intra.WithIntra,
+}
 CODECS = {
     "intra": Entry(
-        intra.Intra,
-        intra.Config,
         intra.SIZES,
         "image",
         summary="every picture on its own (DCVC-RT's intra codec, arXiv 2502.20762)",
     ),
     "dcvc_dc": Entry(
-        dcvc_dc.Intra,
-        dcvc_dc.Config,
         dcvc_dc.SIZES,
         "image",
         summary="every picture on its own (DCVC-DC's intra codec, as BRHVC uses it)",
     ),
     "ui2c": Entry(
-        ui2c.UI2C,
-        ui2c.Config,
         ui2c.SIZES,
         "video",
         QP_OFFSETS,
@@ -70,8 +69,6 @@ CODECS = {
         summary="one model for intra and inter, two frames at once (UI2C, arXiv 2510.14431)",
     ),
     "dcvc_rt": Entry(
-        with_intra.WithIntra,
-        with_intra.Config,
         with_intra.DCVC_RT_SIZES,
         "video",
         QP_OFFSETS,
@@ -80,26 +77,20 @@ CODECS = {
         "(DCVC-RT, arXiv 2502.20762)",
     ),
     "brhvc": Entry(
-        with_intra.WithIntra,
-        with_intra.Config,
         with_intra.BRHVC_SIZES,
         "video",
         layer_weights=brhvc.LAYER_WEIGHTS,
         summary="hierarchical B-frames, and an intra codec (BRHVC, arXiv 2511.08938)",
     ),
     "light": Entry(
-        light.Light,
-        light.Config,
-        light.SIZES,
+        light.SIZES | with_intra.LIGHT_SIZES,
         light.CONTENT,
         light.QP_OFFSETS,
         light.FRAME_WEIGHTS,
-        summary="P-frames with searched motion, for real time (after Tian et al., MM 2023, arXiv "
+        summary="P-frames with explicit motion, for real time (after Tian et al., MM 2023, arXiv "
         "2309.11276)",
     ),
     "uni_lvc": Entry(
-        uni_lvc.UniLVC,
-        uni_lvc.Config,
         uni_lvc.SIZES,
         "video",
         frame_weights=(uni_lvc.DISTORTION_WEIGHT,),
@@ -134,29 +125,33 @@ def build(name: str, size: str | dict | ConfigDict, dtype: Any = jnp.float32) ->
         cfg = codec.sizes[size]
     else:
         try:
-            cfg = _config(codec.config, size if isinstance(size, dict) else size.to_dict())
+            cfg = _config(codec, size if isinstance(size, dict) else size.to_dict())
         except TypeError as e:
             raise NvcError(f"bad size for '{name}': {e}") from None
-    return codec.module(cfg, jnp.dtype(dtype))
+    return (MODULES | with_intra.MODULES)[type(cfg)](cfg, jnp.dtype(dtype))
 
 
-def _config(kind: type, size: dict) -> Any:
+def _config(codec: Entry, size: dict) -> Any:
+    """A config from plain data, of a class of the codec's sizes. Raises TypeError."""
+    kinds = list(dict.fromkeys(type(cfg) for cfg in codec.sizes.values()))
+    return _of_kind(kinds[0] if len(kinds) == 1 else _kind(kinds, size), size)
+
+
+def _kind(kinds: Iterable[type], size: dict) -> type:
+    """The class of configs that has these fields; files of older versions may lack some."""
+    found = [k for k in kinds if set(size) <= {f.name for f in dataclasses.fields(k)}]
+    if len(found) != 1:
+        raise TypeError(f"{len(found)} codecs have the fields {', '.join(sorted(size))}")
+    return found[0]
+
+
+def _of_kind(kind: type, size: dict) -> Any:
     """A config from plain data. Configs inside of it are known by their fields."""
 
     def value(v):
         if isinstance(v, list):
             return tuple(v)
-        if not isinstance(v, dict):
-            return v
-        # Files of older versions lack fields that have come since.
-        kinds = [
-            inner
-            for inner in with_intra.MODULES
-            if set(v) <= {f.name for f in dataclasses.fields(inner)}
-        ]
-        if len(kinds) != 1:
-            raise TypeError(f"{len(kinds)} codecs have the fields {', '.join(sorted(v))}")
-        return _config(kinds[0], v)
+        return _of_kind(_kind(with_intra.MODULES, v), v) if isinstance(v, dict) else v
 
     return kind(**{k: value(v) for k, v in size.items()})
 
@@ -167,7 +162,12 @@ def size_as_dict(model: nn.Module) -> dict:
 
 
 def has_scale_head(model: nn.Module) -> bool:
-    """Whether the codec can find its scales by integer arithmetic, see `nvc_jax.nn.integer`."""
+    """Whether the codec can find its scales by integer arithmetic, see `nvc_jax.nn.integer`.
+
+    With an intra codec beside it, only both of them together can.
+    """
+    if isinstance(model, with_intra.WithIntra):
+        return all(getattr(c, "scale_head", 0) > 0 for c in (model.cfg.intra, model.cfg.inter))
     return getattr(model.cfg, "scale_head", 0) > 0
 
 
@@ -188,7 +188,7 @@ def judges_references(model: nn.Module) -> bool:
 
 def searches_motion(model: nn.Module) -> bool:
     """Whether the encoder searches motion and sends it, see `nvc_jax.nn.motion`."""
-    return hasattr(model, "search")
+    return getattr(model, "searches", False)
 
 
 def networks(model: nn.Module, params: dict) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from nvc_jax.entropy.freeze import TABLES, concatenate, factorized_tables
 from nvc_jax.entropy.tables import CdfTables
 from nvc_jax.errors import NvcError
 from nvc_jax.files import replacing, writing
-from nvc_jax.models import registry
+from nvc_jax.models import registry, with_intra
 from nvc_jax.nn import integer
 
 FORMAT = "nvc-model-3"
@@ -44,12 +44,13 @@ class Released(NamedTuple):
       name: of the model, e.g. "ui2c-nano"; goes into streams for error messages.
       codec: name in the registry.
       module: the Linen module.
-      variables: {"params": float32 pytree, "integers": the scale head, if the model has one}.
+      variables: {"params": float32 pytree, "integers": scale heads, if the model has any, in the
+        places of their float parameters}.
       tables: integer CDFs of the scale levels of each family of distributions, then of each
         hyper-latent's (row, channel), see `CodingSpec`.
       spec: how scales become table indices.
       fingerprint: 16 bytes.
-      known_answer: of the scale head, see `check_integers`; empty without one.
+      known_answer: of the scale heads, see `check_integers`; empty without any.
     """
 
     name: str
@@ -101,7 +102,7 @@ def freeze(
             f"{levels} scale tables from {scale_range[0]} to {scale_range[1]}: give 2 to 256 of "
             "them, and scales that grow from above 0 to below 1000"
         )
-    head = None
+    heads = {}
     if registry.has_scale_head(module):
         learnt = likelihood.LEVELS, likelihood.SCALE_MIN, likelihood.SCALE_MAX, True
         if (levels, *scale_range, middle) != learnt:
@@ -109,8 +110,8 @@ def freeze(
                 f"the model's scale head has learnt {learnt[0]} tables, for the middle of levels "
                 f"from {learnt[1]} to {learnt[2]}; others would need another head"
             )
-        params = dict(params)
-        head = integer.freeze(params.pop("scale_head"))
+        heads, params = _split_heads(params)
+        heads = {path: integer.freeze(head) for path, head in heads.items()}
     with np.errstate(over="ignore"):
         params = jax.tree.map(lambda p: np.asarray(p, weights_dtype), params)
     if not all(np.isfinite(p).all() for p in jax.tree.leaves(params)):
@@ -132,9 +133,9 @@ def freeze(
             parts.append(factorized_tables(chain.reshape(-1, chain.shape[-1]).astype(np.float64)))
     tables = concatenate(*parts)
     tensors = {f"params/{k}": v for k, v in flat.items()}
-    if head is not None:
+    for path, head in heads.items():
         flat = traverse_util.flatten_dict(head, sep="/")
-        tensors |= {f"integers/scale_head/{k}": v for k, v in flat.items()}
+        tensors |= {f"integers/{path}/{k}": v for k, v in flat.items()}
     frequencies = np.diff(tables.cdf.astype(np.int64), axis=1)
     coded = np.arange(frequencies.shape[1]) < tables.size[:, None]
     tensors["tables/frequency"] = frequencies[coded].astype(np.uint16)
@@ -157,11 +158,12 @@ def freeze(
         "priors": json.dumps(priors),
     }
     metadata["known_answer"] = ""
-    if head is not None:
-        metadata["known_answer"] = _integer_answer(module, {"integers": {"scale_head": head}})
+    if heads:
+        frames = module.frames_per_unit
+        metadata["known_answer"] = _integer_answer("integers", heads, frames)
         # The same integers from floats: another way of computing them, on the same machine.
-        floats = {"params": {"scale_head": integer.thaw(head)}}
-        if _integer_answer(module, floats) != metadata["known_answer"]:
+        floats = {path: integer.thaw(head) for path, head in heads.items()}
+        if _integer_answer("params", floats, frames) != metadata["known_answer"]:
             raise NvcError("integer and float arithmetic disagree here; release on another machine")
     return tensors, metadata
 
@@ -274,25 +276,50 @@ def without_scale_head(module: nn.Module, params: dict) -> tuple[nn.Module, dict
     """The same model for the calibrated mode only."""
     if not registry.has_scale_head(module):
         return module, params
-    cfg = dataclasses.replace(module.cfg, scale_head=0)
-    return module.clone(cfg=cfg), {k: p for k, p in params.items() if k != "scale_head"}
+    return module.clone(cfg=_without_scale_head(module.cfg)), _split_heads(params)[1]
+
+
+def _without_scale_head(cfg: Any) -> Any:
+    if isinstance(cfg, with_intra.Config):
+        return with_intra.Config(*map(_without_scale_head, (cfg.intra, cfg.inter)))
+    return dataclasses.replace(cfg, scale_head=0)
+
+
+def _split_heads(params: dict) -> tuple[dict[str, dict], dict]:
+    """(path of every scale head -> its parameters, all other parameters)."""
+    heads, others = {}, {}
+    for name, tree in params.items():
+        if name.endswith(integer.SCALE_HEAD):
+            heads[name] = tree
+        elif name in ("intra", "inter"):
+            inner, others[name] = _split_heads(tree)
+            heads |= {f"{name}/{path}": head for path, head in inner.items()}
+        else:
+            others[name] = tree
+    return heads, others
 
 
 def trainable_params(model: Released) -> dict:
-    """Float parameters to go on training from, those of the scale head included."""
-    params = dict(model.variables["params"])
-    if model.exact:
-        params["scale_head"] = integer.thaw(model.variables["integers"]["scale_head"])
-    return params
+    """Float parameters to go on training from, those of scale heads included."""
+    params = traverse_util.flatten_dict(model.variables["params"], sep="/")
+    for path, head in _heads(model).items():
+        flat = traverse_util.flatten_dict(integer.thaw(head), sep="/")
+        params |= {f"{path}/{name}": value for name, value in flat.items()}
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _heads(model: Released) -> dict[str, dict]:
+    return _split_heads(model.variables.get("integers", {}))[0]
 
 
 def check_integers(model: Released) -> None:
-    """Known-answer test of the scale head on this machine's processor.
+    """Known-answer test of the scale heads on this machine's processor.
 
     Raises:
       NvcError: it computes something else than the machine that released the model.
     """
-    if _integer_answer(model.module, model.variables) != model.known_answer:
+    answer = _integer_answer("integers", _heads(model), model.module.frames_per_unit)
+    if answer != model.known_answer:
         raise NvcError(
             f"{jax.default_backend()} fails the known-answer test of integer arithmetic with JAX "
             f"{jax.__version__}, so it would decode noise; use another version of JAX, or the CPU "
@@ -300,9 +327,12 @@ def check_integers(model: Released) -> None:
         )
 
 
-def _integer_answer(module: nn.Module, variables: dict) -> str:
-    """A hash of what the scale head makes of fixed inputs, in two units of 384 x 640 pixels."""
-    c, h, w = module.cfg, 24, 40
+def _integer_answer(collection: str, heads: dict[str, dict], frames: int) -> str:
+    """A hash of what scale heads make of fixed inputs, in two units of 384 x 640 pixels.
+
+    collection: of variables, that the heads are: "integers", or "params" for floats.
+    """
+    h, w = 24, 40
 
     def noise(seed, *shape):
         """Small numbers, and some beyond what eight bits hold."""
@@ -312,14 +342,15 @@ def _integer_answer(module: nn.Module, variables: dict) -> str:
 
     @jax.jit
     def answer(variables):
-        def run(m):
-            head = m.scale_head
-            qp = jnp.array([[9] + [44] * (module.frames_per_unit - 1)])
-            memories = [None] * module.references
+        kind, z_channels = integer.head_of(variables)
+
+        def run(head):
+            qp = jnp.array([[9] + [44] * (frames - 1)])
+            memories = [None] * head.references
             answers = []
             for seed in (1, 3):  # the second unit refers to the first
-                z = noise(seed, h // 4, w // 4, c.z)
-                symbols = noise(seed + 1, h, w, c.y)
+                z = noise(seed, h // 4, w // 4, z_channels)
+                symbols = noise(seed + 1, h, w, head.channels)
                 hidden = head.begin(z, qp, memories, (h, w))
                 levels = [head.level(hidden, step, symbols) for step in range(head.steps)]
                 answers += levels
@@ -328,11 +359,12 @@ def _integer_answer(module: nn.Module, variables: dict) -> str:
                     answers.append(memories[0])
             return answers
 
-        return nn.apply(run, module)({"params": {}} | variables)
+        return nn.apply(run, kind)({"params": {}} | {collection: variables})
 
     digest = hashlib.sha256()
-    for part in answer(variables):
-        digest.update(np.asarray(part).astype(np.int8).tobytes())
+    for _, head in sorted(heads.items()):
+        for part in answer(head):
+            digest.update(np.asarray(part).astype(np.int8).tobytes())
     return digest.hexdigest()[:16]
 
 

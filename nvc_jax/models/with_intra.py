@@ -9,14 +9,17 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from nvc_jax.models import brhvc, dcvc_dc, intra, ui2c
+from nvc_jax.models import brhvc, dcvc_dc, hem, intra, ui2c
 
 MODULES = {
     intra.Config: intra.Intra,
     dcvc_dc.Config: dcvc_dc.Intra,
     ui2c.Config: ui2c.UI2C,
     brhvc.Config: brhvc.BFrame,
+    hem.Config: hem.PFrame,
 }
+# Coding orders; of B-frames in groups without a row here.
+SCHEDULES = {ui2c.Config: "low_delay_refresh", hem.Config: "low_delay"}
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,10 @@ DCVC_RT_SIZES = {"full": Config(intra.SIZES["full"], ui2c.SIZES["dcvc_rt"])}
 # Without the exact mode's networks, which B-frames do not have.
 BRHVC_SIZES = {
     "full": Config(dcvc_dc.SIZES["full"], brhvc.SIZES["full"]),
-    "light": Config(intra.SIZES["dev"], brhvc.SIZES["light"]),
+    "small": Config(intra.SIZES["dev"], brhvc.SIZES["small"]),
     "nano": Config(replace(intra.SIZES["nano"], scale_head=0), brhvc.SIZES["nano"]),
 }
+LIGHT_SIZES = {name: Config(intra.SIZES["light"], inter) for name, inter in hem.SIZES.items()}
 
 
 class WithIntra(nn.Module):
@@ -59,7 +63,12 @@ class WithIntra(nn.Module):
 
     @property
     def schedule(self) -> str:
-        return {1: "low_delay_refresh", 2: "hierarchical"}[self.references]
+        return SCHEDULES.get(type(self.cfg.inter), "hierarchical")
+
+    @property
+    def searches(self) -> bool:
+        """Whether the inter codec searches motion, see `search`."""
+        return getattr(self._inter(self.cfg.inter, parent=None), "searches", False)
 
     @property
     def qp_rows(self) -> int:
@@ -88,6 +97,10 @@ class WithIntra(nn.Module):
     def motion(self, a, b):
         """Of inter codecs that look for motion: see `nvc_jax.models.brhvc.BFrame.motion`."""
         return self.inter.motion(a, b)
+
+    def search(self, frame, ref, qp):
+        """Of inter codecs that search motion: see `nvc_jax.models.light.Light.search`."""
+        return self.inter.search(frame, ref, qp)
 
     def __call__(self, frames, refs, qp, bottleneck):
         """Codes one frame: arguments and results as those of both codecs.

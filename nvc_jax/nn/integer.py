@@ -36,6 +36,7 @@ MAX_EXPONENT = 14
 MAX_BIAS = 1 << 22
 # Exact, which a power or an exponential function computed on some device need not be.
 POWERS = np.ldexp(1.0, np.arange(MAX_EXPONENT + ACTIVATION_BITS + 1)).astype(np.float32)
+SCALE_HEAD = "scale_head"  # what the names of heads end with, in codecs
 INTEGERS = ("kernel", "bias", "exponent")  # of a frozen layer
 # 127 * 128 * inputs + bias stays below 2^24, so that float32 emulates it exactly.
 MAX_INPUTS = 768
@@ -306,6 +307,16 @@ class ScaleHead(nn.Module):
         """Symbols within -127..127 in the type to compute with."""
         clipped = jnp.clip(symbols, -127, 127)
         return clipped.astype(jnp.int8) if self.code.frozen() else clipped
+
+
+def head_of(variables: dict) -> tuple[ScaleHead, int]:
+    """(the head that has such parameters or integers, the hyper-latent's channels)."""
+    z, width = variables["hyper"]["kernel"].shape
+    count = {
+        kind: sum(n.startswith(f"{kind}_") for n in variables) for kind in ("levels", "digest")
+    }
+    channels = variables["levels_0"]["kernel"].shape[-1]
+    return ScaleHead(channels, width, count["levels"], count["digest"]), z
 
 
 def freeze(params: dict) -> dict:

@@ -1,37 +1,57 @@
 """Motion search: where blocks of a picture are in a reference, from coarse to fine.
 
 Minimises squared differences plus bits times a weight, as encoders of video standards do (Sullivan
-and Wiegand 1998): regions are looked for at 1/8 and 1/4 of the size, blocks of 8x8 near what their
-regions and the unit before found, then merged into blocks of up to 64x64 where that costs less, and
-at last each of these is moved by halves and quarters of a sample. Nothing is sequential, so it runs
-on any device, also inside of training steps.
+and Wiegand 1998). All displacements are looked at for blocks of 16x16 at 1/4 of the size, then
+those near a few candidates at 1/2 of the size, then near what neighbours have found at the full
+size, and at last halves and quarters of a sample. On every scale blocks try their neighbours'
+vectors, on two colours of a chequerboard (iterated conditional modes, Besag 1986); whole and
+fractional vectors are then shared by nodes of a quadtree where that costs less. Nothing is
+sequential, so it runs on any device, also inside of training steps.
 
-Errors of many displacements of all blocks are arrays with the blocks last: compilers for CPUs turn
-those into vector instructions, and TPUs into full lanes.
+What makes it fast on CPUs: errors of all displacements near a block's vector, its "window", are
+computed once, with the blocks on the last axes, which compilers turn into vector instructions.
+What neighbours and nodes try is then looked up there. Compilers would also compute small arrays
+anew wherever they are used, again and again in chains of decisions: barriers keep them.
+
+Inside of this module vectors are int32 [..., 2, rows, columns], down and across, in quarters of a
+sample.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nvc_jax.nn.compensation import blocks_at, interpolated, margin_of
+from nvc_jax.nn.compensation import PHASES, TAPS, interpolation_kernel
 from nvc_jax.nn.motion import BLOCK, MAX_VECTOR
-from nvc_jax.nn.warp import halve
+
+keep = lax.optimization_barrier
 
 LEVELS = 3  # of merging: blocks of 16, 32, 64
-COARSE = 8  # blocks of a coarse picture have so many samples on a side, whatever its scale
-# Half the range of displacements at 1/8 and at 1/4 of the size, in samples there; of blocks.
-REACH = {8: 6, 4: 6, 2: 3, 1: 1}
-# Bits of a vector: same as a neighbour's; else a start, and for each doubling of a difference.
-MERGED_BITS, NEW_BITS, DOUBLING_BITS = 1.0, 4.0, 1.6
+ROOT = 1 << LEVELS
+# Half of windows, in samples at 1/4 and at 1/2 of the size; whole samples; in quarters of one.
+COARSE_REACH, MIDDLE_REACH, WHOLE_REACH, QUARTER_REACH = 12, 3, 2, 2
+# How far beyond the picture blocks may be looked for, in samples.
+BEYOND = 64
+MARGIN = BEYOND + TAPS
+# Bits of a node's vector: like the median of neighbours; like another one; a start, and for each
+# doubling of the difference. Bits of not being one node.
+MEDIAN_BITS, MERGED_BITS, NEW_BITS, DOUBLING_BITS = 1.0, 2.5, 4.0, 1.6
 SPLIT_BITS = 1.0
-# A block is coded on its own if what changes inside of it is more than this share smaller than what
-# changes inside of the difference, and that repays so many bits for its mean.
+# Of a pair of neighbours that differ, and for each doubling of how much.
+PAIR_BITS, PAIR_DOUBLING_BITS = 3.0, 1.0
+ROUNDS = 2  # of merging
+# Blocks are coded on their own if what changes inside of them is more than this share smaller than
+# what changes inside of the difference, and that repays so many bits for the mean.
 NONE_SHARE, NONE_BITS = 0.65, 24.0
-LEAST_WEIGHT = 0.18 * (20 / 255) ** 2
+# Coarse pictures have false friends: there, bits count at least a little.
+COARSE_WEIGHT = 0.18 * (10 / 255) ** 2
+LEAST_WEIGHT = 1e-7  # of equals, the shorter vector
+OUTSIDE = 1e9  # error of what is not in a window
 
 
 def search(
@@ -43,12 +63,15 @@ def search(
     """Finds motion.
 
     Args:
-      picture, reference: float32 [b, h, w], luma, sides multiples of 16.
-      weight: float32 [b], what a bit of motion is worth as a sum of squared differences.
+      picture, reference: float32 [b, h, w], luma in 0..1, sides multiples of 16. Beyond its border
+        a reference goes on as it ends.
+      weight: float32 [b], what a bit of motion is worth as a sum of squared differences. 0.18 times
+        the squared quantiser step is about right.
       previous: int16 [b, h/8, w/8, 3], a field whose vectors are tried as well, or None.
 
     Returns:
-      int16 [b, h/8, w/8, 3], see `nvc_jax.nn.motion`. No gradients.
+      int16 [b, h/8, w/8, 3], see `nvc_jax.nn.motion`. No gradients. All zero but for 1s, a copy,
+      where no other motion is worth its bits.
     """
     picture, reference, weight = lax.stop_gradient((picture, reference, weight))
     if previous is None:
@@ -57,263 +80,451 @@ def search(
     return jax.vmap(_search)(picture, reference, weight, previous)
 
 
+class _Windows(NamedTuple):
+    """Errors of displacements near vectors of blocks.
+
+    Attributes:
+      errors: float32 [(2 reach + 1)^2 + 1, rows, columns], row by row, and `OUTSIDE`.
+      centre: [2, rows, columns].
+      unit: of displacements, a power of two, in quarters of a sample.
+    """
+
+    errors: jax.Array
+    centre: jax.Array
+    unit: int
+
+    @property
+    def places(self) -> np.ndarray:
+        """int32 [2, (2 reach + 1)^2]."""
+        side = round((len(self.errors) - 1) ** 0.5)
+        return _places(side // 2, self.unit)
+
+
 def _search(picture, reference, weight, previous):
     h, w = picture.shape
     rows, columns = h // BLOCK, w // BLOCK
-    blocks = _cut(picture)
-    before = previous[..., :2].astype(jnp.int32)
-    # Coarse pictures have false friends: there, bits count at least a little.
-    start = _coarsely(picture, reference, jnp.maximum(weight, LEAST_WEIGHT), before)
-    whole = interpolated(reference[None, None], margin_of(BLOCK))[0, :1]
-    at_whole = partial(_errors_at, whole, blocks)
+    weight = jnp.maximum(weight, LEAST_WEIGHT)
+    before = jnp.moveaxis(previous[..., :2], -1, 0).astype(jnp.int32)
+    limited = partial(_limited, height=h, width=w)
+    field = limited(_coarsely(picture, reference, jnp.maximum(weight, COARSE_WEIGHT), before))
 
-    def bits(field, vectors, level=0):
-        """Of vectors [k, rows, columns, 2], one for all blocks of a node, if others are as they are
-        in the field."""
-        return _bits(vectors, *_neighbours(field, 1 << level))
+    blocks = keep(_cells(picture, BLOCK))
+    unmoved = jnp.square(_cells(reference, BLOCK) - blocks).sum((0, 1))
+    plane = keep(jnp.pad(reference, MARGIN, mode="edge"))
+    near = partial(_whole_windows, plane, blocks)
+    propagate = partial(_propagated, plane, blocks, weight, before, limited)
+    field = propagate(field)
+    field = propagate(limited(_nearest(near(field), weight)))
+    windows = near(field)
+    field, _ = _settled(windows, unmoved, weight)
+    field = limited(field[:, :rows, :columns])
 
-    # Blocks of 8x8: the best of some candidates, and what is near it.
-    candidates = jnp.stack([start, *_around(start), (before + 2) // 4 * 4, jnp.zeros_like(before)])
-    cost = at_whole(candidates) + weight * DOUBLING_BITS * _length(candidates - start)
-    field = _pick(candidates, cost)
-    near, errors = _near(whole, blocks, field, REACH[1])
-    field = _pick(near, errors + weight * DOUBLING_BITS * _length(near - start))
-
-    # Nodes of 16, 32, 64: one of their parts' vectors for all, if that is cheaper.
-    level_map = jnp.zeros((rows, columns), jnp.int32)
-    cost = (at_whole(field[None]) + weight * bits(field, field[None]))[0]
-    for level in range(1, LEVELS + 1):
-        size = 1 << level
-        parts = [(i, j) for i in (0, size // 2) for j in (0, size // 2)]
-        candidates = jnp.stack(
-            [_spread(_corner(field, size, *part), size, rows, columns) for part in parts]
-            + [jnp.zeros_like(field)]
-        )
-        together = _pooled(at_whole(candidates), size)
-        at_corner = bits(field, candidates, level)[:, ::size, ::size]
-        together += weight * at_corner
-        apart = _pooled(cost[None], size)[0] + weight * SPLIT_BITS
-        best = jnp.argmin(together, 0)
-        cheaper = jnp.min(together, 0) < apart
-        # Nodes that reach over the border are always split.
-        cheaper &= (size * (1 + jnp.arange(cheaper.shape[0])) <= rows)[:, None]
-        cheaper &= size * (1 + jnp.arange(cheaper.shape[1])) <= columns
-        merged = _spread(cheaper[..., None], size, rows, columns)
-        best = _spread(best[..., None], size, rows, columns)[..., 0]
-        chosen = jnp.take_along_axis(candidates, best[None, ..., None], 0)[0]
-        field = jnp.where(merged, chosen, field)
-        level_map = jnp.where(merged[..., 0], level, level_map)
-        # A node's cost lies at its corner.
-        corner = jnp.zeros((rows, columns)).at[::size, ::size].set(jnp.min(together, 0))
-        cost = jnp.where(merged[..., 0], corner, cost)
-
-    # Halves and quarters of a sample, for nodes as a whole; then what neighbours have.
-    fine = interpolated(reference[None, None], margin_of(BLOCK))[0]
-    at_fine = partial(_errors_at, fine, blocks)
-
-    def choose(field, candidates):
-        errors = _by_node(at_fine(candidates), level_map)
-        return _pick(
-            candidates, errors + weight * _by_node_bits(bits, field, candidates, level_map)
-        )
-
-    steps = jnp.array([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)])
-    order = jnp.array([4, 0, 1, 2, 3, 5, 6, 7, 8])  # of equals, the one that stays
-    for size in (2, 1):
-        field = choose(field, field + size * steps[order][:, None, None])
-    left, up, _ = _neighbours(field, 1)
-    field = choose(field, jnp.stack([field, left, up, jnp.zeros_like(field)]))
-    limited = jnp.clip(field, -MAX_VECTOR, MAX_VECTOR)
-    used = _predicted(blocks, fine, limited, weight, level_map)
-    return jnp.concatenate([limited * used, used], -1).astype(jnp.int16)
-
-
-def _predicted(blocks, planes, field, weight, level_map):
-    """Whether prediction is better than none, int32 [rows, columns, 1]: without their means."""
-    rows, columns, _ = field.shape
-    moved = blocks_at(planes, field, BLOCK).reshape(rows, columns, BLOCK**2)
-    changes = partial(jnp.var, axis=-1)
-    inter, own = _by_node(
-        BLOCK**2 * jnp.stack([changes(blocks - moved), changes(blocks)]), level_map
-    )
-    return (NONE_SHARE * inter <= own + weight * NONE_BITS).astype(jnp.int32)[..., None]
-
-
-def _around(field, far=1):
-    """Every block's four neighbours at this distance; at borders those at the other border."""
-    return [jnp.roll(field, shift, axis) for shift in (-far, far) for axis in (0, 1)]
+    windows = _quarter_windows(_doubled(reference), blocks, field)
+    field, costs = _settled(windows, unmoved, weight)
+    copied = _grid(unmoved, "constant").sum() + weight * MEDIAN_BITS * costs.size
+    field = jnp.where(copied <= costs.sum(), 0, field)
+    field = keep(field[:, :rows, :columns])
+    used = _predicted(plane, blocks, field, weight)
+    return jnp.moveaxis(jnp.concatenate([field * used, used[None]]), 0, -1).astype(jnp.int16)
 
 
 def _coarsely(picture, reference, weight, before):
-    """Vectors of blocks, found for 64x64, 32x32, and 16x16 around every block of 8x8."""
-    rows, columns, _ = before.shape
-    bottom, right = (-side % 64 for side in picture.shape)
-    pad = partial(jnp.pad, pad_width=((0, bottom), (0, right)), mode="edge")
-    pyramid = [(pad(picture), pad(reference))]
-    for _ in range(3):
-        pyramid.append(tuple(halve(p[None, ..., None])[0, ..., 0] for p in pyramid[-1]))
-    vectors, found = None, []
-    for level in (3, 2):
-        scale = 1 << level
-        ours, theirs = pyramid[level]
-        blocks = _cut(ours)
-        if vectors is None:
-            centres = [jnp.zeros((*blocks.shape[:2], 2), jnp.int32)]
-        else:
-            finer = vectors.repeat(2, 0).repeat(2, 1)
-            centres = [finer, jnp.zeros_like(finer)]
-        planes = jnp.pad(theirs, margin_of(BLOCK + 2 * REACH[scale]), mode="edge")[None, None]
-        candidates, costs = [], []
-        for centre in centres:
-            near, errors = _near(planes, blocks, centre // scale, REACH[scale])
-            # Every sample stands for many.
-            costs.append(
-                errors * scale**2 + weight * DOUBLING_BITS * _length(near * scale - centre)
-            )
-            candidates.append(near * scale)
-        vectors = _pick(jnp.concatenate(candidates), jnp.concatenate(costs))
-        found.append(_spread(vectors, scale, rows, columns))
-    ours, theirs = (halve(p[None, ..., None])[0, ..., 0] for p in (picture, reference))
-    # 8x8 samples around every block of 4x4: less is like too much.
-    edge = BLOCK // 4
-    windows = blocks_at(
-        jnp.pad(ours, margin_of(BLOCK), mode="edge")[None, None],
-        jnp.zeros((rows, columns, 2), jnp.int32),
-        BLOCK,
-        edge,
-    ).reshape(rows, columns, BLOCK**2)
-    planes = jnp.pad(theirs, margin_of(BLOCK), mode="edge")[None, None]
-    regions = found[-1]
+    """Vectors of blocks, multiples of 8, from pictures at 1/4 and at 1/2 of the size."""
+    half, quarter = keep(_halved(picture, reference)), None
+    quarter = keep(_halved(*half))
+    # Of blocks of 16x16, which share windows at half size.
+    centres = [*_everywhere(*quarter, weight), before[:, ::2, ::2]]
+    height, width = picture.shape
+    centres = [_limited(_spread(c, 2), height, width)[:, ::2, ::2] // 8 * 8 for c in centres]
+    windows = _half_windows(*half, jnp.stack(centres))
+    costs = []
+    for window in windows:
+        # Eight samples a side say more than four.
+        errors = window.errors[:-1]
+        around = (errors + _spread(_pooled(errors), 2) / 2) / 3
+        costs.append(around + _window_bits(window, windows[0].centre) * weight)
+    best = _least(jnp.concatenate(costs))
+    places = windows[0].places
+    which, place = jnp.divmod(best, places.shape[1])
+    centre = sum((which == i) * window.centre for i, window in enumerate(windows))
+    field = centre + jnp.asarray(places)[:, place]
+    before = before // 8 * 8
 
-    def cost(vectors, errors):
-        return errors + weight * DOUBLING_BITS * _length(2 * vectors - regions)
+    def errors(vectors):
+        found = [_looked_up(window, vectors) for window in windows]
+        return jnp.min(jnp.stack(found), 0)
 
-    def best_of(candidates):
-        candidates = jnp.stack(candidates) // 8 * 4
-        field = _pick(candidates, cost(candidates, _errors_at(planes, windows, candidates, edge)))
-        near, errors = _near(planes, windows, field, REACH[2], edge)
-        return 2 * _pick(near, cost(near, errors))
-
-    field = best_of([*found, *_around(regions, 4), before, jnp.zeros_like(before)])
-    return best_of([field, *_around(field)])
+    return _swept(errors, field, weight, before)
 
 
-def _cut(picture):
-    """[h, w] -> [h/8, w/8, 64]."""
-    h, w = picture.shape
-    blocks = picture.reshape(h // BLOCK, BLOCK, w // BLOCK, BLOCK)
-    return blocks.swapaxes(1, 2).reshape(h // BLOCK, w // BLOCK, BLOCK**2)
+def _everywhere(picture, reference, weight):
+    """Best vectors of blocks of 4x4 at quarter size: with what is around them, and alone."""
+    reach = COARSE_REACH
+    count = 2 * (reach // 4) + 1
+    own = _cells(picture, 4)
+    cells = _cells(jnp.pad(reference, reach, mode="edge"), 4)
+    rows, columns = own.shape[2:]
+    # What is around every block, [4 count, 4 count, rows, columns].
+    patches = [
+        [cells[:, :, i : i + rows, j : j + columns] for j in range(count)] for i in range(count)
+    ]
+    patches = jnp.stack([jnp.stack(line, 2) for line in patches])
+    patches = keep(patches.transpose(0, 1, 3, 2, 4, 5).reshape(4 * count, 4 * count, rows, columns))
+    places = _places(reach, 16)
+    errors = 16 * _square_errors(patches, own)
+    errors = keep(errors.reshape(-1, rows, columns))
+    bits = weight * DOUBLING_BITS * _doublings(places).sum(0)[:, None, None]
+    smooth = _smooth(errors) / 2
+    return [jnp.asarray(places)[:, _least(cost + bits)] for cost in (smooth, errors)]
 
 
-def _errors_at(planes, blocks, vectors, edge=0):
-    """Squared differences of blocks [rows, columns, 64] at vectors [k, rows, columns, 2]."""
-    moved = jax.vmap(lambda v: blocks_at(planes, v, BLOCK, edge))(vectors)
-    apart = blocks - moved.reshape(*vectors.shape[:-1], BLOCK**2)
+def _half_windows(picture, reference, centres):
+    """Windows at half size of blocks of 4x4, around centres [k, 2, rows / 2, columns / 2]."""
+    own = _cells(picture, 8)
+    plane = jnp.pad(reference, MARGIN // 2, mode="edge")
+    size = 8 + 2 * MIDDLE_REACH
+    start = _grid_places(centres.shape[-2:], 8) + MARGIN // 2 - MIDDLE_REACH
+    patches = _patches(plane, start + centres // 8, size)
+    count = 2 * MIDDLE_REACH + 1
+
+    def part(i, j):
+        theirs = patches[i : i + size - 4, j : j + size - 4]
+        return _square_errors(theirs, own[i : i + 4, j : j + 4, None])
+
+    errors = 4 * jnp.stack([jnp.stack([part(i, j) for j in (0, 4)], -1) for i in (0, 4)], -2)
+    # [count, count, k, rows / 2, columns / 2, 2, 2]
+    k, rows, columns = errors.shape[2:5]
+    errors = errors.transpose(2, 0, 1, 3, 5, 4, 6).reshape(k, count**2, 2 * rows, 2 * columns)
+    errors = keep(errors)
+    return [_Windows(_closed(e), _spread(c, 2), 8) for e, c in zip(errors, centres, strict=True)]
+
+
+def _whole_windows(plane, blocks, field):
+    start = _grid_places(field.shape[-2:], BLOCK) + MARGIN - WHOLE_REACH
+    patches = _patches(plane, start + field // PHASES, BLOCK + 2 * WHOLE_REACH)
+    errors = _square_errors(patches, blocks)
+    return _Windows(_closed(errors.reshape(-1, *errors.shape[2:])), field, PHASES)
+
+
+def _quarter_windows(plane, blocks, field):
+    """Windows in quarters of a sample around whole vectors, from a plane of twice the size.
+
+    Errors at quarters lie on parabolas through those at halves and whole samples: errors change
+    more slowly than pictures.
+    """
+    start = 2 * (_grid_places(field.shape[-2:], BLOCK) + MARGIN) - 1
+    patches = _patches(plane, start + field // 2, 2 * BLOCK + 1)
+    errors = [
+        [_square_error(patches[i : i + 15 : 2, j : j + 15 : 2], blocks) for j in range(3)]
+        for i in range(3)
+    ]
+    errors = keep(jnp.stack([jnp.stack(line) for line in errors]))
+    for axis in (0, 1):
+        a, b, c = (lax.index_in_dim(errors, i, axis, keepdims=False) for i in range(3))
+        left, right = 0.375 * a + 0.75 * b - 0.125 * c, 0.375 * c + 0.75 * b - 0.125 * a
+        errors = keep(jnp.stack([a, left, b, right, c], axis))
+    errors = jnp.maximum(errors, 0).reshape(-1, *field.shape[-2:])
+    return _Windows(_closed(errors), field, 1)
+
+
+def _closed(errors):
+    """Errors with one row more, for what is not in the window."""
+    return keep(jnp.concatenate([errors, jnp.full_like(errors[:1], OUTSIDE)]))
+
+
+def _nearest(windows, weight):
+    """The best of each window."""
+    cost = windows.errors[:-1] + weight * _window_bits(windows, windows.centre)
+    return windows.centre + jnp.asarray(windows.places)[:, _least(cost)]
+
+
+def _window_bits(windows, predicted):
+    """Bits of a window's vectors' differences, [places, rows, columns]."""
+    apart = windows.centre - predicted
+    down, across = windows.places[:, :, None, None]
+    return DOUBLING_BITS * (_doublings(apart[0] + down) + _doublings(apart[1] + across))
+
+
+def _looked_up(windows, vectors):
+    """Errors [k, rows, columns] of vectors [k, 2, rows, columns]."""
+    side = round((len(windows.errors) - 1) ** 0.5)
+    apart = vectors - windows.centre
+    place = (apart >> windows.unit.bit_length() - 1) + side // 2
+    inside = ((apart & windows.unit - 1) == 0) & (place >= 0) & (place < side)
+    place = jnp.where(inside.all(1), place[:, 0] * side + place[:, 1], side**2)
+    return _taken(windows.errors, place)
+
+
+def _taken(rows, index):
+    """rows[index[..., i, j], i, j] of rows [k, h, w]."""
+    _, h, w = rows.shape
+    flat = keep(index * (h * w) + jnp.arange(h * w, dtype=jnp.int32).reshape(h, w))
+    return keep(rows.reshape(-1).at[flat].get(mode="promise_in_bounds"))
+
+
+def _propagated(plane, blocks, weight, before, limited, field):
+    """Every block's best of neighbours' vectors, two blocks away as well, however far apart."""
+    around = jnp.stack(_neighbours(field))
+    further = jnp.stack([_neighbours(v)[i] for i, v in enumerate(around)])
+    others = jnp.stack([jnp.zeros_like(field), (before + PHASES // 2) // PHASES * PHASES])
+    candidates = keep(limited(jnp.concatenate([field[None], around, further, others])))
+    starts = _grid_places(field.shape[-2:], BLOCK) + MARGIN + candidates // PHASES
+    theirs = _slices(plane, starts, BLOCK).reshape(*starts[:, 0].shape, BLOCK**2)
+    ours = blocks.transpose(2, 3, 0, 1).reshape(*field.shape[1:], BLOCK**2)
     # A sum over the last axis is slow on CPUs, a product with ones is not.
     ones = jnp.ones(BLOCK**2)
-    return jnp.dot(jnp.square(apart), ones, precision=lax.Precision.HIGHEST)
+    errors = jnp.dot(jnp.square(theirs - ours), ones, precision=lax.Precision.HIGHEST)
+    return _chosen(candidates, errors + weight * _pair_bits(candidates, around))
 
 
-def _near(planes, blocks, centre, reach, edge=0):
-    """Squared differences at all whole displacements from vectors [rows, columns, 2].
+def _settled(windows, unmoved, weight):
+    """Vectors within windows that are cheap together: (field, costs of roots), whole roots."""
+    windows = windows._replace(
+        errors=jnp.concatenate([_grid(windows.errors[:-1], "constant"),
+                                jnp.full_like(_grid(windows.errors[:1], "edge"), OUTSIDE)]),
+        centre=_grid(windows.centre, "edge"),
+    )  # fmt: skip
+    unmoved = _grid(unmoved, "constant")
 
-    Returns:
-      (vectors [k, rows, columns, 2], errors [k, rows, columns]), the centre's first.
+    def errors(vectors):
+        still = (vectors == 0).all(1)
+        return jnp.where(still, unmoved, _looked_up(windows, vectors))
+
+    def one_round(_, state):
+        return _merged(errors, windows, _swept(errors, state[0], weight), weight)
+
+    nothing = jnp.zeros([side // ROOT for side in unmoved.shape])
+    return lax.fori_loop(0, ROUNDS, one_round, keep((_nearest(windows, weight), nothing)))
+
+
+def _swept(errors, field, weight, *others):
+    """Blocks of one colour, then those of the other, try their neighbours' vectors and zero."""
+    rows, columns = field.shape[-2:]
+    colours = jnp.asarray(np.add.outer(np.arange(rows), np.arange(columns)) % 2)
+
+    def sweep(colour, field):
+        around = keep(jnp.stack(_neighbours(field)))
+        candidates = [field[None], around, jnp.zeros_like(field)[None], *(v[None] for v in others)]
+        candidates = keep(jnp.concatenate(candidates))
+        costs = errors(candidates) + weight * _pair_bits(candidates, around)
+        return jnp.where(colours == colour, _chosen(candidates, costs), field)
+
+    return lax.fori_loop(0, 2, sweep, keep(field))
+
+
+def _merged(errors: Callable, windows, field, weight):
+    """Nodes of 16, 32, 64: one vector for all blocks of a node, if that is cheaper.
+
+    Returns (field, costs [roots down, roots across]).
     """
-    rows, columns, _ = centre.shape
-    size, count = BLOCK + 2 * reach, 2 * reach + 1
-    planes = _extended(planes, size)
-    patches = blocks_at(planes, centre, size, reach + edge)
-    patches = patches.reshape(rows * columns, size, size).transpose(1, 2, 0)
-    own = blocks.reshape(rows * columns, BLOCK, BLOCK).transpose(1, 2, 0)
-    patches, own = lax.optimization_barrier((patches, own))
-
-    def row(i):
-        band = lax.dynamic_slice_in_dim(patches, i, BLOCK)
-        return jnp.stack(
-            [jnp.square(band[:, j : j + BLOCK] - own).sum((0, 1)) for j in range(count)]
-        )
-
-    errors = lax.map(row, jnp.arange(count)).reshape(-1, rows, columns)
-    places = np.array(
-        [(4 * i, 4 * j) for i in range(-reach, reach + 1) for j in range(-reach, reach + 1)]
-    )
-    order = np.argsort(np.abs(places).sum(1), kind="stable")  # of equals, the nearest
-    return centre + jnp.asarray(places[order])[:, None, None], errors[order]
-
-
-def _extended(planes, size):
-    """Planes with the margin of blocks of this size, of planes with a smaller or the same."""
-    more = margin_of(size) - margin_of(BLOCK)
-    return jnp.pad(planes, ((0, 0), (0, 0), (more, more), (more, more)), mode="edge")
-
-
-def _pick(candidates, costs):
-    """The candidates [k, rows, columns, 2] of least cost [k, rows, columns], the first of equals."""
-    best = jnp.argmin(costs, 0)
-    return jnp.take_along_axis(candidates, best[None, ..., None], 0)[0]
+    costs = errors(field[None])[0] + weight * _vector_bits(field, *_predictors(field, 1))
+    sums, nodes, low, high = windows.errors[:-1], field, windows.centre, windows.centre
+    for level in range(1, LEVELS + 1):
+        size = 1 << level
+        sums, costs = keep((_pooled(sums), _pooled(costs) + weight * SPLIT_BITS))
+        low, high = keep((_of_parts(jnp.minimum, low), _of_parts(jnp.maximum, high)))
+        predictors = _predictors(field, size)
+        median = predictors[-1]
+        # The best for all, if their windows are the same.
+        node = _Windows(_closed(sums), low, windows.unit)
+        bits = _window_bits(node, median)
+        place = _least(keep(sums + weight * bits))
+        best = low + jnp.asarray(windows.places)[:, place]
+        parts = _parts(nodes)
+        best = jnp.where((low == high).all(0), best, parts[0])
+        candidates = keep(jnp.stack([*parts, jnp.zeros_like(best), median, best]))
+        together = errors(keep(_spread(candidates, size)))
+        for _ in range(level):
+            together = _pooled(together)
+        together = keep(together + weight * _vector_bits(candidates, *predictors))
+        nodes = _chosen(candidates, together)
+        least = together.min(0)
+        cheaper = keep(least <= costs)
+        costs = jnp.where(cheaper, least, costs)
+        field = keep(jnp.where(_spread(cheaper, size), _spread(nodes, size), field))
+    return field, costs
 
 
-def _length(difference):
-    """Doublings that it takes to reach a difference of vectors, of both components."""
-    return jnp.log2(1 + jnp.abs(difference).astype(jnp.float32)).sum(-1)
+def _predicted(plane, blocks, field, weight):
+    """Whether prediction is better than none, int32 [rows, columns]: of 16x16, without means."""
+    starts = _grid_places(field.shape[-2:], BLOCK) + MARGIN + ((field + 2) >> 2)
+    moved = _patches(plane, starts, BLOCK)
+
+    def changes(x):
+        return _pooled(jnp.square(x - x.mean((0, 1))).sum((0, 1)))
+
+    inter, own = changes(blocks - moved), changes(blocks)
+    used = NONE_SHARE * inter <= own + weight * NONE_BITS
+    return _spread(used.astype(jnp.int32), 2)
 
 
-def _neighbours(field, size):
-    """Vectors to the left of, above, and above and to the right of nodes; at borders the nearest."""
-    rows, columns, _ = field.shape
-    left = jnp.concatenate([field[:, :1], field[:, :-1]], 1)
-    up = jnp.concatenate([left[:1], field[:-1]], 0)
-    column = jnp.minimum(jnp.arange(columns) + size, columns - 1)
-    right = jnp.concatenate([left[:1], field[:-1, column]], 0)
-    return left, up, right
+def _limited(vectors, height, width):
+    """Vectors that point at most `BEYOND` samples beyond the picture."""
+    rows, columns = vectors.shape[-2:]
+    place = PHASES * BLOCK * np.indices((rows, columns))
+    far, most = PHASES * BEYOND, MAX_VECTOR // (2 * BLOCK) * 2 * BLOCK
+    side = PHASES * np.array([height, width]).reshape(2, 1, 1)
+    # Fractions are found around whole vectors, at most half a sample away.
+    low = np.maximum(-place - far + PHASES * BLOCK, -most)
+    high = np.minimum(side - place + far - 2 * PHASES * BLOCK, most)
+    return jnp.clip(vectors, low, high)
 
 
-def _bits(vectors, left, up, right):
+def _neighbours(field):
+    """To the left, above, to the right, below; at borders the block itself."""
+    left = jnp.concatenate([field[..., :1], field[..., :-1]], -1)
+    right = jnp.concatenate([field[..., 1:], field[..., -1:]], -1)
+    up = jnp.concatenate([field[..., :1, :], field[..., :-1, :]], -2)
+    down = jnp.concatenate([field[..., 1:, :], field[..., -1:, :]], -2)
+    return left, up, right, down
+
+
+def _pair_bits(vectors, around):
+    """Bits [k, rows, columns] of vectors [k, 2, rows, columns] beside those around."""
+    bits = 0
+    for other in around:
+        apart = jnp.abs(vectors - other)
+        doublings = _doublings(apart).sum(-3)
+        differ = (apart > 0).any(-3)
+        bits += jnp.where(differ, PAIR_BITS + PAIR_DOUBLING_BITS * doublings, 0)
+    return bits
+
+
+def _predictors(field, size):
+    """Vectors to the left of nodes, above them, above and to the right, and their median."""
+    left, up, _, _ = _neighbours(field)
+    up = up[..., ::size, :]
+    right = jnp.concatenate([up[..., size::size], up[..., -1:]], -1)
+    left, up = left[..., ::size, ::size], up[..., ::size]
     median = jnp.maximum(jnp.minimum(left, up), jnp.minimum(jnp.maximum(left, up), right))
-    merged = [jnp.all(vectors == v, -1) for v in (left, up, right)]
-    new = NEW_BITS + DOUBLING_BITS * _length(vectors - median)
-    return jnp.where(merged[0] | merged[1] | merged[2], MERGED_BITS, new)
+    return keep((left, up, right, median))
 
 
-def _spread(nodes, size, rows, columns):
-    """Nodes' values for all of their blocks."""
-    return nodes.repeat(size, 0).repeat(size, 1)[:rows, :columns]
+def _vector_bits(vectors, left, up, right, median):
+    new = NEW_BITS + DOUBLING_BITS * _doublings(vectors - median).sum(-3)
+    other = [(vectors == v).all(-3) for v in (left, up, right)]
+    bits = jnp.where(other[0] | other[1] | other[2], MERGED_BITS, new)
+    return jnp.where((vectors == median).all(-3), MEDIAN_BITS, bits)
 
 
-def _corner(field, size, down, across):
-    """Values [nodes down, nodes across, c] of a block in every node; at borders of the last there."""
-    rows, columns, _ = field.shape
-    row = jnp.minimum(jnp.arange(0, rows, size) + down, rows - 1)
-    column = jnp.minimum(jnp.arange(0, columns, size) + across, columns - 1)
-    return field[row][:, column]
+def _doublings(x):
+    """About the logarithm to base 2 of 1 + |x|: linear between powers, which is a bit pattern."""
+    number = 1 + jnp.abs(jnp.asarray(x, jnp.float32))
+    return lax.bitcast_convert_type(number, jnp.int32).astype(jnp.float32) * 2.0**-23 - 127
 
 
-def _pooled(x, size):
-    """Sums over nodes: [k, rows, columns] -> [k, nodes down, nodes across]."""
-    k, rows, columns = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -rows % size), (0, -columns % size)))
-    return x.reshape(k, -(-rows // size), size, -(-columns // size), size).sum((2, 4))
+def _least(costs):
+    """Index of the least of costs [k, ...], which are not negative; nearly equal ones are equal.
+
+    The index takes the place of the last bits, because minima are much faster than their indices.
+    """
+    bits = (1 << (len(costs) - 1).bit_length()) - 1
+    index = jnp.arange(len(costs), dtype=jnp.int32).reshape(-1, *(1,) * (costs.ndim - 1))
+    number = lax.bitcast_convert_type(keep(costs), jnp.int32)
+    return keep(((number & ~bits) | index).min(0) & bits)
 
 
-def _by_node(x, level_map):
-    """Every block's sum over its node, [k, rows, columns]."""
-    _, rows, columns = x.shape
-    result = x
-    for level in range(1, LEVELS + 1):
-        size = 1 << level
-        total = _pooled(x, size).repeat(size, 1).repeat(size, 2)[:, :rows, :columns]
-        result = jnp.where(level_map == level, total, result)
-    return result
+def _chosen(candidates, costs):
+    """The candidates [k, 2, rows, columns] of least cost [k, rows, columns]."""
+    best = _least(costs)
+    return keep(jnp.stack([_taken(candidates[:, i], best) for i in range(2)]))
 
 
-def _by_node_bits(bits, field, candidates, level_map):
-    """Every block's bits of its node's vector, which depend on the neighbours of its corner."""
-    _, rows, columns, _ = candidates.shape
-    result = bits(field, candidates)
-    for level in range(1, LEVELS + 1):
-        size = 1 << level
-        own = bits(field, candidates, level)[:, ::size, ::size]
-        own = own.repeat(size, 1).repeat(size, 2)[:, :rows, :columns]
-        result = jnp.where(level_map == level, own, result)
-    return result
+def _places(reach, unit):
+    axis = np.arange(-reach, reach + 1, dtype=np.int32) * unit
+    return np.stack(np.meshgrid(axis, axis, indexing="ij")).reshape(2, -1)
+
+
+def _grid_places(shape, size):
+    """int32 [2, rows, columns], where blocks begin."""
+    return (size * np.indices(shape)).astype(np.int32)
+
+
+def _halved(*planes):
+    """Means of 2x2 samples."""
+
+    def halved(x):
+        x = keep(x[::2] + x[1::2])
+        return (x[:, ::2] + x[:, 1::2]) / 4
+
+    return tuple(map(halved, planes))
+
+
+def _doubled(plane):
+    """[h, w] -> [2 (h + 2 MARGIN), 2 (w + 2 MARGIN)], with halves of a sample."""
+    before, behind = TAPS // 2 - 1, TAPS // 2
+    x = jnp.pad(plane, (MARGIN + before, MARGIN + behind), mode="edge")
+    for axis in (0, 1):
+        size = x.shape[axis] - TAPS + 1
+        parts = [lax.slice_in_dim(x, k, k + size, axis=axis) for k in range(TAPS)]
+        half = sum(float(k) * p for k, p in zip(interpolation_kernel()[2], parts, strict=True))
+        x = jnp.stack([parts[before], half], axis + 1)
+        shape = [x.shape[0] * 2, x.shape[2]] if axis == 0 else [x.shape[0], x.shape[1] * 2]
+        x = keep(x.reshape(shape))
+    return x
+
+
+def _cells(plane, size):
+    """[h, w] -> [size, size, h / size, w / size]."""
+    h, w = plane.shape
+    return plane.reshape(h // size, size, w // size, size).transpose(1, 3, 0, 2)
+
+
+def _slices(plane, starts, size):
+    """Slices [n, size, size] of a plane, from starts [..., 2, rows, columns]."""
+    starts = jnp.moveaxis(starts, -3, -1).reshape(-1, 2)
+    return keep(jax.vmap(lambda at: lax.dynamic_slice(plane, (at[0], at[1]), (size, size)))(starts))
+
+
+def _patches(plane, starts, size):
+    """Slices [size, size, ..., rows, columns] of a plane, from starts [..., 2, rows, columns]."""
+    shape = starts.shape[:-3] + starts.shape[-2:]
+    return keep(_slices(plane, starts, size).transpose(1, 2, 0).reshape(size, size, *shape))
+
+
+def _square_error(theirs, ours):
+    """Sums over the first two axes, written out so that compilers make one loop of them."""
+    return sum(jnp.square(theirs[i, j] - ours[i, j]) for i, j in np.ndindex(ours.shape[:2]))
+
+
+def _square_errors(patches, blocks):
+    """Of all displacements: [n + m, n + m, ...], [n, n, ...] -> [m + 1, m + 1, ...]."""
+    n, count = len(blocks), len(patches) - len(blocks) + 1
+    total = 0
+    for i, j in np.ndindex(n, n):
+        total += jnp.square(patches[i : i + count, j : j + count] - blocks[i, j])
+    return keep(total)
+
+
+def _smooth(x):
+    """Every position with halves of its neighbours' values, along both of the last axes."""
+    for axis in (x.ndim - 2, x.ndim - 1):
+        edges = [(0, 0)] * x.ndim
+        edges[axis] = (1, 1)
+        padded, size = keep(jnp.pad(x, edges, mode="edge")), x.shape[axis]
+        before, here, after = (lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(3))
+        x = here + (before + after) / 2
+    return x
+
+
+def _grid(x, mode):
+    """Rows and columns of whole roots."""
+    edges = [(0, -side % ROOT) for side in x.shape[-2:]]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + edges, mode=mode)
+
+
+def _parts(x):
+    return [x[..., i::2, j::2] for i in (0, 1) for j in (0, 1)]
+
+
+def _of_parts(combine, x):
+    a, b, c, d = _parts(x)
+    return combine(combine(a, b), combine(c, d))
+
+
+def _pooled(x):
+    return _of_parts(jnp.add, x)
+
+
+def _spread(x, size):
+    return jnp.repeat(jnp.repeat(x, size, -2), size, -1)

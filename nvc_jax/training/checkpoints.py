@@ -170,7 +170,7 @@ def _with_weights_of(
 def _with_intra_of(name: str, loaded: released.Released, model: WithIntra, params: dict) -> dict:
     """`params` with those of a released intra codec. Raises NvcError if it is another codec."""
     module, weights = loaded.module, released.trainable_params(loaded)
-    if "scale_head" in weights:
+    if not registry.has_scale_head(model):
         module, weights = released.without_scale_head(module, weights)
     if module.cfg != model.cfg.intra:
         raise NvcError(f"{name}: not the intra codec of this config's model")

@@ -21,12 +21,13 @@ CLIPS = 64_612  # of SEPTUPLETS
 PICTURES = 330_000  # of OPEN_IMAGES
 
 
-def own_clips(image_share: float) -> ConfigDict:
+def own_clips(image_share: float, synthetic_share: float = 0.0) -> ConfigDict:
     """A folder of videos and photographs, decoded into memory: see `nvc_jax.data.pipeline`.
 
     `--config.data.folder=FOLDER` names another one.
     """
-    return ConfigDict(dict(folder="data/clips", image_share=image_share))
+    shares = dict(image_share=image_share, synthetic_share=synthetic_share)
+    return ConfigDict(dict(folder="data/clips", **shares))
 
 
 def on_a_cpu() -> ConfigDict:

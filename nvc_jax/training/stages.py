@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from nvc_jax.errors import NvcError
 from nvc_jax.models import registry
 from nvc_jax.models.with_intra import WithIntra
+from nvc_jax.nn.integer import SCALE_HEAD
 from nvc_jax.schedule import MODES
 
 RUN = {
@@ -28,7 +29,7 @@ RUN_DEFAULTS = {
 }
 # What a stage has from the config if it does not say it itself.
 INHERITED = ("data", "optimizer", "weight_decay", "clip_norm", "rate_balance", "average_decay")
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon", "soap")
 LR_SCHEDULES = ("cosine", "linear", "constant")
 REFERENCES = ("blank", "true", "degraded", "coded")
 MAX_SPAN = 64
@@ -51,8 +52,8 @@ class Stage:
       lr, end_lr: learning rate when the stage starts and when it ends.
       data: sets to draw from, see `nvc_jax.data.pipeline.open_sets`. Without `folder` or `sets`,
         those of the config.
-      optimizer: "adamw" or "muon", see `nvc_jax.training.step.make_optimizer`. A stage with another
-        one than the stage before forgets its moments.
+      optimizer: "adamw", "muon" or "soap", see `nvc_jax.training.step.make_optimizer`. A stage with
+        another one than the stage before forgets its moments.
       weight_decay, clip_norm: of the optimiser, and of the gradient's norm.
       rate_balance: exponent b of the weight lambda^-b on every sample's loss; 0 as published.
       average_decay: of the moving average of the weights, which is what gets released.
@@ -77,9 +78,9 @@ class Stage:
       judge_loss: weight of its cross-entropy against what is known of them.
       temperature: of its decisions, when the stage starts and when it ends.
       flow_loss: weight, beside that of the distortion, of the squared errors that decoded motion
-        leaves in the references of B-frames.
+        leaves in references.
       motion_only: nothing is coded, which makes steps quick, and nothing learns but flows, between
-        the anchors of a path and its only unit, by `nvc_jax.training.losses.motion`.
+        a clip's only unit and what it refers to, by `nvc_jax.training.losses.motion`.
       cut_share: of clips whose first picture comes from elsewhere, as before a scene cut.
       exact: whether scales come from the integer scale head.
       noise: whether noise stands for rounding in the rate. Without, rates are those of the symbols,
@@ -147,7 +148,7 @@ class Stage:
             return False
         if self.motion_only and name != MOTION:
             return False
-        if name == "scale_head" and not self.exact:
+        if name.endswith(SCALE_HEAD) and not self.exact:
             return False  # no gradient reaches it, and weight decay alone would wear it down
         if name == "judge" and not self.judged:
             return False
@@ -262,7 +263,9 @@ def _means(name: str, model: nn.Module) -> bool:
         return registry.in_any_order(model)
     if name == "spans":
         return model.references == 2
-    if name in ("tail_share", "flow_loss"):
+    if name == "flow_loss":
+        return MOTION in registry.network_names(model)
+    if name == "tail_share":
         return model.references == 2 and not registry.in_any_order(model)
     if name == "references":
         return model.references > 0 and not registry.in_any_order(model)
@@ -313,6 +316,8 @@ def _check(stage: Stage, where: str, networks: tuple[str, ...], model: nn.Module
         _check_hierarchy(stage, where)
     if stage.motion_only and MOTION not in networks:
         raise NvcError(f"{where}.motion_only: this codec has no motion to learn")
+    if stage.motion_only and stage.units * stage.walk > 1:
+        raise NvcError(f"{where}.motion_only needs clips of one unit, with units=1 and walk=1")
     if stage.motion_only and (stage.teacher or stage.penalty):
         raise NvcError(f"{where}.motion_only: no pictures are coded, for a teacher or a penalty")
     if not any(stage.learns(name) for name in networks):
@@ -348,8 +353,6 @@ def _check_teacher(stage: Stage, where: str, number: int) -> None:
 
 def _check_hierarchy(stage: Stage, where: str) -> None:
     _check_spans(stage, where, stage.units)
-    if stage.motion_only and stage.units > 1:
-        raise NvcError(f"{where}.motion_only needs paths of one unit, not {stage.units}")
     if not 0 <= stage.tail_share <= 1:
         raise NvcError(f"{where}: tail_share must be from 0 to 1")
 

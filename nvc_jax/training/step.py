@@ -23,13 +23,14 @@ from nvc_jax.entropy.bottleneck import NO_BITS, Estimate
 from nvc_jax.models import registry
 from nvc_jax.models.registry import Entry
 from nvc_jax.models.with_intra import WithIntra
-from nvc_jax.nn.flow import MotionErrors, motion_errors
+from nvc_jax.nn.flow import MotionErrors, motion_errors, noted_motion
 from nvc_jax.nn.warp import warp
 from nvc_jax.training import losses
 from nvc_jax.training.hierarchy import Path, code_path
 from nvc_jax.training.losses import CodedClip
 from nvc_jax.training.orders import Run, code_run
 from nvc_jax.training.references import BLANK, degraded
+from nvc_jax.training.soap import soap
 from nvc_jax.training.stages import Stage
 
 
@@ -80,8 +81,8 @@ class Clip(NamedTuple):
 class StepMetrics(metrics.Collection):
     """What a step reports; merged over steps, `compute()` gives means and the newest counts.
 
-    `motion_gain`: how many dB closer references are to a B-frame after motion, as it was decoded; 0
-    for other codecs. `misjudged`: see `CodedClip`; 0 for codecs that do not judge. What a stage
+    `motion_gain`: how many dB closer references are to a picture after motion, as it was decoded; 0
+    for codecs that do not say. `misjudged`: see `CodedClip`; 0 for codecs that do not judge. What a stage
     with `motion_only` does not compute is 0, and its motion was not coded.
     A step that was skipped counts with the values it had, so not a number stays to be seen.
     """
@@ -144,7 +145,8 @@ def make_optimizer(stage: Stage) -> optax.GradientTransformation:
     by Liu et al. (arXiv 2502.16982), their steps are about as large as those of Adam with Nesterov
     momentum, by which all other parameters learn; one learning rate serves both. What a step did
     not use, such as networks for other kinds of references, stays as it is: orthogonal steps are
-    as large without a gradient as with one.
+    as large without a gradient as with one. "soap" moves the same matrices by steps of Adam along
+    directions of their own, see `nvc_jax.training.soap`, and likewise what is used only.
     """
     if stage.optimizer == "muon":
         steps = optax.contrib.muon(
@@ -156,6 +158,8 @@ def make_optimizer(stage: Stage) -> optax.GradientTransformation:
             consistent_rms=0.2,
         )
         steps = _where_used(steps)
+    elif stage.optimizer == "soap":
+        steps = _where_used(soap(1.0, _are_matrices, weight_decay=stage.weight_decay))
     else:
         steps = optax.adamw(1.0, weight_decay=stage.weight_decay)
     return optax.chain(optax.clip_by_global_norm(stage.clip_norm), steps)
@@ -183,6 +187,15 @@ def _matrices(params: dict) -> dict:
         return optax.contrib.MuonDimensionNumbers(tuple(inputs), output)
 
     return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _are_matrices(params: dict) -> dict:
+    """Which parameters are, as a tree of bool."""
+    return jax.tree.map(lambda axes, _: axes is not None, _matrices(params), params, is_leaf=_axes)
+
+
+def _axes(x: Any) -> bool:
+    return x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
 
 
 def unroll(
@@ -236,13 +249,17 @@ def unroll(
 
     def unit(params, frames, refs, qp, key):
         bottleneck = Estimate(key, **options)
-        recon, refs = model.apply({"params": params}, frames, refs, qp, bottleneck)
-        return recon, refs, bottleneck.bits, bottleneck.penalty
+        (recon, refs), noted = model.apply(
+            {"params": params}, frames, refs, qp, bottleneck, mutable=["motion"]
+        )
+        motion = noted_motion(noted) if noted else None
+        return recon, refs, bottleneck.bits, bottleneck.penalty, motion
 
     if remat:
         unit = jax.checkpoint(unit)
     bits = dict(NO_BITS)
     distortion, recons, penalties = 0.0, [], jnp.zeros(len(clip.frames))
+    motions = []
     for start in range(0, count, per_unit):
         index = (clip.phase[:, None] + start + jnp.arange(per_unit)) % len(offsets)
         frames = pictures[:, start : start + per_unit]
@@ -250,7 +267,8 @@ def unroll(
         if key is not None:
             key, noise_key = jax.random.split(key)
         qp = clip.qp[:, None] + offsets[index]
-        recon, refs, unit_bits, unit_penalty = unit(params, frames, refs, qp, noise_key)
+        recon, refs, unit_bits, unit_penalty, motion = unit(params, frames, refs, qp, noise_key)
+        motions.append(motion)
         bits = jax.tree.map(jnp.add, bits, unit_bits)
         penalties += unit_penalty
         recon = colour.from_codec(model, recon)
@@ -259,7 +277,9 @@ def unroll(
         recons.append(recon)
     bpp = jax.tree.map(lambda b: b / (height * width), bits)
     penalties /= height * width
-    return CodedClip(bpp, distortion, jnp.concatenate(recons, axis=1), penalties, refs)
+    motion = jax.tree.map(lambda *errors: sum(errors) / len(errors), *motions)
+    recon = jnp.concatenate(recons, axis=1)
+    return CodedClip(bpp, distortion, recon, penalties, refs, motion=motion)
 
 
 def first_refs(
@@ -472,14 +492,18 @@ def _learning(model: nn.Module, stage: Stage, params: Any) -> Any:
 def _flow_loss(model: nn.Module, params: Any, clip: Clip) -> tuple[jax.Array, tuple]:
     """(loss, (outputs, no references)) of a stage in which flows learn alone.
 
-    From a unit's picture to both anchors, and from one of these to the other, which decoders see.
+    From a unit's picture to the one before; of B-frames, to both anchors, and from one of these to
+    the other, which decoders see.
     """
-    past, future = jnp.moveaxis(colour.for_codec(model, clip.reference), 1, 0)
+    past, *others = jnp.moveaxis(colour.for_codec(model, clip.reference), 1, 0)
     frame = colour.for_codec(model, clip.frames)[:, 0]
+    pairs = [(frame, past)]
+    for future in others:
+        pairs += [(frame, future), (past, future)]
     # Side by side, not one after the other: so every device keeps its samples.
     targets, references = (
         jnp.stack(pictures, 1).reshape(-1, *frame.shape[1:])
-        for pictures in ((frame, frame, past), (past, future, future))
+        for pictures in zip(*pairs, strict=True)
     )
     flows = model.apply({"params": params}, targets, references, method="motion")
     loss = losses.motion(targets, references, flows).mean()
