@@ -8,6 +8,7 @@ python bench.py platforms --clips CLIP... [--model NAME] [--qp Q...] [--json FIL
 python bench.py calibration --clips CLIP... [--model NAME...] [--qp Q...] [--json FILE]
 python bench.py spans --clips CLIP... --model NAME... [--qp Q...] [--plot FILE] [--json FILE]
 python bench.py reliability --clips CLIP... --model NAME [--mode MODE] [--plot FILE] [--json FILE]
+python bench.py motion --clips CLIP... [--qp Q...] [--model NAME] [--json FILE]
 python bench.py family [--rates RESULTS...] [--speeds FILE...] [--write README.md] [--json FILE]
 """
 
@@ -76,6 +77,14 @@ def reliability(args: argparse.Namespace) -> dict:
     )
 
 
+def motion(args: argparse.Namespace) -> dict:
+    from nvc_jax.benchmarks.motion import benchmark
+
+    return benchmark(
+        args.clips, args.qp, args.frames, args.size, args.speed_size, args.repeats, args.model
+    )
+
+
 def _plotted(benchmark: ModuleType, args: argparse.Namespace, *arguments) -> dict:
     """Results of a benchmark that can draw what it found; whether it can is known before."""
     from nvc_jax.benchmarks.plots import check_plot
@@ -132,7 +141,7 @@ def _add_clips(parser, qps: list[int], frames=33, size=(352, 288), at_least=None
     from nvc_jax.cli import picture_size, positive
 
     parser.add_argument("--clips", nargs="+", required=True)
-    parser.add_argument("--qp", type=int, nargs="+", default=qps, help=at_least)
+    parser.add_argument("--qp", "--qps", type=int, nargs="+", default=qps, help=at_least)
     parser.add_argument("--frames", type=positive, default=frames)
     parser.add_argument("--size", type=picture_size, default=size, help="clips are cut to it")
 
@@ -196,6 +205,14 @@ def main() -> int:
     p.add_argument("--mode", choices=("ld", "ra"), default="ld")
     p.add_argument("--plot", help="draw it into this file: .png, .svg or .pdf")
     p.set_defaults(run=reliability)
+    p = commands.add_parser("motion", help="motion search beside full search and optical flow")
+    _add_clips(p, qps=[8, 32, 56], frames=9)
+    p.add_argument("--speed-size", type=picture_size, nargs="*",
+                   default=[(352, 288), (1280, 720), (1920, 1080)],
+                   help="sizes of which the time is taken")  # fmt: skip
+    p.add_argument("--repeats", type=positive, default=10, help="of which the fastest counts")
+    p.add_argument("--model", help="how much of its time to encode is search")
+    p.set_defaults(run=motion)
     p = commands.add_parser("family", help="one table of all codecs, for the README")
     p.add_argument("--rates", nargs="+", default=[], help="results.json of evaluations")
     p.add_argument("--speeds", nargs="+", default=[], help="files of bench.py codec --json")
