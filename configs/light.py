@@ -11,13 +11,12 @@
 The intra codec comes first and then stays as it is; `--config.init_from` names it. DATA_DIR holds
 `vimeo90k_septuplet/default`, made by `python -m nvc_jax.data.build`.
 
-Tian et al. (ACM MM 2023, arXiv 2309.11276) train on Vimeo-90k in crops of 256x256, I- and P-frames
-on their own, then together in groups of 7 frames, one model for each of four lambdas. Here one model
-learns all lambdas, the last stages code the septuplets' six P-frames after a frame that the intra
-codec has coded, and lengths and learning rates are our choice. Motion goes first, as with DCVC-HEM
-(arXiv 2207.05894), and the exact mode's integer scales come last. An epoch is as many steps as the
-64,612 training clips make.
-"""
+Tian et al. (ACM MM 2023, arXiv 2309.11276) train on Vimeo-90k in crops of 256x256, I- and
+P-frames on their own, then together in groups of 7 frames, one model for each of four lambdas.
+Here one model learns all lambdas, the last stages code the septuplets' six P-frames after a frame
+that the intra codec has coded, and lengths and learning rates are our choice. Motion goes first,
+as with DCVC-HEM (arXiv 2207.05894), and the exact mode's integer scales come last. An epoch is as
+many steps as the 64,612 training clips make. """
 
 from ml_collections import ConfigDict
 
