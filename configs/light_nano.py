@@ -26,14 +26,20 @@ def get_config():
     c.optimizer = "muon"
     c.model = ConfigDict(dict(name="light", size="nano", dtype="float32"))
     c.data = recipes.own_clips(image_share=0.1)
-    # The encoder stays what the stage before has made of it. No gradient through a dead zone is
-    # right: what passes as if nothing was rounded lifts latents to the threshold.
-    names = ("transform", "inverse", "encoder", "encoder_out", "q_step", "q_dead_zone")
-    fixed = dict(lr_scale=dict.fromkeys(names, 0.0))
+    # The cosine transforms stay as they are.
+    transforms = dict.fromkeys(("transform", "inverse"), 0.0)
+    # And then the whole encoder, its steps and dead zone. No gradient through a dead zone is right:
+    # one that passes as if nothing was rounded lifts latents to the threshold, one that does not
+    # pass at all leaves them to the rate.
+    encoder = dict.fromkeys(("encoder", "encoder_out", "q_step", "q_dead_zone"), 0.0)
     c.stages = (
         stage(
+            steps=10_000, units=1, walk=8, batch=4, crop=128, lr=2e-3, end_lr=3e-4, **IN_USE,
+            lr_scale=transforms,
+        ),
+        stage(
             steps=6_000, units=1, walk=8, batch=4, crop=128, lr=1.2e-3, end_lr=1e-4, **IN_USE,
-            **fixed,
+            lr_scale=transforms | encoder,
         ),
         # The exact mode: the integer scales alone, from rounded symbols.
         stage(
