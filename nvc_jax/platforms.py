@@ -27,7 +27,7 @@ from nvc_jax.machine import cores, processor
 from nvc_jax.unit_program import CodedUnit, UnitCodec, replay_unit
 from nvc_jax.video import Planes
 
-FORMAT = "nvc-record-3"
+FORMAT = "nvc-record-4"
 SAFETY = 4  # margins are at least this many times the largest difference seen
 
 
@@ -39,12 +39,14 @@ class Unit(NamedTuple):
       reliability: see `nvc_jax.schedule.Unit`.
       symbols: int16 [total], all steps in coding order.
       scales: float32 [elements], of all steps that have them.
+      motion: of codecs that search it, see `nvc_jax.schedule.Unit`; else None.
     """
 
     qps: tuple[int, ...]
     reliability: tuple[int, ...]
     symbols: np.ndarray
     scales: np.ndarray
+    motion: np.ndarray | None = None
 
 
 class Record(NamedTuple):
@@ -117,7 +119,7 @@ def make_record(
     for unit in coding.encode(codec, pictures, qp, schedule):
         packet, found = unit.packet, unit.coded
         symbols = np.concatenate(found.symbols)
-        units.append(Unit(packet.qps, found.reliability, symbols, _scales(found)))
+        units.append(Unit(packet.qps, found.reliability, symbols, _scales(found), found.motion))
         frames += len(packet.frames)
     if not units:
         raise NvcError("nothing to record: the clip has no frames")
@@ -158,7 +160,7 @@ def replay(codec: UnitCodec, record: Record) -> Iterator[tuple[schedules.Unit, C
     plan = schedules.plan(record.schedule, record.frames)
     for number, (unit, recorded) in enumerate(zip(plan, record.units, strict=True)):
         refs = coding.references(unit, slots)
-        known = unit._replace(reliability=recorded.reliability)
+        known = unit._replace(reliability=recorded.reliability, motion=recorded.motion)
         coded = replay_unit(codec, recorded.symbols, refs, recorded.qps, known)
         slots[number] = coded.refs
         for slot in unit.release:
@@ -208,6 +210,8 @@ def save(path: str | Path, record: Record) -> None:
     arrays = {"facts": np.array(json.dumps(facts))}
     for number, unit in enumerate(record.units):
         arrays[f"symbols{number}"], arrays[f"scales{number}"] = unit.symbols, unit.scales
+        if unit.motion is not None:
+            arrays[f"motion{number}"] = unit.motion
     with replacing(path) as hidden, writing(path), open(hidden, "wb") as file:
         np.savez_compressed(file, **arrays)
 
@@ -220,7 +224,13 @@ def load(path: str | Path) -> Record:
             if facts["format"] != FORMAT:
                 raise ValueError(f"format {facts['format']}, not {FORMAT}")
             units = tuple(
-                Unit(tuple(qps), tuple(trusted), arrays[f"symbols{n}"], arrays[f"scales{n}"])
+                Unit(
+                    tuple(qps),
+                    tuple(trusted),
+                    arrays[f"symbols{n}"],
+                    arrays[f"scales{n}"],
+                    arrays.get(f"motion{n}"),
+                )
                 for n, (qps, trusted) in enumerate(
                     zip(facts["qps"], facts["reliability"], strict=True)
                 )

@@ -69,13 +69,16 @@ def failures(here, there):
             packet = unit.packet
             try:
                 decoded = unit_program.decode_unit(there, packet.payload, refs, packet.qps)
-                wrong = unit_program.symbols_crc(decoded.symbols) != packet.symbols_crc
+                wrong = (
+                    unit_program.symbols_crc(decoded.symbols, decoded.motion) != packet.symbols_crc
+                )
             except StreamError:
                 wrong = True
             if wrong:
                 decoded = unit_program.replay_unit(
-                    there, np.concatenate(unit.coded.symbols), refs, packet.qps
-                )
+                    there, np.concatenate(unit.coded.symbols), refs, packet.qps,
+                    unit_program.FLAT._replace(motion=unit.coded.motion),
+                )  # fmt: skip
             if here.model.module.references:
                 refs = tuple(decoded.refs)
             failed, total = failed + wrong, total + 1
@@ -104,7 +107,7 @@ def test_the_margin_that_calibration_recommends_is_enough(name, prepared):
         seed += 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "light"])
 def test_integer_scales_do_not_care_about_floats(name, prepared):
     here = prepared(name, WIDTH, HEIGHT, EXACT)
     for size in (1e-6, 1e-2):
@@ -124,6 +127,17 @@ def test_one_machine_agrees_with_itself(prepared, tmp_path):
         np.testing.assert_array_equal(a.scales, b.scales)
     difference = platforms.compare(here, again)
     assert difference == {0: platforms.Difference(3, 0.0, 0, 20)}
+
+
+def test_records_keep_motion(prepared, tmp_path):
+    """What the encoder has searched is what whoever goes through its symbols compensates."""
+    here = prepared("light", WIDTH, HEIGHT, CALIBRATED)
+    record = platforms.make_record(here, CLIP[:3], 30, codec.schedule_for(here.model))
+    assert [unit.motion is None for unit in record.units] == [True, False, False]
+    platforms.save(tmp_path / "a.npz", record)
+    again = platforms.load(tmp_path / "a.npz")
+    np.testing.assert_array_equal(again.units[2].motion, record.units[2].motion)
+    assert platforms.compare(here, again) == {0: platforms.Difference(3, 0.0, 0, 20)}
 
 
 def test_records_keep_how_far_references_were_trusted(prepared, monkeypatch, tmp_path):
