@@ -973,7 +973,9 @@ def test_gradients_reach_every_weight_and_lead_downhill(folder, name):
     config = config_of(folder, stage(1, units=2), model=dict(name=name, size=SIZES[name]))
     config.model.dtype = "float32"
     clip = training.as_floats(first_clip(config))
-    refs = training.as_refs(model, clip.reference)
+    # With searched motion, some networks only serve what nothing predicts.
+    first = jnp.full_like(clip.reference, 0.5) if name == "light" else clip.reference
+    refs = training.as_refs(model, first)
 
     @jax.value_and_grad
     def loss(params):
