@@ -729,7 +729,7 @@ class Recorder:
     def apply(self, variables, frames, refs, qp, bottleneck, mutable):
         self.qps.append(np.asarray(qp))
         self.refs.append(refs)
-        bits = {"z": 2.0, "y": 30.0, "y_float": 30.0, "side": 0.0}
+        bits = {"z": 2.0, "y": 30.0, "y_float": 30.0, "side": 0.0, "motion": 0.0}
         bottleneck.bits = {part: jnp.full(len(frames), count) for part, count in bits.items()}
         return (frames.at[:, 0].add(0.1), len(self.qps)), {}
 
