@@ -213,15 +213,16 @@ def _encode_group(
     whole = len(group) == schedules.group_size(schedule, first_frame)
     short = None if whole or not schedules.in_layers(schedule) else len(group)
     planned = schedules.units(schedule, first_frame, len(group), first_unit, mode)
-    offsets = registry.entry(codec.model.codec).qp_offsets
+    entry, last_row = registry.entry(codec.model.codec), codec.model.module.qp_rows - 1
     for number, unit in enumerate(planned, first_unit):
         originals = [group[f - first_frame] for f in unit.frames]
         qps = tuple(qp + offset for offset in unit.qp_offset)
-        if offsets and not unit.layered:
-            qps = tuple(qp + offsets[frame % len(offsets)] for frame in unit.frames)
+        if entry.qp_offsets and not unit.layered:
+            qps = tuple(qp + offset for offset in entry.offsets(unit.frames, not unit.refs))
+            qps = tuple(min(qp, last_row) for qp in qps)
         if layer_qp and unit.layered:
             extra = schedules.of_layer(layer_qp, unit)
-            qps = tuple(min(max(qp + extra, 0), codec.model.module.qp_rows - 1) for qp in qps)
+            qps = tuple(min(max(qp + extra, 0), last_row) for qp in qps)
         refs = references(unit, slots)
         kept = number not in unit.release
         payload, coded = encode_unit(codec, originals, refs, qps, render, unit, kept)

@@ -11,12 +11,14 @@ Bottleneck interface, used by the models:
   encoder_only(module, fn, *shapes) -> arrays      fn(module), computed only if a picture is coded
   decoder_only(module, fn, *shapes) -> arrays      fn(module), computed only if pictures are wanted,
                                                    to be shown or to be referred to
-  factorized(z, prior, row)  -> symbols            rounded hyper-latent; prior: `FactorizedPrior`
+  factorized(z, prior, row, coded) -> symbols      rounded hyper-latent; prior: `FactorizedPrior`;
+                                                   coded: where not, symbols are 0 at no cost
   exact                                            whether scales come as levels or as floats
   gaussian(residual, scale)  -> symbols            rounded y - mean; one call per step
   laplace(residual, scale)   -> symbols            the same for another distribution
-  leveled(residual, level, scale) -> symbols       the same under scale levels; scale: to compare
-  dead_zone(residual, scale, strength) -> residual the encoder's, see `likelihood.dead_zone`
+  sparse(residual, scale)    -> symbols            likewise
+  leveled(residual, level, scale, family) -> symbols  the same under scale levels; scale: to compare
+  dead_zone(residual, scale, strength, family) -> residual  see `likelihood.dead_zone`
   motion(field) -> field                           motion that the encoder has found and sends
 """
 
@@ -44,7 +46,7 @@ class Step(NamedTuple):
 
     Attributes:
       size: number of elements.
-      family: of their distributions, "gaussian" or "laplace"; None for a hyper-latent's, whose
+      family: of their distributions, see `likelihood.BITS`; None for a hyper-latent's, whose
         tables are fixed.
     """
 
@@ -88,7 +90,7 @@ class Estimate:
           rounded: rates are those of rounded symbols, from which their distributions learn; noise
             only gives latents and means their gradients, under distributions taken as they are.
             For latents that are nearly all 0, where noise would hide how little these cost. What a
-            latent does to pictures has gradients where its symbol is not 0.
+            latent does to pictures has gradients outside of its dead zone.
         """
         self._key, self.exact, self._detached, self._penalty = noise_key, exact, detached, penalty
         self._as_published, self._rounded = as_published, rounded
@@ -113,9 +115,16 @@ class Estimate:
         self.bits["motion"] += field_bits(field)
         return field
 
-    def factorized(self, z, prior, row):
+    def factorized(self, z, prior, row, coded=None):
+        if coded is not None:
+            z = jnp.where(coded, z, 0)
         stand_in = self._stand_in(z, None)
-        self.bits["z"] += self._rate(likelihood.factorized_bits, z, stand_in, prior(row))
+
+        def bits(value, chain):
+            every = likelihood.factorized_bits(value, chain)
+            return every if coded is None else jnp.where(coded, every, 0)
+
+        self.bits["z"] += self._rate(bits, z, stand_in, prior(row))
         return likelihood.round_straight_through(z)
 
     def gaussian(self, residual, scale):
@@ -124,8 +133,11 @@ class Estimate:
     def laplace(self, residual, scale):
         return self._latent(residual, scale, scale, "laplace")
 
-    def leveled(self, residual, level, scale):
-        return self._latent(residual, likelihood.scale_of_level(level), scale)
+    def sparse(self, residual, scale):
+        return self._latent(residual, scale, scale, "sparse")
+
+    def leveled(self, residual, level, scale, family="gaussian"):
+        return self._latent(residual, likelihood.scale_of_level(level), scale, family)
 
     def _rate(self, bits, value, stand_in, distribution):
         if not self._rounded:
@@ -148,10 +160,11 @@ class Estimate:
             self.penalty += self._penalty(scale).sum((1, 2, 3))
         if not self._rounded:
             return likelihood.round_straight_through(residual)
-        # A dead zone leaves most symbols at 0, where no small change of the latent changes
-        # anything: gradients that said otherwise would lift it to the threshold everywhere.
+        # Rounding on average has a slope of 1, under noise of half a step. But a dead zone, which
+        # leaves residuals of 0, is a flat piece: gradients that did not know would lift latents to
+        # its edge everywhere.
         symbols = lax.stop_gradient(jnp.round(residual))
-        return symbols + jnp.where(symbols == 0, 0, residual - lax.stop_gradient(residual))
+        return symbols + jnp.where(residual == 0, 0, residual - lax.stop_gradient(residual))
 
 
 class Family(NamedTuple):
@@ -234,10 +247,10 @@ class Coded:
     def decoder_only(self, module, fn, *shapes):
         return self._only_if(self._render, module, fn, shapes)
 
-    def dead_zone(self, residual, scale, strength):
+    def dead_zone(self, residual, scale, strength, family):
         return lax.cond(
             self._source == FROM_PICTURE,
-            lambda: likelihood.dead_zone(residual, scale, strength),
+            lambda: likelihood.dead_zone(residual, scale, strength, family),
             lambda: residual,
         )
 
@@ -268,11 +281,12 @@ class Coded:
         self.indices.append(index)
         return symbols.astype(jnp.float32).reshape(shape)
 
-    def factorized(self, z, prior, row):
+    def factorized(self, z, prior, row, coded=None):
         channels = z.shape[-1]
         base = self._spec.priors["/".join(prior.path)]
         first = base + row[:, None, None, None] * channels
-        return self._code(z, jnp.broadcast_to(first + jnp.arange(channels), z.shape))
+        index = jnp.broadcast_to(first + jnp.arange(channels), z.shape)
+        return self._code(z, index if coded is None else jnp.where(coded, index, SKIP))
 
     def gaussian(self, residual, scale):
         return self._scaled(residual, scale, self._spec.families["gaussian"])
@@ -280,8 +294,11 @@ class Coded:
     def laplace(self, residual, scale):
         return self._scaled(residual, scale, self._spec.families["laplace"])
 
-    def leveled(self, residual, level, scale):
-        return self._leveled(residual, level.astype(jnp.int32), self._spec.families["gaussian"])
+    def sparse(self, residual, scale):
+        return self._scaled(residual, scale, self._spec.families["sparse"])
+
+    def leveled(self, residual, level, scale, family="gaussian"):
+        return self._leveled(residual, level.astype(jnp.int32), self._spec.families[family])
 
     def _scaled(self, residual, scale, family):
         scale = lax.optimization_barrier(scale)

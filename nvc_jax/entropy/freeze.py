@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from nvc_jax.entropy.likelihood import SPARSE
 from nvc_jax.entropy.tables import TOTAL, CdfTables
 
 # Values rarer than this go through the escape entry: two counts of 65536, about where an entry of
@@ -59,7 +60,12 @@ def laplace_tables(scales: np.ndarray) -> CdfTables:
     return _symmetric(scales, lambda x, scale: 0.5 * math.exp(-x / scale))
 
 
-TABLES = {"gaussian": gaussian_tables, "laplace": laplace_tables}
+def sparse_tables(scales: np.ndarray) -> CdfTables:
+    """One table per scale of `likelihood.sparse_bits`, float64 [levels]."""
+    return laplace_tables(SPARSE * scales)
+
+
+TABLES = {"gaussian": gaussian_tables, "laplace": laplace_tables, "sparse": sparse_tables}
 
 
 def _symmetric(scales: np.ndarray, tail: Callable[[float, float], float]) -> CdfTables:

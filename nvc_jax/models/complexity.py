@@ -113,19 +113,19 @@ class _Everything:
     def motion(self, field):
         return field
 
-    def dead_zone(self, residual, scale, strength):
+    def dead_zone(self, residual, scale, strength, family):
         return residual
 
-    def factorized(self, z, prior, row):
+    def factorized(self, z, prior, row, coded=None):
         return z
 
     def gaussian(self, residual, scale):
         return residual
 
-    laplace = gaussian
+    laplace = sparse = gaussian
 
-    def leveled(self, residual, level, scale):
-        return self.gaussian(residual, level)
+    def leveled(self, residual, level, scale, family="gaussian"):
+        return residual
 
 
 class _Encode(_Everything):

@@ -13,8 +13,9 @@ learned parts beside it:
     f = what D saw of the frame               for the next one, moved with the blocks
 
 A linear path beside a learned one trains faster and has no ceiling at high rates (AuxT, arXiv
-2501.13751). There is no intra codec: blocks that nothing predicts are coded from mid-grey, in any
-frame, and the first frame consists of such blocks.
+2501.13751). There is no intra codec: blocks that nothing predicts are coded in any frame, and the
+first frame consists of them. They are predicted from a base layer, the means of 32x32 samples:
+cosine transforms of 8x8 alone say the brightness of every block of a smooth picture anew.
 """
 
 from dataclasses import dataclass
@@ -51,9 +52,14 @@ from nvc_jax.quality import QP_ROWS, lambda_of_qp
 CELL = 8  # luma samples of a side of a cell of the latent
 COEFFICIENTS = CELL**2 + 2 * (CELL // 2) ** 2  # of a cell
 STEPS = 2
+MARKS = 6  # of motion, for the scale head
+FAMILY = "sparse"  # of the latent, see `nvc_jax.entropy.likelihood`
 # Squared quantiser step times lambda at which rate and distortion are in balance. At high rates a
 # step S costs S^2 / 12 of squared error and saves log2(S) bits; `d_yuv` weighs luma by 10/12 of 3.
 BALANCE = 3.46
+BASE = 4  # cells of a side of a block of the base layer
+BASE_STEP = 0.5  # in nominal steps: a mean need not be exact, cells have what it leaves
+CHROMA_STEP = 0.75  # in nominal steps: errors of U and V are smaller, but weigh as much, relatively
 # What a bit of motion is worth, as squared differences over a squared quantiser step.
 MOTION_WEIGHT = 0.18
 # Of the encoder's dead zone, from the same balance: a squared step is worth 8.7 bits.
@@ -63,8 +69,9 @@ LOG_SCALES = (-2.2, 3.5)
 CONTENT = "wide"  # the range of lambda
 # Of layers that give means and scales: at first means are near 0, as they are without a network.
 SMALL = nn.initializers.normal(0.01)
-# By frame number: what later frames lean on is coded better.
-QP_OFFSETS = (8, 0, 2, 0, 4, 0, 2, 0)
+# By frame number: what later frames lean on is coded better, and the first frame best.
+QP_OFFSETS = (4, 0, 2, 0, 3, 0, 2, 0)
+INTRA_OFFSET = 12
 # So that a row of the tables stands for one lambda, whichever frame it serves.
 FRAME_WEIGHTS = tuple(
     float(lambda_of_qp(offset, CONTENT) / lambda_of_qp(0, CONTENT)) for offset in QP_OFFSETS
@@ -84,13 +91,13 @@ class Config:
     """
 
     width: int = 96
-    z: int = 32
+    z: int = 16
     encoder: int = 2
     context: int = 2
     decoder: int = 2
     fusion: int = 1
     spatial: int = 1
-    scale_head: int = 64
+    scale_head: int = 96
     form: str = "uf2"
 
     y = COEFFICIENTS  # channels of the latent
@@ -125,6 +132,24 @@ def cosine_transform(size: int) -> np.ndarray:
     return basis.astype(np.float32)
 
 
+def _coefficients() -> tuple[np.ndarray, np.ndarray]:
+    """(order of a cell's coefficients, which of them in this order are of luma).
+
+    Those whose frequencies add up to an even number come first. They are one half of what the
+    spatial prior codes in a step, so that every step has low and high frequencies of every cell,
+    and the second one knows how much there is.
+    """
+    sizes = CELL, CELL // 2, CELL // 2
+    frequencies = [np.add.outer(np.arange(n), np.arange(n)).ravel() for n in sizes]
+    order = np.argsort(np.concatenate(frequencies) % 2, kind="stable")
+    return order, order < CELL**2
+
+
+ORDER, IS_LUMA = _coefficients()
+# Quantiser steps of coefficients, in nominal ones.
+RELATIVE_STEPS = np.where(IS_LUMA, 1, CHROMA_STEP).astype(np.float32)
+
+
 def _transform_init(key, shape, dtype=jnp.float32):
     """Samples of a cell -> coefficients: [96, 96], 8x8 of luma, 4x4 of U and of V."""
     del key, shape
@@ -135,7 +160,7 @@ def _transform_init(key, shape, dtype=jnp.float32):
         end = start + size**2
         kernel[start:end, start:end] = np.kron(basis, basis).T
         start = end
-    return jnp.asarray(kernel, dtype)
+    return jnp.asarray(kernel[:, ORDER], dtype)
 
 
 def cells_of(luma: jax.Array, chroma: jax.Array) -> jax.Array:
@@ -161,6 +186,80 @@ def join_planes(luma: jax.Array, chroma: jax.Array) -> jax.Array:
     return jnp.concatenate([luma, chroma.repeat(2, 1).repeat(2, 2)], -1)
 
 
+def block_means(cells: jax.Array, share: jax.Array) -> jax.Array:
+    """Means of the base layer's blocks.
+
+    Args:
+      cells: float32 [b, h, w, 96] as `cells_of` gives.
+      share: [b, h, w, 1], 1 for cells that count, 0 for others.
+
+    Returns:
+      float32 [b, ceil(h/4), ceil(w/4), 3] of Y, U, V; 0 for blocks in which nothing counts.
+    """
+    luma, u, v = jnp.split(cells, [CELL**2, CELL**2 + (CELL // 2) ** 2], -1)
+    means = jnp.stack([luma.mean(-1), u.mean(-1), v.mean(-1)], -1)
+    return _pooled(means * share) / jnp.maximum(_pooled(share), 1)
+
+
+def _pooled(x: jax.Array) -> jax.Array:
+    """Sums over the base layer's blocks, [b, h, w, c] -> [b, ceil(h/4), ceil(w/4), c]."""
+    b, h, w, c = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -h % BASE), (0, -w % BASE), (0, 0)))
+    return x.reshape(b, -(-h // BASE), BASE, -(-w // BASE), BASE, c).sum((2, 4))
+
+
+def base_cells(means: jax.Array, known: jax.Array, h: int, w: int) -> jax.Array:
+    """The picture that a base layer stands for, bilinear between its blocks.
+
+    Args:
+      means: float32 [b, ceil(h/4), ceil(w/4), 3].
+      known: [b, ceil(h/4), ceil(w/4), 1], 1 for blocks that have a mean, 0 for others, which do not
+        count.
+
+    Returns:
+      float32 [b, h, w, 96], as `cells_of` gives; h, w: cells.
+    """
+
+    def spread(x, side):
+        rows, columns = (
+            _interpolation(blocks, side * BASE)[: side * cells]
+            for blocks, cells in zip(x.shape[1:3], (h, w), strict=True)
+        )
+        x = jnp.einsum("ri,bijc->brjc", rows, x, precision=lax.Precision.HIGHEST)
+        return jnp.einsum("cj,brjk->brck", columns, x, precision=lax.Precision.HIGHEST)
+
+    def picture(x, side):
+        return spread(x * known, side) / jnp.maximum(spread(known, side), 1e-3)
+
+    return cells_of(picture(means[..., :1], CELL), picture(means[..., 1:], CELL // 2))
+
+
+def _interpolation(blocks: int, size: int) -> np.ndarray:
+    """float32 [blocks * size, blocks]: weights of blocks' middles for every sample."""
+    place = np.clip((np.arange(blocks * size) + 0.5) / size - 0.5, 0, blocks - 1)
+    return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(blocks))).astype(np.float32)
+
+
+def motion_marks(field: jax.Array) -> jax.Array:
+    """What motion says about where prediction fails: small integers, for the scale head.
+
+    Args:
+      field: int16 [b, h, w, 3], see `nvc_jax.nn.motion`.
+
+    Returns:
+      float32 [b, h, w, 6]: whether a cell is predicted, how far it moves, and by how much that
+      differs from each of its four neighbours.
+    """
+    field = field.astype(jnp.int32)
+    vectors = field[..., :2]
+    padded = jnp.pad(vectors, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    _, h, w, _ = field.shape
+    far = [jnp.abs(vectors).sum(-1)]
+    for row, column in ((0, 1), (2, 1), (1, 0), (1, 2)):
+        far.append(jnp.abs(vectors - padded[:, row : row + h, column : column + w]).sum(-1))
+    return jnp.stack([field[..., 2], *far], -1).astype(jnp.float32)
+
+
 def step_of_qp(qp: jax.Array) -> jax.Array:
     """The quantiser step that balances rate and distortion, for samples in [0, 1]."""
     return jnp.sqrt(BALANCE / lambda_of_qp(qp, CONTENT))
@@ -184,7 +283,7 @@ class Light(nn.Module):
         c = self.cfg
         self.transform = Pointwise(COEFFICIENTS, kernel_init=_transform_init)
         self.inverse = Pointwise(COEFFICIENTS, kernel_init=lambda *a: _transform_init(*a).T)
-        self.q_step = QpTable(QP_ROWS, COEFFICIENTS)  # times the nominal step
+        self.q_step = QpTable(QP_ROWS, COEFFICIENTS)  # times `RELATIVE_STEPS`
         self.q_dead_zone = QpTable(QP_ROWS, COEFFICIENTS)
         self.q_context = QpTable(QP_ROWS, c.width)
         # Float32 from here ...
@@ -194,10 +293,14 @@ class Light(nn.Module):
         params = partial(ParameterNet, 2 * COEFFICIENTS, c.width, form=c.form, kernel_init=SMALL)
         self.prior_fusion = params(c.fusion)
         self.spatial_prior = params(c.spatial)
-        self.z_prior = FactorizedPrior(QP_ROWS, c.z, steepness=1.3)
+        # Frames without references have rows of their own.
+        self.z_prior = FactorizedPrior(2 * QP_ROWS, c.z, steepness=1.3)
+        self.base_prior = FactorizedPrior(QP_ROWS, 3)
         # ... to here: everything between decoded data and the scales.
         if c.scale_head:
-            self.scale_head = ScaleHead(COEFFICIENTS, c.scale_head, STEPS, references=1)
+            self.scale_head = ScaleHead(
+                COEFFICIENTS, c.scale_head, STEPS, references=1, marks=MARKS
+            )
         self.encoder = Blocks(c.width, c.encoder, c.form, self.dtype)
         self.encoder_out = Pointwise(COEFFICIENTS, self.dtype, nn.initializers.zeros)
         self.hyper_encoder = HyperEncoder(c.z, c.form)
@@ -268,26 +371,29 @@ class Light(nn.Module):
             ref = ref._replace(motion=self.search(frame, reference, qp))
         field = bottleneck.motion(ref.motion)
 
-        u = cells_of(*(compensate(plane, field) for plane in split_planes(ref.frame)))
-        gain = 1 / (step_of_qp(qp)[:, None, None, None] * self.q_step(qp))
+        none = 1 - field[..., 2:].astype(jnp.float32)
+        step = step_of_qp(qp)[:, None, None, None]
+        base = self._base(frames[:, 0], none, step, qp, bottleneck)
+        u = cells_of(*(compensate(plane, field) for plane in split_planes(ref.frame))) + none * base
+        gain = 1 / (step * RELATIVE_STEPS * self.q_step(qp))
         moved = jnp.zeros((batch, h, w, c.width))
         if ref.feature is not None:
             moved = compensate_features(ref.feature, field)
         texture = jnp.arcsinh(self.transform(u - BLANK) * gain)
-        context = [texture, moved, field[..., 2:].astype(jnp.float32)]
-        context = self.context_in(jnp.concatenate(context, -1)) * self.q_context(qp)
-        context = self.context(context)
+        context = self.context_in(jnp.concatenate([texture, moved, none], -1))
+        context = self.context(context * self.q_context(qp))
 
         def analysis(m):
             y = m.transform(cells_of(*split_planes(frames[:, 0])) - u) * gain
             learned = m.encoder(jnp.concatenate([jnp.arcsinh(y), context], -1).astype(m.dtype))
             # Only cells that nothing predicts: see configs/light_nano.py.
-            y += jnp.where(field[..., 2:] > 0, 0, m.encoder_out(learned).astype(jnp.float32))
+            y += none * m.encoder_out(learned).astype(jnp.float32)
             return y, m.hyper_encoder(pad_to_multiple(jnp.arcsinh(y), 4))
 
         shapes = latent_shapes(batch, h, w, c.y, c.z)
         y, z = bottleneck.encoder_only(self, analysis, *shapes)
-        z_hat = bottleneck.factorized(z, self.z_prior, qp)
+        intra = jnp.all(none > 0, (1, 2, 3))
+        z_hat = bottleneck.factorized(z, self.z_prior, qp + QP_ROWS * intra)
         hyper = self.hyper_decoder(z_hat)[:, :h, :w]
         params = self.prior_fusion(jnp.concatenate([hyper, context], -1))
 
@@ -304,10 +410,12 @@ class Light(nn.Module):
         levels = memory = None
         if bottleneck.exact:
             remembered = None if ref.memory is None else compensate_cells(ref.memory, field)
-            hidden = self.scale_head.begin(z_hat, qp[:, None], [remembered], (h, w))
+            hidden = self.scale_head.begin(
+                z_hat, qp[:, None], [remembered], (h, w), motion_marks(field)
+            )
             levels = partial(self.scale_head.level, hidden)
         y_hat, symbols, level_map = code_in_steps(
-            y, STEPS, predict, bottleneck, levels, dead_zone=DEAD_ZONE * self.q_dead_zone(qp)
+            y, STEPS, predict, bottleneck, levels, FAMILY, DEAD_ZONE * self.q_dead_zone(qp)
         )
         if bottleneck.exact:
             memory = self.scale_head.remember(hidden, symbols, level_map)
@@ -318,3 +426,17 @@ class Light(nn.Module):
         recon = join_planes(*planes_of(u + self.inverse((y_hat + correction) / gain)))
         new = Ref(jnp.clip(recon, 0, 1), feature.astype(jnp.float32), memory, field)
         return recon[:, None], (new,)
+
+    def _base(self, frame, none, step, qp, bottleneck):
+        """Cells of the base layer [b, h, w, 96], from mid-grey; coded where blocks need it."""
+        _, h, w, _ = none.shape
+        known = jnp.minimum(_pooled(none), 1)
+
+        def means(m):
+            cells = cells_of(*split_planes(frame)) - BLANK
+            return (block_means(cells, none) / (step * BASE_STEP),)
+
+        shape = jax.ShapeDtypeStruct((*known.shape[:3], 3), jnp.float32)
+        (symbols,) = bottleneck.encoder_only(self, means, shape)
+        symbols = bottleneck.factorized(symbols, self.base_prior, qp, coded=known > 0)
+        return base_cells(symbols * (step * BASE_STEP), known, h, w)

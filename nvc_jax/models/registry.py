@@ -29,7 +29,8 @@ class Entry(NamedTuple):
       content: a name in `nvc_jax.quality.LAMBDA_RANGE`.
       qp_offsets, frame_weights: by frame number modulo their length, what is added to the qp, and
         the weight of the frame's distortion in training. Without offsets the schedule says them.
-      layer_weights: the latter by layer, for codecs of B-frames.
+      intra_offset: what is added to the qp of frames without references instead, None for the same.
+      layer_weights: the weights by layer, for codecs of B-frames.
       layer_qp: likewise what is added to the qp; the last one also for the layers above.
       summary: what it is, and where it was published.
     """
@@ -38,9 +39,16 @@ class Entry(NamedTuple):
     content: str
     qp_offsets: tuple[int, ...] = ()
     frame_weights: tuple[float, ...] = (1.0,)
+    intra_offset: int | None = None
     layer_weights: tuple[float, ...] = (1.0,)
     layer_qp: tuple[int, ...] = ()
     summary: str = ""
+
+    def offsets(self, frames: Iterable[int], intra: bool) -> list[int]:
+        """What is added to the qp of each of these frames; intra: they have no references."""
+        if intra and self.intra_offset is not None:
+            return [self.intra_offset for _ in frames]
+        return [self.qp_offsets[frame % len(self.qp_offsets)] for frame in frames]
 
 
 # Class of a config -> Linen module class with fields `cfg` and `dtype`; see also
@@ -87,6 +95,7 @@ CODECS = {
         light.CONTENT,
         light.QP_OFFSETS,
         light.FRAME_WEIGHTS,
+        light.INTRA_OFFSET,
         summary="P-frames with explicit motion, for real time (after Tian et al., MM 2023, arXiv "
         "2309.11276)",
     ),

@@ -223,8 +223,9 @@ def _families(module: nn.Module, params: dict) -> list[str]:
 
 def skip_below(family: str, boundaries: np.ndarray, skip_scale: float) -> int:
     """First level that is coded; `skip_scale` is a Gaussian's."""
-    if family == "laplace" and skip_scale > 0:
+    if family != "gaussian" and skip_scale > 0:
         skip_scale = -0.5 / math.log(math.erfc(0.5 / (skip_scale * math.sqrt(2))))
+        skip_scale /= likelihood.SPARSE if family == "sparse" else 1
     return int(np.searchsorted(boundaries, skip_scale, side="right"))
 
 
@@ -351,7 +352,8 @@ def _integer_answer(collection: str, heads: dict[str, dict], frames: int) -> str
             for seed in (1, 3):  # the second unit refers to the first
                 z = noise(seed, h // 4, w // 4, z_channels)
                 symbols = noise(seed + 1, h, w, head.channels)
-                hidden = head.begin(z, qp, memories, (h, w))
+                marks = noise(seed + 2, h, w, head.marks) if head.marks else None
+                hidden = head.begin(z, qp, memories, (h, w), marks)
                 levels = [head.level(hidden, step, symbols) for step in range(head.steps)]
                 answers += levels
                 if memories:

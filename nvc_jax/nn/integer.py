@@ -229,12 +229,14 @@ class ScaleHead(nn.Module):
       width: of the hidden layers, in channels.
       steps: of the spatial prior.
       references: of a unit.
+      marks: channels of what else is known of every element, 0 for nothing.
     """
 
     channels: int
     width: int
     steps: int
     references: int
+    marks: int = 0
 
     def setup(self):
         self.code = Lookup(symbol_code)
@@ -250,8 +252,10 @@ class ScaleHead(nn.Module):
         self.blocks = [IntegerBlock(self.activation) for _ in range(self.steps)]
         self.levels = [IntegerDense(self.channels, LEVEL_BITS) for _ in range(self.steps)]
         self.state = IntegerDense(STATE)
+        if self.marks:
+            self.marked = IntegerDense(self.width)
 
-    def begin(self, z, qp, memories, shape):
+    def begin(self, z, qp, memories, shape, marks=None):
         """Hidden features [b, h, w, width].
 
         Args:
@@ -259,6 +263,7 @@ class ScaleHead(nn.Module):
           qp: int32 [b, frames], 0..71.
           memories: of each reference, what `remember` gave, or None if it is blank.
           shape: (h, w) of the latent.
+          marks: float32 [b, h, w, marks] that hold integers, beyond +-127 taken as +-127.
         """
         h, w = shape
         code = self.code(self._narrow(z))
@@ -270,6 +275,8 @@ class ScaleHead(nn.Module):
         blank = jnp.zeros((len(z), h, w, memory_channels(self.channels)), code.dtype)
         for digest, memory in zip(self.digest, memories, strict=True):
             x += digest(blank if memory is None else memory)
+        if self.marks:
+            x += self.marked(self.code(self._narrow(marks)))
         x = self.activation(saturate(x))
         for block in self.trunk:
             x = block(x)
@@ -316,7 +323,8 @@ def head_of(variables: dict) -> tuple[ScaleHead, int]:
     steps, references = (
         sum(name.startswith(kind) for name in variables) for kind in ("levels_", "digest_")
     )
-    return ScaleHead(channels, width, steps, references), z
+    marks = variables["marked"]["kernel"].shape[0] if "marked" in variables else 0
+    return ScaleHead(channels, width, steps, references, marks), z
 
 
 def freeze(params: dict) -> dict:

@@ -73,7 +73,7 @@ def code_in_steps(
       predict: (step, y_hat so far) -> (mean, scale), both [b, h, w, c].
       bottleneck: see `nvc_jax.entropy.bottleneck`.
       levels: (step, symbols so far) -> scale levels [b, h, w, c], which replace the scales.
-      family: of the distributions, "gaussian" or "laplace".
+      family: of the distributions, see `nvc_jax.entropy.likelihood.BITS`.
       dead_zone: [b, 1, 1, c], strength of the encoder's dead zone, see
         `nvc_jax.entropy.likelihood.dead_zone`; None for none.
 
@@ -90,11 +90,11 @@ def code_in_steps(
         if dead_zone is not None:
             used = scale if level is None else scale_of_level(level)
             strength = pack_step(jnp.broadcast_to(dead_zone, y.shape), group(s), steps)
-            residual = bottleneck.dead_zone(residual, used, strength)
+            residual = bottleneck.dead_zone(residual, used, strength, family)
         if level is None:
             coded = getattr(bottleneck, family)(residual, scale)
         else:
-            coded = bottleneck.leveled(residual, level, scale)
+            coded = bottleneck.leveled(residual, level, scale, family)
             placed = unpack_step(level, group(s), steps)
             level_map = placed if level_map is None else level_map + placed
         symbols = symbols + unpack_step(coded, group(s), steps)

@@ -293,6 +293,8 @@ def host_clips(
         rng = np.random.default_rng([seed, number])
         qp = rng.integers(quality.QP_COUNT, size=stage.batch, dtype=np.int32)
         unit = rng.integers(FIRST_UNITS, size=stage.batch, dtype=np.int32)
+        if codec.intra_offset is not None:
+            unit[:] = 0
         mine = slice(process * len(frames), (process + 1) * len(frames))
         if registry.in_any_order(model):
             begin, end = stage.temperature

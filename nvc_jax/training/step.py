@@ -65,7 +65,8 @@ class Clip(NamedTuple):
         0..255.
       frames: [batch, frames, height, width, 3], the pictures to code in coding order, likewise.
       qp: int32 [batch], base quality index.
-      phase: int32 [batch], number of the first coded frame.
+      phase: int32 [batch], number of the first coded frame; modulo the period of quality offsets,
+        but for codecs that have one for intra frames, whose clips begin with frame 0.
       path: of B-frames, see `nvc_jax.training.hierarchy`, or a `Run` of a codec that codes in any
         order, whose `reference` does not count; else None.
     """
@@ -261,19 +262,28 @@ def unroll(
     distortion, recons, penalties = 0.0, [], jnp.zeros(len(clip.frames))
     motions = []
     for start in range(0, count, per_unit):
-        index = (clip.phase[:, None] + start + jnp.arange(per_unit)) % len(offsets)
+        number = clip.phase[:, None] + start + jnp.arange(per_unit)
+        index = number % len(offsets)
         frames = pictures[:, start : start + per_unit]
         noise_key = None
         if key is not None:
             key, noise_key = jax.random.split(key)
-        qp = clip.qp[:, None] + offsets[index]
+        extra, weight = offsets[index], weights[index]
+        if codec.intra_offset is not None:
+            first = jnp.minimum(codec.intra_offset, quality.QP_ROWS - 1 - clip.qp[:, None])
+            raised = quality.lambda_of_qp(first, codec.content) / quality.lambda_of_qp(
+                0, codec.content
+            )
+            weight = jnp.where(number == 0, raised, weight)
+            extra = jnp.where(number == 0, first, extra)
+        qp = clip.qp[:, None] + extra
         recon, refs, unit_bits, unit_penalty, motion = unit(params, frames, refs, qp, noise_key)
         motions.append(motion)
         bits = jax.tree.map(jnp.add, bits, unit_bits)
         penalties += unit_penalty
         recon = colour.from_codec(model, recon)
         target = clip.frames[:, start : start + per_unit]
-        distortion += (weights[index] * losses.distortion(recon, target)).sum(1)
+        distortion += (weight * losses.distortion(recon, target)).sum(1)
         recons.append(recon)
     bpp = jax.tree.map(lambda b: b / (height * width), bits)
     penalties /= height * width
