@@ -23,7 +23,7 @@ IN_USE = dict(references={"blank": 1.0}, rounded=True, exact=True, float_share=0
 # enough: steps that learn from them grow, and dead zones vanish where a symbol costs little.
 FIXED = dict.fromkeys(("transform", "inverse", "q_step", "q_dead_zone"), 0.0)
 # A row of these tables learns only when its quality is drawn.
-TABLES = dict(z_prior=5.0, base_prior=10.0)
+TABLES = dict(z_prior=5.0)
 
 
 def get_config():

@@ -9,7 +9,8 @@ learned parts beside it:
     u = compensated picture, v = picture, both as blocks of 8x8 luma and 2 of 4x4 chroma samples
     y = (T(v - u)) / step + E(v, u, f)        T: cosine transforms, which may learn; E: where
                                               nothing is predicted
-    x = u + T'((y^ + D(y^, u, f)) * step)     E and D: networks that start at zero
+    x = u + T'((y^ + D(y^, u, f)) * step)     E and D: networks that start at zero; D where
+                                              something is coded
     f = what D saw of the frame               for the next one, moved with the blocks
 
 A linear path beside a learned one trains faster and has no ceiling at high rates (AuxT, arXiv
@@ -58,6 +59,7 @@ FAMILY = "sparse"  # of the latent, see `nvc_jax.entropy.likelihood`
 # step S costs S^2 / 12 of squared error and saves log2(S) bits; `d_yuv` weighs luma by 10/12 of 3.
 BALANCE = 3.46
 BASE = 4  # cells of a side of a block of the base layer
+BASE_CHANNELS = 3
 BASE_STEP = 0.5  # in nominal steps: a mean need not be exact, cells have what it leaves
 CHROMA_STEP = 0.75  # in nominal steps: errors of U and V are smaller, but weigh as much, relatively
 # What a bit of motion is worth, as squared differences over a squared quantiser step.
@@ -293,9 +295,9 @@ class Light(nn.Module):
         params = partial(ParameterNet, 2 * COEFFICIENTS, c.width, form=c.form, kernel_init=SMALL)
         self.prior_fusion = params(c.fusion)
         self.spatial_prior = params(c.spatial)
-        # Frames without references have rows of their own.
-        self.z_prior = FactorizedPrior(2 * QP_ROWS, c.z, steepness=1.3)
-        self.base_prior = FactorizedPrior(QP_ROWS, 3)
+        # Of the hyper-latent and the base layer; frames without references have rows of their own.
+        steepness = (1.3,) * c.z + (0.0,) * BASE_CHANNELS
+        self.z_prior = FactorizedPrior(2 * QP_ROWS, c.z + BASE_CHANNELS, steepness)
         # ... to here: everything between decoded data and the scales.
         if c.scale_head:
             self.scale_head = ScaleHead(
@@ -372,29 +374,45 @@ class Light(nn.Module):
         field = bottleneck.motion(ref.motion)
 
         none = 1 - field[..., 2:].astype(jnp.float32)
+        known = jnp.minimum(_pooled(none), 1)  # blocks of the base layer
         step = step_of_qp(qp)[:, None, None, None]
-        base = self._base(frames[:, 0], none, step, qp, bottleneck)
-        u = cells_of(*(compensate(plane, field) for plane in split_planes(ref.frame))) + none * base
+        compensated = cells_of(*(compensate(plane, field) for plane in split_planes(ref.frame)))
+
+        def predicted(base):
+            return compensated + none * base_cells(base * (step * BASE_STEP), known, h, w)
+
         gain = 1 / (step * RELATIVE_STEPS * self.q_step(qp))
         moved = jnp.zeros((batch, h, w, c.width))
         if ref.feature is not None:
             moved = compensate_features(ref.feature, field)
-        texture = jnp.arcsinh(self.transform(u - BLANK) * gain)
-        context = self.context_in(jnp.concatenate([texture, moved, none], -1))
-        context = self.context(context * self.q_context(qp))
+
+        def texture(u):
+            return jnp.arcsinh(self.transform(u - BLANK) * gain)
 
         def analysis(m):
-            y = m.transform(cells_of(*split_planes(frames[:, 0])) - u) * gain
-            learned = m.encoder(jnp.concatenate([jnp.arcsinh(y), context], -1).astype(m.dtype))
+            cells = cells_of(*split_planes(frames[:, 0]))
+            base = block_means(cells - BLANK, none) / (step * BASE_STEP)
+            base = jnp.round(lax.stop_gradient(base))
+            u = predicted(base)
+            y = m.transform(cells - u) * gain
+            learned = m.encoder(jnp.concatenate([jnp.arcsinh(y), texture(u)], -1).astype(m.dtype))
             # Only cells that nothing predicts: see configs/light_nano.py.
             y += none * m.encoder_out(learned).astype(jnp.float32)
-            return y, m.hyper_encoder(pad_to_multiple(jnp.arcsinh(y), 4))
+            z = m.hyper_encoder(pad_to_multiple(jnp.arcsinh(y), 4))
+            return y, jnp.concatenate([z, base], -1)
 
-        shapes = latent_shapes(batch, h, w, c.y, c.z)
+        shapes = latent_shapes(batch, h, w, c.y, c.z + BASE_CHANNELS)
         y, z = bottleneck.encoder_only(self, analysis, *shapes)
         intra = jnp.all(none > 0, (1, 2, 3))
-        z_hat = bottleneck.factorized(z, self.z_prior, qp + QP_ROWS * intra)
-        hyper = self.hyper_decoder(z_hat)[:, :h, :w]
+        coded = jnp.concatenate(
+            [jnp.ones((*known.shape[:3], c.z)), known.repeat(BASE_CHANNELS, -1)], -1
+        )
+        z_hat = bottleneck.factorized(z, self.z_prior, qp + QP_ROWS * intra, coded > 0)
+        hyper, base = jnp.split(z_hat, [c.z], -1)
+        u = predicted(base)
+        context = self.context_in(jnp.concatenate([texture(u), moved, none], -1))
+        context = self.context(context * self.q_context(qp))
+        hyper = self.hyper_decoder(hyper)[:, :h, :w]
         params = self.prior_fusion(jnp.concatenate([hyper, context], -1))
 
         def split(params):
@@ -422,21 +440,10 @@ class Light(nn.Module):
 
         decoded = jnp.concatenate([jnp.arcsinh(y_hat), context], -1).astype(self.dtype)
         feature = self.decoder(decoded)
-        correction = self.decoder_out(feature).astype(jnp.float32)
-        recon = join_planes(*planes_of(u + self.inverse((y_hat + correction) / gain)))
+        y_hat += self.decoder_out(feature).astype(jnp.float32)
+        # Cells without symbols near them are copies, or what networks make of them would add up.
+        changed = jnp.maximum(jnp.any(symbols != 0, -1, keepdims=True), none)
+        changed = nn.max_pool(changed, (3, 3), padding="SAME")
+        recon = join_planes(*planes_of(u + self.inverse(changed * y_hat / gain)))
         new = Ref(jnp.clip(recon, 0, 1), feature.astype(jnp.float32), memory, field)
         return recon[:, None], (new,)
-
-    def _base(self, frame, none, step, qp, bottleneck):
-        """Cells of the base layer [b, h, w, 96], from mid-grey; coded where blocks need it."""
-        _, h, w, _ = none.shape
-        known = jnp.minimum(_pooled(none), 1)
-
-        def means(m):
-            cells = cells_of(*split_planes(frame)) - BLANK
-            return (block_means(cells, none) / (step * BASE_STEP),)
-
-        shape = jax.ShapeDtypeStruct((*known.shape[:3], 3), jnp.float32)
-        (symbols,) = bottleneck.encoder_only(self, means, shape)
-        symbols = bottleneck.factorized(symbols, self.base_prior, qp, coded=known > 0)
-        return base_cells(symbols * (step * BASE_STEP), known, h, w)

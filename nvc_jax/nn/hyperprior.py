@@ -89,18 +89,20 @@ class FactorizedPrior(nn.Module):
     Eleven numbers per distribution make a monotone function of four layers (Ballé et al. 2018 in
     the scalar form of DCVC-RT). `__call__(qp)`: int [batch] -> [batch, channels, 11].
 
-    `steepness` is that of the start: 0 is wide, at 1.3 a 0 costs 0.15 bits. A row only learns when
-    its quality is drawn, so what most symbols are should not have to be learnt row by row.
+    `steepness` is that of the start, of all channels or of each: 0 is wide, at 1.3 a 0 costs 0.15
+    bits. A row only learns when its quality is drawn, so what most symbols are should not have to
+    be learnt row by row.
     """
 
     rows: int
     channels: int
-    steepness: float = 0.0
+    steepness: float | tuple[float, ...] = 0.0
 
     @nn.compact
     def __call__(self, qp):
         def init(key, shape):
-            return nn.initializers.normal(0.01)(key, shape).at[..., :4].add(self.steepness)
+            steepness = jnp.asarray(self.steepness)[..., None]
+            return nn.initializers.normal(0.01)(key, shape).at[..., :4].add(steepness)
 
         return self.param("chain", init, (self.rows, self.channels, 11))[qp]
 

@@ -251,7 +251,7 @@ def release(
 ) -> Path:
     """Writes a run's averaged weights as a released model.
 
-    A scale head is left out if the run had not finished a stage with `exact`.
+    A scale head is left out if the run had not begun a stage with `exact`.
 
     Args:
       output: the .safetensors file to write.
@@ -293,6 +293,6 @@ def release(
 
 
 def _head_has_learnt(run: tuple[stages.Stage, ...], step: int) -> bool:
-    """Whether a stage that trains the scale head has been gone through by this step."""
-    ends = np.cumsum([stage.steps for stage in run])
-    return any(stage.exact and end <= step for stage, end in zip(run, ends, strict=True))
+    """Whether a stage that trains the scale head has begun by this step."""
+    begins = np.cumsum([0, *(stage.steps for stage in run[:-1])])
+    return any(stage.exact and begin < step for stage, begin in zip(run, begins, strict=True))
