@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from nvc_jax import codec as coding
 from nvc_jax import unit_program
@@ -23,7 +24,7 @@ from nvc_jax.entropy import motion as coder
 from nvc_jax.entropy.coder import compiled
 from nvc_jax.errors import NvcError
 from nvc_jax.models.light import MOTION_WEIGHT, step_of_qp
-from nvc_jax.nn.compensation import compensate, interpolated
+from nvc_jax.nn.compensation import TAPS, compensate, interpolation_kernel
 from nvc_jax.nn.motion import BLOCK
 from nvc_jax.nn.motion_search import search
 from nvc_jax.quality import QP_ROWS
@@ -148,9 +149,29 @@ def full_search(picture: np.ndarray, reference: np.ndarray) -> np.ndarray:
       int16 [h/8, w/8, 3], a motion field: see `nvc_jax.nn.motion`.
     """
     margin = FAR + BLOCK
-    planes = interpolated(jnp.asarray(reference)[None, None], margin)[0, :, 0]
+    planes = _interpolated(jnp.asarray(reference)[None, None], margin)[0, :, 0]
     vectors = _nearest_blocks(np.ascontiguousarray(picture), np.asarray(planes), margin)
     return np.concatenate([vectors, np.ones_like(vectors[..., :1])], -1)
+
+
+def _interpolated(reference: jax.Array, margin: int) -> jax.Array:
+    """[b, c, h, w] -> [b, PHASES^2, c, h + 2 margin, w + 2 margin], every phase of the reference.
+
+    Phase PHASES * i + j holds what lies i quarters below and j quarters to the right.
+    """
+    before, behind = TAPS // 2 - 1, TAPS // 2
+    padding = ((0, 0), (0, 0), *2 * ((margin + before, margin + behind),))
+    padded = jnp.pad(reference, padding, mode="edge")
+    kernel = interpolation_kernel()
+
+    def along(x, axis):
+        size = x.shape[axis] - TAPS + 1
+        parts = [lax.slice_in_dim(x, k, k + size, axis=axis) for k in range(TAPS)]
+        moved = [sum(p * w for p, w in zip(parts, row, strict=True)) for row in kernel[1:]]
+        # Or compilers would interpolate along one axis anew for every position along the other.
+        return lax.optimization_barrier([parts[before], *moved])
+
+    return jnp.stack([p for rows in along(padded, 2) for p in along(rows, 3)], 1)
 
 
 @compiled

@@ -1,9 +1,9 @@
 """Motion search: where blocks of a picture are in a reference, from coarse to fine.
 
 Minimises squared differences plus bits times a weight, as encoders of video standards do (Sullivan
-and Wiegand 1998). All displacements are looked at for blocks of 16x16 at 1/4 of the size, then
-those near a few candidates at 1/2 of the size, then near what neighbours have found at the full
-size, and at last halves and quarters of a sample. On every scale blocks try their neighbours'
+and Wiegand 1998). All displacements are looked at for blocks of 16x16 at 1/4 of the size and, five
+times as far, for blocks of 32x32 at 1/8, then those near a few candidates at 1/2 of the size, then
+near what neighbours have found at the full size, and at last halves and quarters of a sample. On every scale blocks try their neighbours'
 vectors, on two colours of a chequerboard (iterated conditional modes, Besag 1986); whole and
 fractional vectors are then shared by nodes of a quadtree where that costs less. Nothing is
 sequential, so it runs on any device, also inside of training steps.
@@ -34,7 +34,8 @@ keep = lax.optimization_barrier
 LEVELS = 3  # of merging: blocks of 16, 32, 64
 ROOT = 1 << LEVELS
 # Half of windows, in samples at 1/4 and at 1/2 of the size; whole samples; in quarters of one.
-COARSE_REACH, MIDDLE_REACH, WHOLE_REACH, QUARTER_REACH = 12, 3, 2, 2
+MIDDLE_REACH, WHOLE_REACH, QUARTER_REACH = 3, 2, 2
+COARSEST_REACH, COARSE_REACH = 20, 8  # at 1/8 and at 1/4 of the size
 # How far beyond the picture blocks may be looked for, in samples.
 BEYOND = 64
 MARGIN = BEYOND + TAPS
@@ -130,10 +131,13 @@ def _search(picture, reference, weight, previous):
 
 def _coarsely(picture, reference, weight, before):
     """Vectors of blocks, multiples of 8, from pictures at 1/4 and at 1/2 of the size."""
-    half, quarter = keep(_halved(picture, reference)), None
+    half = keep(_halved(picture, reference))
     quarter = keep(_halved(*half))
+    eighth = keep(_halved(*quarter))
     # Of blocks of 16x16, which share windows at half size.
-    centres = [*_everywhere(*quarter, weight), before[:, ::2, ::2]]
+    rows, columns = (side // 16 for side in picture.shape)
+    far = _spread(_everywhere(*eighth, weight, COARSEST_REACH, 8), 2)[:, :rows, :columns]
+    centres = [_everywhere(*quarter, weight, COARSE_REACH, 4), far, before[:, ::2, ::2]]
     height, width = picture.shape
     centres = [_limited(_spread(c, 2), height, width)[:, ::2, ::2] // 8 * 8 for c in centres]
     windows = _half_windows(*half, jnp.stack(centres))
@@ -157,10 +161,14 @@ def _coarsely(picture, reference, weight, before):
     return _swept(errors, field, weight, before)
 
 
-def _everywhere(picture, reference, weight):
-    """Best vectors of blocks of 4x4 at quarter size: with what is around them, and alone."""
-    reach = COARSE_REACH
+def _everywhere(picture, reference, weight, reach, smaller):
+    """Best vectors of 4x4 blocks with what is around them, in pictures so much smaller."""
     count = 2 * (reach // 4) + 1
+    sides = [(0, -side % 4) for side in picture.shape]
+    picture, reference = (
+        jnp.pad(picture, sides, mode="edge"),
+        jnp.pad(reference, sides, mode="edge"),
+    )
     own = _cells(picture, 4)
     cells = _cells(jnp.pad(reference, reach, mode="edge"), 4)
     rows, columns = own.shape[2:]
@@ -170,12 +178,11 @@ def _everywhere(picture, reference, weight):
     ]
     patches = jnp.stack([jnp.stack(line, 2) for line in patches])
     patches = keep(patches.transpose(0, 1, 3, 2, 4, 5).reshape(4 * count, 4 * count, rows, columns))
-    places = _places(reach, 16)
-    errors = 16 * _square_errors(patches, own)
+    places = _places(reach, PHASES * smaller)
+    errors = smaller**2 * _square_errors(patches, own)
     errors = keep(errors.reshape(-1, rows, columns))
     bits = weight * DOUBLING_BITS * _doublings(places).sum(0)[:, None, None]
-    smooth = _smooth(errors) / 2
-    return [jnp.asarray(places)[:, _least(cost + bits)] for cost in (smooth, errors)]
+    return jnp.asarray(places)[:, _least(_smooth(errors) / 2 + bits)]
 
 
 def _half_windows(picture, reference, centres):
@@ -263,11 +270,10 @@ def _taken(rows, index):
 
 
 def _propagated(plane, blocks, weight, before, limited, field):
-    """Every block's best of neighbours' vectors, two blocks away as well, however far apart."""
+    """Every block's best of neighbours' vectors, however far apart."""
     around = jnp.stack(_neighbours(field))
-    further = jnp.stack([_neighbours(v)[i] for i, v in enumerate(around)])
     others = jnp.stack([jnp.zeros_like(field), (before + PHASES // 2) // PHASES * PHASES])
-    candidates = keep(limited(jnp.concatenate([field[None], around, further, others])))
+    candidates = keep(limited(jnp.concatenate([field[None], around, others])))
     starts = _grid_places(field.shape[-2:], BLOCK) + MARGIN + candidates // PHASES
     theirs = _slices(plane, starts, BLOCK).reshape(*starts[:, 0].shape, BLOCK**2)
     ours = blocks.transpose(2, 3, 0, 1).reshape(*field.shape[1:], BLOCK**2)
