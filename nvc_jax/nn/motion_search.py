@@ -3,10 +3,11 @@
 Minimises squared differences plus bits times a weight, as encoders of video standards do (Sullivan
 and Wiegand 1998). All displacements are looked at for blocks of 16x16 at 1/4 of the size and, five
 times as far, for blocks of 32x32 at 1/8, then those near a few candidates at 1/2 of the size, then
-near what neighbours have found at the full size, and at last halves and quarters of a sample. On every scale blocks try their neighbours'
-vectors, on two colours of a chequerboard (iterated conditional modes, Besag 1986); whole and
-fractional vectors are then shared by nodes of a quadtree where that costs less. Nothing is
-sequential, so it runs on any device, also inside of training steps.
+near what neighbours have found at the full size, and at last halves and quarters of a sample. On
+every scale blocks try their neighbours' vectors, on two colours of a chequerboard (iterated
+conditional modes, Besag 1986); whole and fractional vectors are then shared by nodes of a quadtree
+where that costs less. Nothing is sequential, so it runs on any device, also inside of training
+steps.
 
 What makes it fast on CPUs: errors of all displacements near a block's vector, its "window", are
 computed once, with the blocks on the last axes, which compilers turn into vector instructions.
