@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from nvc_jax.entropy import likelihood
-from nvc_jax.entropy.freeze import TOTAL, factorized_tables, gaussian_tables
+from nvc_jax.entropy.freeze import TABLES, TOTAL, factorized_tables
 from nvc_jax.entropy.likelihood import PROBABILITY_MIN, SCALE_MIN
 
 
@@ -67,11 +67,12 @@ def frozen_bits(tables, number: int):
     return tables.offset[number] + np.arange(size - 1), p, -np.log2(p)
 
 
+@pytest.mark.parametrize("family", likelihood.BITS)
 @pytest.mark.parametrize("scale", [0.12, 0.5, 2.0, 25.0])
-def test_gaussian_bits_are_what_the_frozen_tables_cost(scale):
-    values, p, bits = frozen_bits(gaussian_tables(np.array([scale])), 0)
-    estimate = likelihood.gaussian_bits(np.float32(values), np.float32(scale))
-    assert abs(p @ (estimate - bits)) < 1e-3
+def test_bits_are_what_the_frozen_tables_cost(scale, family):
+    values, p, bits = frozen_bits(TABLES[family](np.array([scale])), 0)
+    estimate = likelihood.BITS[family](np.float32(values), np.float32(scale))
+    assert abs(p @ (estimate - bits)) < 1e-3 * max(1, p @ bits)
     likely = p > 500 / TOTAL
     np.testing.assert_allclose(estimate[likely], bits[likely], atol=5e-3)
 
