@@ -395,9 +395,7 @@ class Light(nn.Module):
             base = jnp.round(lax.stop_gradient(base))
             u = predicted(base)
             y = m.transform(cells - u) * gain
-            learned = m.encoder(jnp.concatenate([jnp.arcsinh(y), texture(u)], -1).astype(m.dtype))
-            # Only cells that nothing predicts: see configs/light_nano.py.
-            y += none * m.encoder_out(learned).astype(jnp.float32)
+            y += m.learned_analysis(y, texture(u), none)
             z = m.hyper_encoder(pad_to_multiple(jnp.arcsinh(y), 4))
             return y, jnp.concatenate([z, base], -1)
 
@@ -447,3 +445,17 @@ class Light(nn.Module):
         recon = join_planes(*planes_of(u + self.inverse(changed * y_hat / gain)))
         new = Ref(jnp.clip(recon, 0, 1), feature.astype(jnp.float32), memory, field)
         return recon[:, None], (new,)
+
+    def learned_analysis(self, y, texture, none):
+        """E of cells that nothing predicts, 0 of others: see configs/light_nano.py."""
+
+        def learned(m, y, texture):
+            features = m.encoder(jnp.concatenate([jnp.arcsinh(y), texture], -1).astype(m.dtype))
+            return none * m.encoder_out(features).astype(jnp.float32)
+
+        if self.is_initializing():
+            return learned(self, y, texture)
+        # Most frames have no such cells.
+        return nn.cond(
+            jnp.any(none > 0), learned, lambda m, y, texture: jnp.zeros_like(y), self, y, texture
+        )
