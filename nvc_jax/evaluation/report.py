@@ -273,6 +273,7 @@ def _clip_section(clip: dict, results: dict, folder: Path) -> str:
             _crop_row(clip, point, _reference(points, point), folder)
             for point in of_model[middle : middle + 2]
         ]
+        parts += [_motion_row(point, folder) for point in of_model if point.get("motion")]
     frame, top, left, height, width = clip["crop"]
     parts.append(
         f"<p>Frame {frame}, the {width}&times;{height} samples at ({left}, {top}): the window with "
@@ -350,6 +351,20 @@ def _crop_row(clip: dict, point: dict, reference: dict | None, folder: Path) -> 
         if p:
             text = f"{p['codec']} {p['setting']}: {p['bpp']:.4f} bpp, {p['psnr']:.2f} dB"
             shown.append((p["crop"], text))
+    return f'<div class="crops">{_figures(shown, folder)}</div>'
+
+
+def _motion_row(point: dict, folder: Path) -> str:
+    return (
+        f"<h3>Motion, {escape(point['codec'])} {escape(point['setting'])}</h3>"
+        f'<div class="crops">{_figures(point["motion"], folder)}</div>'
+        "<p>A whole frame. Hues are directions: red comes from the right, green from below left, "
+        "blue from above left; white stands still, grey is coded without motion.</p>"
+    )
+
+
+def _figures(shown: Sequence[tuple[str, str]], folder: Path) -> str:
+    """Pictures with their captions: (file in the folder, text), as far as there are any."""
     figures = ""
     for name, text in shown:
         file = folder / name
@@ -359,7 +374,7 @@ def _crop_row(clip: dict, point: dict, reference: dict | None, folder: Path) -> 
                 f'<figure><img alt="{escape(text)}" src="data:image/png;base64,{data}">'
                 f"<figcaption>{escape(text)}</figcaption></figure>"
             )
-    return f'<div class="crops">{figures}</div>'
+    return figures
 
 
 def _method_section(results: dict) -> str:

@@ -23,7 +23,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from fractions import Fraction
-from itertools import islice
+from functools import partial
+from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -422,7 +423,15 @@ def crop_png(planes: Planes, clip: Clip) -> bytes:
         return b""
     y = planes.y[top : top + height, left : left + width]
     half = slice(top // 2, (top + height) // 2), slice(left // 2, (left + width) // 2)
-    flat = np.concatenate([part.ravel() for part in (y, planes.u[half], planes.v[half])])
+    return _png(Planes(y, planes.u[half], planes.v[half]), clip)
+
+
+def _png(planes: Planes, clip: Clip) -> bytes:
+    """A picture of a clip as an RGB PNG file, without the last row or column of odd sizes."""
+    height, width = (side // 2 * 2 for side in planes.y.shape)
+    half = np.s_[: height // 2, : width // 2]
+    planes = Planes(planes.y[:height, :width], planes.u[half], planes.v[half])
+    flat = np.concatenate([plane.ravel() for plane in planes])
     picture = av.VideoFrame.from_ndarray(flat.reshape(height * 3 // 2, width), format="yuv420p")
     # Unspecified colour: players assume BT.709 for HD, BT.601 below.
     bt709 = clip.matrix == 1 or (clip.matrix == 2 and clip.height >= 720)
@@ -523,6 +532,7 @@ def evaluate(
     for index in range(1, share.count):
         parts.append(_wait_for(workdir / f"points-{index}.json", len(jobs[index :: share.count])))
     results["points"] = [parts[n % share.count][n // share.count] for n in range(len(jobs))]
+    _add_motion(config, clips, results["points"], workdir, say)
     results["bd_rates"] = [
         row
         for quality in ("psnr", "ms_ssim_db")
@@ -534,6 +544,42 @@ def evaluate(
             row["limit_percent"] = limits.get((row["model"], row["anchor"]))
     _write_results(workdir, results)
     return results
+
+
+def _add_motion(
+    config: Mapping, clips: list[Clip], points: list[dict], workdir: Path, say: Callable
+) -> None:
+    """Pictures of motion in a frame of each clip, of models that search it: files in `crops/`.
+
+    The point in the middle of a curve gets their names and captions, as its `motion`.
+    """
+    # These decode in this process. Nothing that is measured runs beside it any more.
+    from nvc_jax.evaluation.motion_pictures import motion_pictures
+    from nvc_jax.models import released
+
+    for entry, clip in product(config["models"], clips):
+        name, mode, _ = _split(entry)
+        of_both = [p for p in points if (p["clip"], p["codec"]) == (clip.name, _label(entry))]
+        measured = sorted((p for p in of_both if "error" not in p), key=lambda p: p["bpp"])
+        if mode or not measured or clip.frames < 2:
+            continue
+        point = measured[(len(measured) - 1) // 2]
+        job = Path(point["crop"]).stem
+        try:
+            pictures = motion_pictures(
+                workdir / "streams" / f"{job}.nvc",
+                released.load(name),
+                clip.crop[0] or clip.frames // 2,
+                partial(_png, clip=clip),
+            )
+        except NvcError as error:
+            say(f"note: no pictures of motion in {job}: {error}")
+            continue
+        point["motion"] = []
+        for number, (caption, png) in enumerate(pictures.items()):
+            file = f"crops/{job}__motion{number}.png"
+            (workdir / file).write_bytes(png)
+            point["motion"].append((file, caption))
 
 
 def _compared(config: Mapping, with_anchors: bool) -> list[tuple[str, str]]:
