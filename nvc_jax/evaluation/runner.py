@@ -566,9 +566,13 @@ def _add_motion(
         point = measured[(len(measured) - 1) // 2]
         job = Path(point["crop"]).stem
         try:
+            model = released.load(name)
+        except NvcError:
+            continue  # another command line may have models of its own
+        try:
             pictures = motion_pictures(
                 workdir / "streams" / f"{job}.nvc",
-                released.load(name),
+                model,
                 clip.crop[0] or clip.frames // 2,
                 partial(_png, clip=clip),
             )
