@@ -1,10 +1,11 @@
-"""Three fuzz targets: functions that take any bytes and fail only when the program has a bug.
+"""Four fuzz targets: functions that take any bytes and fail only when the program has a bug.
 
 `tests/test_fuzz.py` feeds them with bytes from hypothesis. Run as a script, this file is a
 coverage-guided fuzzer (`pip install -e ".[fuzz]"`):
 
     python tests/fuzz_stream.py container -runs=100000
     python tests/fuzz_stream.py list -runs=100000
+    python tests/fuzz_stream.py motion -runs=100000
     python tests/fuzz_stream.py coder -runs=100000
 
 Further options are libFuzzer's; a bug ends it with a traceback and leaves the input in `crash-*`.
@@ -44,7 +45,7 @@ with (
     else nullcontext()
 ):
     from nvc_jax import bitstream, codec, conceal, schedule, unit_program
-    from nvc_jax.entropy import calibration
+    from nvc_jax.entropy import calibration, motion
 
 FOLDER = tempfile.TemporaryDirectory(prefix="nvc-fuzz-")
 PATH = Path(FOLDER.name) / "any.nvc"
@@ -281,6 +282,42 @@ PREPARED = [coder.prepare(tables) for tables in TABLES]
 _INTERPRETED = types.FunctionType(coder._decode.py_func.__code__, vars(coder))
 
 
+def payload_with_motion(data: bytes) -> None:
+    """Reads what a unit's payload says about its reference. The first two bytes are its size.
+
+    What comes out is within the limits, and the one field that is written like this.
+    """
+    if len(data) < 2:
+        return
+    width, height = (16 * (1 + byte % 16) for byte in data[:2])
+    codec = SimpleNamespace(judge=None, search=True, width=width, height=height)
+    unit = schedule.Unit((1,), (0,), 0, (0,), ())
+    try:
+        unit, rest = unit_program.read_references(codec, data[2:], (None,), unit)
+    except StreamError as error:
+        return readable(error)
+    field = unit.motion
+    assert field.shape == (height // 8, width // 8, 3) and field.dtype == np.int16
+    assert np.abs(field[..., :2]).max() <= motion.MAX_VECTOR
+    assert set(np.unique(field[..., 2])) <= {0, 1} and not field[field[..., 2] == 0].any()
+    written = motion.encode(field)
+    assert bitstream.varint(len(written)) + written + rest == data[2:]
+
+
+def payloads_with_motion() -> list[bytes]:
+    """Inputs of `payload_with_motion` to start from."""
+    found, rng = [], np.random.default_rng(0)
+    for rows, columns in ((1, 1), (2, 3), (7, 5), (16, 16)):
+        for spread in (0, 3, 300):
+            field = np.ones((2 * rows, 2 * columns, 3), np.int16)
+            field[..., :2] = rng.integers(-spread, spread + 1, field[..., :2].shape)
+            field[:rows] = field[0, 0]  # that nodes are shared by
+            field[rng.random(field.shape[:2]) < 0.1] = 0
+            data = motion.encode(field)
+            found.append(bytes([columns - 1, rows - 1]) + bitstream.varint(len(data)) + data)
+    return found
+
+
 def host_coder(data: bytes) -> None:
     """Decodes a payload that is the bytes themselves, a valid one that they damage, or one whose
     trailer is valid and whose words they are. The first six bytes choose."""
@@ -355,6 +392,7 @@ def main() -> None:
     targets = {
         "container": (container, [bytes([odd]) + s for s in streams() for odd in (0, 1)]),
         "list": (element_list, element_lists()),
+        "motion": (payload_with_motion, payloads_with_motion()),
         "coder": (host_coder, payloads()),
     }
     if target not in targets:

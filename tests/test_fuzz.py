@@ -76,6 +76,11 @@ def test_any_list_of_elements(data):
     fuzz_stream.element_list(data)
 
 
+@given(st.sampled_from(fuzz_stream.payloads_with_motion()).flatmap(damaged))
+def test_any_payload_with_motion(data):
+    fuzz_stream.payload_with_motion(data)
+
+
 def test_found_by_coverage():
     """A first unit of impossible frames was described differently with and without concealment."""
     header = bitstream.Header("m", bytes(16), 16, 16, Fraction(25), schedule.all_intra())
@@ -97,6 +102,11 @@ def test_the_targets_notice_what_they_are_for(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(fuzz_stream.coder, "finish_decode", lambda *_: 1 / 0)
         fuzz_stream.host_coder(b"\x01" + bytes(5))
+    with_motion = fuzz_stream.payloads_with_motion()[-1]
+    fuzz_stream.payload_with_motion(with_motion)
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):
+        patch.setattr(fuzz_stream.motion, "encode", lambda *_: b"")
+        fuzz_stream.payload_with_motion(with_motion)
     elements = fuzz_stream.element_lists()[4]
     fuzz_stream.element_list(elements)
     with monkeypatch.context() as patch, pytest.raises(AssertionError):

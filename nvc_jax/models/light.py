@@ -71,13 +71,9 @@ LOG_SCALES = (-2.2, 3.5)
 CONTENT = "wide"  # the range of lambda
 # Of layers that give means and scales: at first means are near 0, as they are without a network.
 SMALL = nn.initializers.normal(0.01)
-# By frame number: what later frames lean on is coded better, and the first frame best.
-QP_OFFSETS = (4, 0, 2, 0, 3, 0, 2, 0)
-INTRA_OFFSET = 12
-# So that a row of the tables stands for one lambda, whichever frame it serves.
-FRAME_WEIGHTS = tuple(
-    float(lambda_of_qp(offset, CONTENT) / lambda_of_qp(0, CONTENT)) for offset in QP_OFFSETS
-)
+# What all later frames are copied from is coded better; these are all alike.
+INTRA_OFFSET = 18
+QP_OFFSETS = (0,)
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,7 @@ CODECS = {
         light.SIZES | with_intra.LIGHT_SIZES,
         light.CONTENT,
         light.QP_OFFSETS,
-        light.FRAME_WEIGHTS,
-        light.INTRA_OFFSET,
+        intra_offset=light.INTRA_OFFSET,
         summary="P-frames with explicit motion, for real time (after Tian et al., MM 2023, arXiv "
         "2309.11276)",
     ),
