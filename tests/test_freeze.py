@@ -15,6 +15,7 @@ from nvc_jax.entropy.freeze import (
     gaussian_tables,
     quantize_pmf,
 )
+from nvc_jax.entropy.likelihood import SPARSE
 
 SCALES = np.geomspace(0.11, 40, 30)
 
@@ -77,7 +78,11 @@ def test_many_unlikely_entries_fit(count):
     assert frequency[count // 2] == TOTAL - count + 1
 
 
-DISTRIBUTIONS = {"gaussian": stats.norm, "laplace": stats.laplace}
+DISTRIBUTIONS = {
+    "gaussian": stats.norm,
+    "laplace": stats.laplace,
+    "sparse": lambda scale: stats.laplace(scale=SPARSE * scale),
+}
 
 
 @pytest.mark.parametrize("family", TABLES)
@@ -104,7 +109,7 @@ def test_scale_tables_code_their_distribution_well(family, number):
         )
 
     loss = expected_bits(TABLES[family](SCALES), number, pmf) - entropy(pmf)
-    assert 0 <= loss < {"gaussian": 0.002, "laplace": 0.004}[family]
+    assert 0 <= loss < {"gaussian": 0.002, "laplace": 0.004, "sparse": 0.004}[family]
 
 
 @given(st.integers(0, 1000))
