@@ -72,7 +72,8 @@ def frozen_bits(tables, number: int):
 def test_bits_are_what_the_frozen_tables_cost(scale, family):
     values, p, bits = frozen_bits(TABLES[family](np.array([scale])), 0)
     estimate = likelihood.BITS[family](np.float32(values), np.float32(scale))
-    assert abs(p @ (estimate - bits)) < 1e-3 * max(1, p @ bits)
+    # Wide Laplacian tables have long tails, of entries that each take one count at least.
+    assert abs(p @ (estimate - bits)) < (1e-3 if family == "gaussian" else 5e-3)
     likely = p > 500 / TOTAL
     np.testing.assert_allclose(estimate[likely], bits[likely], atol=5e-3)
 

@@ -557,18 +557,17 @@ def _add_motion(
     from nvc_jax.evaluation.motion_pictures import motion_pictures
     from nvc_jax.models import released
 
-    for entry, clip in product(config["models"], clips):
-        name, mode, _ = _split(entry)
+    models = {}
+    for entry in config["models"]:
+        with suppress(NvcError):  # another command line may have models of its own
+            models[entry] = released.load(_split(entry).name)
+    for (entry, model), clip in product(models.items(), clips):
         of_both = [p for p in points if (p["clip"], p["codec"]) == (clip.name, _label(entry))]
         measured = sorted((p for p in of_both if "error" not in p), key=lambda p: p["bpp"])
-        if mode or not measured or clip.frames < 2:
+        if not measured or clip.frames < 2:
             continue
         point = measured[(len(measured) - 1) // 2]
         job = Path(point["crop"]).stem
-        try:
-            model = released.load(name)
-        except NvcError:
-            continue  # another command line may have models of its own
         try:
             pictures = motion_pictures(
                 workdir / "streams" / f"{job}.nvc",

@@ -7,8 +7,7 @@ work is done: motion is found by block search at the encoder and coded as intege
 learned parts beside it:
 
     u = compensated picture, v = picture, both as blocks of 8x8 luma and 2 of 4x4 chroma samples
-    y = (T(v - u)) / step + E(v, u, f)        T: cosine transforms, which may learn; E: where
-                                              nothing is predicted
+    y = (T(v - u)) / step + E(v, u)           T: cosine transforms; E: where nothing is predicted
     x = u + T'((y^ + D(y^, u, f)) * step)     E and D: networks that start at zero; D where
                                               something is coded
     f = what D saw of the frame               for the next one, moved with the blocks

@@ -34,9 +34,9 @@ keep = lax.optimization_barrier
 
 LEVELS = 3  # of merging: blocks of 16, 32, 64
 ROOT = 1 << LEVELS
-# Half of windows, in samples at 1/4 and at 1/2 of the size; whole samples; in quarters of one.
-MIDDLE_REACH, WHOLE_REACH, QUARTER_REACH = 3, 2, 2
-COARSEST_REACH, COARSE_REACH = 20, 8  # at 1/8 and at 1/4 of the size
+# Half of windows, in samples at 1/8, at 1/4 and at 1/2 of the size ...
+COARSEST_REACH, COARSE_REACH, MIDDLE_REACH = 20, 8, 3
+WHOLE_REACH, QUARTER_REACH = 2, 2  # ... in whole samples, and in quarters of one
 # How far beyond the picture blocks may be looked for, in samples.
 BEYOND = 64
 MARGIN = BEYOND + TAPS
@@ -131,7 +131,7 @@ def _search(picture, reference, weight, previous):
 
 
 def _coarsely(picture, reference, weight, before):
-    """Vectors of blocks, multiples of 8, from pictures at 1/4 and at 1/2 of the size."""
+    """Vectors of blocks, multiples of 8, from pictures at 1/8, 1/4 and 1/2 of the size."""
     half = keep(_halved(picture, reference))
     quarter = keep(_halved(*half))
     eighth = keep(_halved(*quarter))
@@ -166,10 +166,7 @@ def _everywhere(picture, reference, weight, reach, smaller):
     """Best vectors of 4x4 blocks with what is around them, in pictures so much smaller."""
     count = 2 * (reach // 4) + 1
     sides = [(0, -side % 4) for side in picture.shape]
-    picture, reference = (
-        jnp.pad(picture, sides, mode="edge"),
-        jnp.pad(reference, sides, mode="edge"),
-    )
+    picture, reference = (jnp.pad(plane, sides, mode="edge") for plane in (picture, reference))
     own = _cells(picture, 4)
     cells = _cells(jnp.pad(reference, reach, mode="edge"), 4)
     rows, columns = own.shape[2:]
