@@ -19,9 +19,17 @@ from nvc_jax.errors import NvcError, OtherTables, StreamError, WeightsMismatch
 from nvc_jax.metrics import psnr_611
 from nvc_jax.models import registry
 from nvc_jax.models.released import Released
+from nvc_jax.nn.motion import is_alone
 from nvc_jax.quality import MAX_QP, d_yuv, lambda_of_qp
 from nvc_jax.schedule import AUTO
-from nvc_jax.unit_program import CodedUnit, UnitCodec, decode_unit, encode_unit, symbols_crc
+from nvc_jax.unit_program import (
+    CodedUnit,
+    UnitCodec,
+    decode_unit,
+    encode_unit,
+    symbols_crc,
+    with_motion,
+)
 from nvc_jax.video import Planes, VideoInfo
 
 OPEN_END = 2**63  # of frames that are wanted: however many come
@@ -213,17 +221,12 @@ def _encode_group(
     whole = len(group) == schedules.group_size(schedule, first_frame)
     short = None if whole or not schedules.in_layers(schedule) else len(group)
     planned = schedules.units(schedule, first_frame, len(group), first_unit, mode)
-    entry, last_row = registry.entry(codec.model.codec), codec.model.module.qp_rows - 1
     for number, unit in enumerate(planned, first_unit):
         originals = [group[f - first_frame] for f in unit.frames]
-        qps = tuple(qp + offset for offset in unit.qp_offset)
-        if entry.qp_offsets and not unit.layered:
-            qps = tuple(qp + offset for offset in entry.offsets(unit.frames, not unit.refs))
-            qps = tuple(min(qp, last_row) for qp in qps)
-        if layer_qp and unit.layered:
-            extra = schedules.of_layer(layer_qp, unit)
-            qps = tuple(min(max(qp + extra, 0), last_row) for qp in qps)
         refs = references(unit, slots)
+        of_unit = functools.partial(_qps, codec, unit, qp, layer_qp)
+        unit = with_motion(codec, originals, refs, of_unit(not refs), unit)
+        qps = of_unit(not refs or _is_cut(refs, unit))
         kept = number not in unit.release
         payload, coded = encode_unit(codec, originals, refs, qps, render, unit, kept)
         slots[number] = coded.refs
@@ -235,6 +238,24 @@ def _encode_group(
             packet = replace(packet, random_access=not unit.refs, group=short, mode=mode)
         bits = coder.code_length_bits(steps, codec.tables) + 8 * coded.motion_bytes
         yield EncodedUnit(packet, originals, coded.pictures, unit, coded, bits)
+
+
+def _is_cut(refs: tuple, unit: schedules.Unit) -> bool:
+    """Whether nothing of the unit is predicted, though what it refers to was."""
+    return is_alone(unit.motion) and not is_alone(refs[0].field)
+
+
+def _qps(
+    codec: UnitCodec, unit: schedules.Unit, qp: int, layer_qp: Sequence[int], alone: bool
+) -> tuple[int, ...]:
+    """Of a unit's frames; `alone`: they are predicted from nothing."""
+    entry, last_row = registry.entry(codec.model.codec), codec.model.module.qp_rows - 1
+    offsets = unit.qp_offset
+    if entry.qp_offsets and not unit.layered:
+        offsets = entry.offsets(unit.frames, alone)
+    elif layer_qp and unit.layered:
+        offsets = [o + schedules.of_layer(layer_qp, unit) for o in offsets]
+    return tuple(min(max(qp + o, 0), last_row) for o in offsets)
 
 
 def _best_of_all_modes(code: Callable, slots: dict[int, tuple], weight: float) -> list[EncodedUnit]:

@@ -365,15 +365,14 @@ def encode_unit(
       kept: whether others may refer to the unit. If not, and without `render`, `CodedUnit.refs` are
         not to be used.
       unit: of the schedule: its layer and place between its references count. If it does not say
-        how reliable these are, codecs that can judge that do so.
+        how reliable these are, codecs that can judge that do so, and likewise `with_motion`.
     """
     # What refers to a frame of a separate intra codec refers to its picture.
     by_picture = codec.model.module.refers_to_pictures or (len(codec.steps) > 1 and not refs)
     render = render or unit.shown or (kept and by_picture)
     if refs and codec.judge and not unit.reliability:
         unit = unit._replace(reliability=_judged(codec, refs, qps, unit, pictures))
-    if refs and codec.search and unit.motion is None:
-        unit = unit._replace(motion=_searched(codec, refs, qps, unit, pictures))
+    unit = with_motion(codec, pictures, refs, qps, unit)
     coded = _run(codec, refs, qps, FROM_PICTURE, render, unit, pictures=pictures)
     payload = coder.encode(list(zip(coded.symbols, coded.indices, strict=True)), codec.tables)
     side = _motion_bytes(codec, refs, unit)
@@ -382,10 +381,19 @@ def encode_unit(
     return side + payload, coded
 
 
-def _searched(codec, refs, qps, unit, pictures) -> np.ndarray:
+def with_motion(
+    codec: UnitCodec,
+    pictures: Sequence[Planes],
+    refs: tuple,
+    qps: Sequence[int],
+    unit: schedules.Unit,
+) -> schedules.Unit:
+    """The unit with motion, which is searched if it has none and the codec knows any."""
+    if not refs or not codec.search or unit.motion is not None:
+        return unit
     slots, planes = _completed(codec, refs, unit), _stacked(pictures)
-    qp = np.array([qps], np.int32)
-    return np.asarray(codec.search(codec.model.variables, planes, slots, qp))
+    field = codec.search(codec.model.variables, planes, slots, np.array([qps], np.int32))
+    return unit._replace(motion=np.asarray(field))
 
 
 def _motion_bytes(codec: UnitCodec, refs: tuple, unit: schedules.Unit) -> bytes:

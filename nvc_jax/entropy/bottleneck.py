@@ -14,6 +14,7 @@ Bottleneck interface, used by the models:
   factorized(z, prior, row, coded) -> symbols      rounded hyper-latent; prior: `FactorizedPrior`;
                                                    coded: where not, symbols are 0 at no cost
   exact                                            whether scales come as levels or as floats
+  float_scales                                     whether float scales are looked at all the same
   gaussian(residual, scale)  -> symbols            rounded y - mean; one call per step
   laplace(residual, scale)   -> symbols            the same for another distribution
   sparse(residual, scale)    -> symbols            likewise
@@ -96,6 +97,8 @@ class Estimate:
         self._as_published, self._rounded = as_published, rounded
         self.bits = dict(NO_BITS)
         self.steps, self.penalty = [], 0.0
+
+    float_scales = True
 
     def encoder_only(self, module, fn, *shapes):
         return fn(module)
@@ -235,6 +238,10 @@ class Coded:
     @property
     def exact(self):
         return self._mode == EXACT
+
+    @property
+    def float_scales(self):
+        return not self.exact
 
     @staticmethod
     def _only_if(predicate, module, fn, shapes):

@@ -46,6 +46,15 @@ def _which_costs() -> np.ndarray:
 _CLASS_COSTS, _WHICH_COSTS = _class_costs(), _which_costs()
 
 
+def is_alone(field: np.ndarray | jax.Array | None) -> bool:
+    """Whether a picture is predicted from nothing at all, as after a scene cut.
+
+    Args:
+      field: int16 [..., blocks down, blocks across, 3]; None: no motion was looked for.
+    """
+    return field is not None and not np.asarray(field)[..., 2].any()
+
+
 def field_bits(field: jax.Array) -> jax.Array:
     """About how many bits the coded field has: its syntax under probabilities that do not adapt.
 

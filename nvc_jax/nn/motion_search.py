@@ -50,8 +50,15 @@ ROUNDS = 2  # of merging
 # Blocks are coded on their own if what changes inside of them is more than this share smaller than
 # what changes inside of the difference, and that repays so many bits for the mean.
 NONE_SHARE, NONE_BITS = 0.65, 24.0
+# Share of all changes that prediction has to spare, or nothing is predicted: what is found behind a
+# scene cut is chance.
+SPARED_SHARE = 0.2
 # Coarse pictures have false friends: there, bits count at least a little.
 COARSE_WEIGHT = 0.18 * (10 / 255) ** 2
+# Squared errors of a block count as they are while coding would leave them, and beyond that as the
+# logarithm of what coding them takes: 32 times their doublings, in bits. The knee is where both have
+# a slope of one: 46 bits' worth.
+KNEE_BITS = 46.0
 LEAST_WEIGHT = 1e-7  # of equals, the shorter vector
 OUTSIDE = 1e9  # error of what is not in a window
 
@@ -112,16 +119,18 @@ def _search(picture, reference, weight, previous):
 
     blocks = keep(_cells(picture, BLOCK))
     unmoved = jnp.square(_cells(reference, BLOCK) - blocks).sum((0, 1))
+    unmoved = _as_coded(unmoved, weight)
     plane = keep(jnp.pad(reference, MARGIN, mode="edge"))
-    near = partial(_whole_windows, plane, blocks)
+    near = partial(_whole_windows, plane, blocks, weight)
     propagate = partial(_propagated, plane, blocks, weight, before, limited)
     field = propagate(field)
     field = propagate(limited(_nearest(near(field), weight)))
+    field = _unified(partial(_errors_at, plane, blocks, weight), limited, weight, field)
     windows = near(field)
     field, _ = _settled(windows, unmoved, weight)
     field = limited(field[:, :rows, :columns])
 
-    windows = _quarter_windows(_doubled(reference), blocks, field)
+    windows = _quarter_windows(_doubled(reference), blocks, weight, field)
     field, costs = _settled(windows, unmoved, weight)
     copied = _grid(unmoved, "constant").sum() + weight * MEDIAN_BITS * costs.size
     field = jnp.where(copied <= costs.sum(), 0, field)
@@ -141,7 +150,7 @@ def _coarsely(picture, reference, weight, before):
     centres = [_everywhere(*quarter, weight, COARSE_REACH, 4), far, before[:, ::2, ::2]]
     height, width = picture.shape
     centres = [_limited(_spread(c, 2), height, width)[:, ::2, ::2] // 8 * 8 for c in centres]
-    windows = _half_windows(*half, jnp.stack(centres))
+    windows = _half_windows(*half, weight, jnp.stack(centres))
     costs = []
     for window in windows:
         # Eight samples a side say more than four.
@@ -183,7 +192,7 @@ def _everywhere(picture, reference, weight, reach, smaller):
     return jnp.asarray(places)[:, _least(_smooth(errors) / 2 + bits)]
 
 
-def _half_windows(picture, reference, centres):
+def _half_windows(picture, reference, weight, centres):
     """Windows at half size of blocks of 4x4, around centres [k, 2, rows / 2, columns / 2]."""
     own = _cells(picture, 8)
     plane = jnp.pad(reference, MARGIN // 2, mode="edge")
@@ -200,18 +209,18 @@ def _half_windows(picture, reference, centres):
     # [count, count, k, rows / 2, columns / 2, 2, 2]
     k, rows, columns = errors.shape[2:5]
     errors = errors.transpose(2, 0, 1, 3, 5, 4, 6).reshape(k, count**2, 2 * rows, 2 * columns)
-    errors = keep(errors)
+    errors = keep(_as_coded(errors, weight))
     return [_Windows(_closed(e), _spread(c, 2), 8) for e, c in zip(errors, centres, strict=True)]
 
 
-def _whole_windows(plane, blocks, field):
+def _whole_windows(plane, blocks, weight, field):
     start = _grid_places(field.shape[-2:], BLOCK) + MARGIN - WHOLE_REACH
     patches = _patches(plane, start + field // PHASES, BLOCK + 2 * WHOLE_REACH)
-    errors = _square_errors(patches, blocks)
+    errors = _as_coded(_square_errors(patches, blocks), weight)
     return _Windows(_closed(errors.reshape(-1, *errors.shape[2:])), field, PHASES)
 
 
-def _quarter_windows(plane, blocks, field):
+def _quarter_windows(plane, blocks, weight, field):
     """Windows in quarters of a sample around whole vectors, from a plane of twice the size.
 
     Errors at quarters lie on parabolas through those at halves and whole samples: errors change
@@ -228,8 +237,14 @@ def _quarter_windows(plane, blocks, field):
         a, b, c = (lax.index_in_dim(errors, i, axis, keepdims=False) for i in range(3))
         left, right = 0.375 * a + 0.75 * b - 0.125 * c, 0.375 * c + 0.75 * b - 0.125 * a
         errors = keep(jnp.stack([a, left, b, right, c], axis))
-    errors = jnp.maximum(errors, 0).reshape(-1, *field.shape[-2:])
+    errors = _as_coded(jnp.maximum(errors, 0), weight).reshape(-1, *field.shape[-2:])
     return _Windows(_closed(errors), field, 1)
+
+
+def _as_coded(errors, weight):
+    """What squared errors of blocks amount to once coded, as squared errors, see `KNEE_BITS`."""
+    knee = KNEE_BITS * weight
+    return knee * float(np.log(2)) * _doublings(errors / knee)
 
 
 def _closed(errors):
@@ -272,13 +287,52 @@ def _propagated(plane, blocks, weight, before, limited, field):
     around = jnp.stack(_neighbours(field))
     others = jnp.stack([jnp.zeros_like(field), (before + PHASES // 2) // PHASES * PHASES])
     candidates = keep(limited(jnp.concatenate([field[None], around, others])))
-    starts = _grid_places(field.shape[-2:], BLOCK) + MARGIN + candidates // PHASES
+    errors = _errors_at(plane, blocks, weight, candidates)
+    return _chosen(candidates, errors + weight * _pair_bits(candidates, around))
+
+
+def _errors_at(plane, blocks, weight, vectors):
+    """Errors [k, rows, columns] of whole vectors [k, 2, rows, columns], however far apart."""
+    starts = _grid_places(vectors.shape[-2:], BLOCK) + MARGIN + vectors // PHASES
     theirs = _slices(plane, starts, BLOCK).reshape(*starts[:, 0].shape, BLOCK**2)
-    ours = blocks.transpose(2, 3, 0, 1).reshape(*field.shape[1:], BLOCK**2)
+    ours = blocks.transpose(2, 3, 0, 1).reshape(*vectors.shape[-2:], BLOCK**2)
     # A sum over the last axis is slow on CPUs, a product with ones is not.
     ones = jnp.ones(BLOCK**2)
     errors = jnp.dot(jnp.square(theirs - ours), ones, precision=lax.Precision.HIGHEST)
-    return _chosen(candidates, errors + weight * _pair_bits(candidates, around))
+    return _as_coded(errors, weight)
+
+
+def _unified(errors: Callable, limited: Callable, weight, field):
+    """Nodes of 16 and 32 whose blocks have one vector, if that is cheaper.
+
+    What is only looked for near blocks' own vectors never is, where these are far apart by chance.
+    """
+    rows, columns = field.shape[-2:]
+    costs = None
+    for size in (2, 4):
+        edges = [(0, -side % size) for side in (rows, columns)]
+        padded = jnp.pad(field, [(0, 0), *edges], mode="edge")
+        parts = [padded[:, i::size, j::size] for i in (0, size // 2) for j in (0, size // 2)]
+        predictors = _predictors(padded, size)
+        nodes = keep(jnp.stack([*parts, predictors[-1] // PHASES * PHASES]))
+        candidates = limited(_spread(nodes, size)[..., :rows, :columns])
+        together = errors(candidates if costs is not None else jnp.concatenate([field[None], candidates]))
+        together = jnp.pad(together, [(0, 0), *edges])
+        if costs is None:
+            own, together = together[0], together[1:]
+            costs = own + weight * _vector_bits(padded, *_predictors(padded, 1))
+        else:
+            costs = jnp.pad(costs, [(0, -side % 2) for side in costs.shape])
+        for _ in range(size // 2):
+            together = _pooled(together)
+        costs = keep(_pooled(costs) + weight * SPLIT_BITS)
+        together = keep(together + weight * _vector_bits(nodes, *predictors))
+        least = together.min(0)
+        cheaper = keep(least <= costs)
+        costs = jnp.where(cheaper, least, costs)
+        chosen = _spread(_chosen(nodes, together), size)
+        field = jnp.where(_spread(cheaper, size), chosen, padded)[:, :rows, :columns]
+    return keep(limited(field))
 
 
 def _settled(windows, unmoved, weight):
@@ -359,6 +413,8 @@ def _predicted(plane, blocks, field, weight):
 
     inter, own = changes(blocks - moved), changes(blocks)
     used = NONE_SHARE * inter <= own + weight * NONE_BITS
+    spared = jnp.where(used, jnp.maximum(own - inter, 0), 0) + weight
+    used &= spared.sum() >= SPARED_SHARE * own.sum()
     return _spread(used.astype(jnp.int32), 2)
 
 
