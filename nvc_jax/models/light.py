@@ -83,17 +83,19 @@ class Config:
       width: of the features, contexts and decoder.
       z: hyper-latent.
       encoder, context, decoder, fusion, spatial: blocks of each network.
+      alone: blocks that go on from the decoder's where nothing predicts.
       scale_head: width of the integer network behind the exact mode, 0 for none.
       form: of the blocks, see `nvc_jax.nn.blocks.DepthConvBlock`.
     """
 
     width: int = 96
     z: int = 16
-    encoder: int = 2
+    encoder: int = 4
     context: int = 2
     decoder: int = 2
-    fusion: int = 1
-    spatial: int = 1
+    fusion: int = 2
+    spatial: int = 2
+    alone: int = 2
     scale_head: int = 96
     form: str = "uf2"
 
@@ -309,6 +311,7 @@ class Light(nn.Module):
         self.encoder_out = Pointwise(COEFFICIENTS, self.dtype, nn.initializers.zeros)
         self.hyper_encoder = HyperEncoder(c.z, c.form)
         self.decoder = Blocks(c.width, c.decoder, c.form, self.dtype)
+        self.decoder_alone = Blocks(c.width, c.alone, c.form, self.dtype)
         self.decoder_out = Pointwise(COEFFICIENTS, self.dtype, nn.initializers.zeros)
 
     @staticmethod
@@ -462,6 +465,12 @@ class Light(nn.Module):
 
         decoded = jnp.concatenate([arcsinh(y_hat), context], -1).astype(self.dtype)
         feature = self.decoder(decoded)
+
+        def go_on(m, feature):
+            return m.decoder_alone(feature).astype(jnp.float32)
+
+        alone = where_some(self, go_on, c.width, feature)
+        feature = jnp.where(none > 0, alone.astype(self.dtype), feature)
         y_hat += self.decoder_out(feature).astype(jnp.float32)
         # Cells without symbols near them are copies, or what networks make of them would add up.
         changed = jnp.maximum(jnp.any(symbols != 0, -1, keepdims=True), none)
