@@ -87,6 +87,20 @@ def test_scene_cuts_are_mostly_none():
     assert not field[field[..., 2] == 0].any()
 
 
+def test_nothing_is_predicted_behind_a_scene_cut():
+    """Though for some blocks something alike is found by chance."""
+    patches = np.random.default_rng(3).random((12, 16)) * np.linspace(0, 1, 16)
+    behind = np.kron(patches, np.ones((8, 8))).astype(np.float32)
+    assert not one(behind, moved(96, 128, 0, 0)[0]).any()
+
+
+def test_grain_is_no_scene_cut():
+    picture, reference = moved(96, 128, 4, -8)
+    rng = np.random.default_rng(5)
+    grain = picture.std() / 2 * rng.standard_normal((2, *picture.shape)).astype(np.float32)
+    assert one(picture + grain[0], reference + grain[1])[..., 2].mean() > 0.5
+
+
 def test_what_was_hidden_is_none():
     """Flat background that a busy foreground leaves; the rest of the picture is still predicted."""
     picture = moved(96, 128, 0, 0)[0]

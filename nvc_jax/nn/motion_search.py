@@ -55,9 +55,9 @@ NONE_SHARE, NONE_BITS = 0.65, 24.0
 SPARED_SHARE = 0.2
 # Coarse pictures have false friends: there, bits count at least a little.
 COARSE_WEIGHT = 0.18 * (10 / 255) ** 2
-# Squared errors of a block count as they are while coding would leave them, and beyond that as the
-# logarithm of what coding them takes: 32 times their doublings, in bits. The knee is where both have
-# a slope of one: 46 bits' worth.
+# Squared errors of a block count in full while they are so small that coding would leave them. Larger
+# ones are coded, which takes 32 bits for each doubling, so they count as their logarithm. The knee,
+# where both have the same slope, is 32 / log(2) bits' worth.
 KNEE_BITS = 46.0
 LEAST_WEIGHT = 1e-7  # of equals, the shorter vector
 OUTSIDE = 1e9  # error of what is not in a window
@@ -147,7 +147,7 @@ def _coarsely(picture, reference, weight, before):
     # Of blocks of 16x16, which share windows at half size.
     rows, columns = (side // 16 for side in picture.shape)
     far = _spread(_everywhere(*eighth, weight, COARSEST_REACH, 8), 2)[:, :rows, :columns]
-    centres = [_everywhere(*quarter, weight, COARSE_REACH, 4), far, before[:, ::2, ::2]]
+    centres = [_everywhere(*quarter, weight, COARSE_REACH, 4), far]
     height, width = picture.shape
     centres = [_limited(_spread(c, 2), height, width)[:, ::2, ::2] // 8 * 8 for c in centres]
     windows = _half_windows(*half, weight, jnp.stack(centres))
@@ -303,36 +303,26 @@ def _errors_at(plane, blocks, weight, vectors):
 
 
 def _unified(errors: Callable, limited: Callable, weight, field):
-    """Nodes of 16 and 32 whose blocks have one vector, if that is cheaper.
+    """Nodes of 16 and of 32 whose blocks have one whole vector, if that is cheaper.
 
-    What is only looked for near blocks' own vectors never is, where these are far apart by chance.
+    Windows say nothing of vectors that are far apart, as those of neighbours are by chance where
+    much is alike.
     """
     rows, columns = field.shape[-2:]
-    costs = None
+    edges = [(0, -side % 4) for side in (rows, columns)]
+
+    def errors_of(vectors):
+        inside = limited(vectors[..., :rows, :columns])
+        return jnp.pad(errors(inside), [(0, 0), *edges])
+
+    field = nodes = jnp.pad(field, [(0, 0), *edges], mode="edge")
+    costs = errors_of(field[None])[0] + weight * _vector_bits(field, *_predictors(field, 1))
     for size in (2, 4):
-        edges = [(0, -side % size) for side in (rows, columns)]
-        padded = jnp.pad(field, [(0, 0), *edges], mode="edge")
-        parts = [padded[:, i::size, j::size] for i in (0, size // 2) for j in (0, size // 2)]
-        predictors = _predictors(padded, size)
-        nodes = keep(jnp.stack([*parts, predictors[-1] // PHASES * PHASES]))
-        candidates = limited(_spread(nodes, size)[..., :rows, :columns])
-        together = errors(candidates if costs is not None else jnp.concatenate([field[None], candidates]))
-        together = jnp.pad(together, [(0, 0), *edges])
-        if costs is None:
-            own, together = together[0], together[1:]
-            costs = own + weight * _vector_bits(padded, *_predictors(padded, 1))
-        else:
-            costs = jnp.pad(costs, [(0, -side % 2) for side in costs.shape])
-        for _ in range(size // 2):
-            together = _pooled(together)
+        predictors = _predictors(field, size)
+        candidates = keep(jnp.stack([*_parts(nodes), predictors[-1] // PHASES * PHASES]))
         costs = keep(_pooled(costs) + weight * SPLIT_BITS)
-        together = keep(together + weight * _vector_bits(nodes, *predictors))
-        least = together.min(0)
-        cheaper = keep(least <= costs)
-        costs = jnp.where(cheaper, least, costs)
-        chosen = _spread(_chosen(nodes, together), size)
-        field = jnp.where(_spread(cheaper, size), chosen, padded)[:, :rows, :columns]
-    return keep(limited(field))
+        field, costs, nodes = _joined(errors_of, candidates, predictors, field, costs, weight)
+    return keep(limited(field[:, :rows, :columns]))
 
 
 def _settled(windows, unmoved, weight):
@@ -391,16 +381,26 @@ def _merged(errors: Callable, windows, field, weight):
         parts = _parts(nodes)
         best = jnp.where((low == high).all(0), best, parts[0])
         candidates = keep(jnp.stack([*parts, jnp.zeros_like(best), median, best]))
-        together = errors(keep(_spread(candidates, size)))
-        for _ in range(level):
-            together = _pooled(together)
-        together = keep(together + weight * _vector_bits(candidates, *predictors))
-        nodes = _chosen(candidates, together)
-        least = together.min(0)
-        cheaper = keep(least <= costs)
-        costs = jnp.where(cheaper, least, costs)
-        field = keep(jnp.where(_spread(cheaper, size), _spread(nodes, size), field))
+        field, costs, nodes = _joined(errors, candidates, predictors, field, costs, weight)
     return field, costs
+
+
+def _joined(errors: Callable, candidates, predictors, field, costs, weight):
+    """Nodes that take the best of their candidates, if that is cheaper than what they cost.
+
+    Returns (field, costs of nodes, each node's best).
+    """
+    size = field.shape[-1] // candidates.shape[-1]
+    together = errors(keep(_spread(candidates, size)))
+    for _ in range(size.bit_length() - 1):
+        together = _pooled(together)
+    together = keep(together + weight * _vector_bits(candidates, *predictors))
+    nodes = _chosen(candidates, together)
+    least = together.min(0)
+    cheaper = keep(least <= costs)
+    costs = jnp.where(cheaper, least, costs)
+    field = keep(jnp.where(_spread(cheaper, size), _spread(nodes, size), field))
+    return field, costs, nodes
 
 
 def _predicted(plane, blocks, field, weight):
