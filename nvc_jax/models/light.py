@@ -383,9 +383,6 @@ class Light(nn.Module):
         step = step_of_qp(qp)[:, None, None, None]
         compensated = cells_of(*(compensate(plane, field) for plane in split_planes(ref.frame)))
 
-        def predicted(base):
-            return compensated + none * base_cells(base * (step * BASE_STEP), known, h, w)
-
         gain = 1 / (step * RELATIVE_STEPS * self.q_step(qp))
         moved = jnp.zeros((batch, h, w, c.width))
         if ref.feature is not None:
@@ -404,6 +401,12 @@ class Light(nn.Module):
             zeros = jnp.zeros((batch, h, w, size))
             return nn.cond(jnp.any(none > 0), fn, lambda *_: zeros, module, *args)
 
+        def predicted(m, base):
+            def from_means(m, base):
+                return none * base_cells(base * (step * BASE_STEP), known, h, w)
+
+            return compensated + where_some(m, from_means, c.y, base)
+
         def learned_analysis(m, y, texture):  # see configs/light_nano.py
             features = m.encoder(jnp.concatenate([arcsinh(y), texture], -1).astype(m.dtype))
             return none * m.encoder_out(features).astype(jnp.float32)
@@ -412,7 +415,7 @@ class Light(nn.Module):
             cells = cells_of(*split_planes(frames[:, 0]))
             base = block_means(cells - BLANK, none) / (step * BASE_STEP)
             base = jnp.round(lax.stop_gradient(base))
-            u = predicted(base)
+            u = predicted(m, base)
             y = m.transform(cells - u) * gain
             y += where_some(m, learned_analysis, c.y, y, texture(u))
             z = m.hyper_encoder(pad_to_multiple(arcsinh(y), 4))
@@ -426,7 +429,7 @@ class Light(nn.Module):
         )
         z_hat = bottleneck.factorized(z, self.z_prior, qp + QP_ROWS * intra, coded > 0)
         hyper, base = jnp.split(z_hat, [c.z], -1)
-        u = predicted(base)
+        u = predicted(self, base)
         context = self.context_in(jnp.concatenate([texture(u), moved, none], -1))
         context = self.context(context * self.q_context(qp))
 
