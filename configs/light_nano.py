@@ -22,8 +22,8 @@ IN_USE = dict(references={"blank": 1.0}, rounded=True, exact=True, float_share=0
 # Transforms, steps and dead zones stay as theory has them. Gradients through rounding are not exact
 # enough: steps that learn from them grow, and dead zones vanish where a symbol costs little.
 FIXED = dict.fromkeys(("transform", "inverse", "q_step", "q_dead_zone"), 0.0)
-# Residuals of predicted cells have no means, whatever is trained. Zeros of a dead zone pull a mean to
-# what makes them decode better, and what that costs symbols elsewhere has no gradient: from the same
+# Residuals of predicted cells have no means, whatever is trained. Zeros of a dead zone pull a mean
+# to what makes them decode better, and what that costs elsewhere has no gradient: from the same
 # references, learned means took 12 to 19 % more bytes for 0.1 to 0.2 dB.
 # A row of these tables learns only when its quality is drawn.
 TABLES = dict(z_prior=5.0)

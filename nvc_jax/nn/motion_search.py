@@ -55,9 +55,9 @@ NONE_SHARE, NONE_BITS = 0.65, 24.0
 SPARED_SHARE = 0.2
 # Coarse pictures have false friends: there, bits count at least a little.
 COARSE_WEIGHT = 0.18 * (10 / 255) ** 2
-# Squared errors of a block count in full while they are so small that coding would leave them. Larger
-# ones are coded, which takes 32 bits for each doubling, so they count as their logarithm. The knee,
-# where both have the same slope, is 32 / log(2) bits' worth.
+# Squared errors of a block count in full while they are so small that coding would leave them.
+# Larger ones are coded, which takes 32 bits for each doubling, so they count as their logarithm.
+# The knee, where both have the same slope, is 32 / log(2) bits' worth.
 KNEE_BITS = 46.0
 LEAST_WEIGHT = 1e-7  # of equals, the shorter vector
 OUTSIDE = 1e9  # error of what is not in a window
