@@ -226,7 +226,7 @@ def _encode_group(
         refs = references(unit, slots)
         of_unit = functools.partial(_qps, codec, unit, qp, layer_qp)
         unit = with_motion(codec, originals, refs, of_unit(not refs), unit)
-        qps = of_unit(not refs or _is_cut(refs, unit))
+        qps = of_unit(not refs or _is_cut(codec, refs, unit))
         kept = number not in unit.release
         payload, coded = encode_unit(codec, originals, refs, qps, render, unit, kept)
         slots[number] = coded.refs
@@ -240,8 +240,10 @@ def _encode_group(
         yield EncodedUnit(packet, originals, coded.pictures, unit, coded, bits)
 
 
-def _is_cut(refs: tuple, unit: schedules.Unit) -> bool:
+def _is_cut(codec: UnitCodec, refs: tuple, unit: schedules.Unit) -> bool:
     """Whether nothing of the unit is predicted, though what it refers to was."""
+    if not codec.search:
+        return False
     return is_alone(unit.motion) and not is_alone(refs[0].field)
 
 

@@ -50,9 +50,9 @@ def is_alone(field: np.ndarray | jax.Array | None) -> bool:
     """Whether a picture is predicted from nothing at all, as after a scene cut.
 
     Args:
-      field: int16 [..., blocks down, blocks across, 3]; None: no motion was looked for.
+      field: int16 [..., blocks down, blocks across, 3]; None: it has no references.
     """
-    return field is not None and not np.asarray(field)[..., 2].any()
+    return field is None or not np.asarray(field)[..., 2].any()
 
 
 def field_bits(field: jax.Array) -> jax.Array:

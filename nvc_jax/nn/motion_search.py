@@ -74,8 +74,8 @@ def search(
     Args:
       picture, reference: float32 [b, h, w], luma in 0..1, sides multiples of 16. Beyond its border
         a reference goes on as it ends.
-      weight: float32 [b], what a bit of motion is worth as a sum of squared differences. 0.18 times
-        the squared quantiser step is about right.
+      weight: float32 [b], what a bit of motion is worth as a sum of squared differences. 0.115
+        times the squared quantiser step is about right.
       previous: int16 [b, h/8, w/8, 3], a field whose vectors are tried as well, or None.
 
     Returns:
