@@ -157,12 +157,15 @@ def test_what_does_not_change_stays_as_it_is(untrained):
         assert_same_pictures(unit.recons, first.recons)
 
 
-@pytest.mark.slow
-def test_no_part_of_the_curve_is_much_flatter_than_that_of_x264(untrained, tmp_path):
-    """Quality per doubling of the rate, by a third at most below what x264 gets there.
+FLAT = "qp 18 to 27: a better first frame has more of its grain, of which later ones need none"
 
-    Over parts of 18 qp: a better first frame has more of its grain, of which later ones need none.
-    """
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "part", [pytest.param(9, marks=pytest.mark.xfail(strict=True, reason=FLAT)), 18]
+)
+def test_no_part_of_the_curve_is_much_flatter_than_that_of_x264(untrained, tmp_path, part):
+    """Quality per doubling of the rate, by a third at most below what x264 gets there."""
     pictures = detailed(8)
     ours = []
     for qp in range(0, 64, 9):
@@ -181,7 +184,8 @@ def test_no_part_of_the_curve_is_much_flatter_than_that_of_x264(untrained, tmp_p
         ((p + q) / 2, (q - p) / np.log2(s / r)) for (r, p), (s, q) in pairwise(curve)
     ]
     wanted = np.array(slopes(sorted(theirs))).T
-    for quality, slope in slopes(ours[::2]) + slopes(ours[1::2]):
+    step = part // 9
+    for quality, slope in [point for i in range(step) for point in slopes(ours[i::step])]:
         if wanted[0, 0] <= quality <= wanted[0, -1]:
             assert slope > 2 / 3 * np.interp(quality, *wanted), (ours, theirs)
 
