@@ -31,6 +31,24 @@ from nvc_jax.video import Planes, VideoInfo, write_video  # noqa: E402
 hypothesis.settings.register_profile("nvc", deadline=None)
 hypothesis.settings.load_profile("nvc")
 
+MEMORY_MAPS = Path("/proc/self/maps")  # a line each
+MEMORY_MAPS_LIMIT = Path("/proc/sys/vm/max_map_count")
+
+
+@pytest.fixture(autouse=True)
+def forget_programs():
+    """Forget compiled programs before they take all the memory maps that Linux allows a process.
+
+    Every program takes some; a whole suite in one process takes more than the usual 65,530, and
+    then the next one that is compiled, or read from the cache, ends in a segmentation fault.
+    """
+    yield
+    if MEMORY_MAPS.exists() and MEMORY_MAPS_LIMIT.exists():
+        with MEMORY_MAPS.open("rb") as maps:
+            if 2 * sum(1 for _ in maps) > int(MEMORY_MAPS_LIMIT.read_text()):
+                jax.clear_caches()
+
+
 SIZES = {
     "ui2c": dict(
         width=16, y=16, z=8, recon=16, prior=16, temporal=16, extractor=(1, 1), encoder=1,
