@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from nvc_jax.nn.materialize import materialized, one_by_one
 from nvc_jax.nn.warp import warp
 
 PHASES = 4  # positions per sample, in each direction
@@ -65,7 +66,8 @@ def compensate(reference: jax.Array, field: jax.Array, overlap: bool = True) -> 
     vectors = _quarters(field[..., :2].astype(jnp.int32), block)
     # Channels first: rows of samples are what processors take at once.
     planes = reference.transpose(0, 3, 1, 2)
-    blocks = jax.vmap(partial(blocks_at, size=block + 2 * edge, edge=edge))(planes, vectors)
+    take = partial(blocks_at, size=block + 2 * edge, edge=edge)
+    blocks = one_by_one(take)(planes, vectors)
     used = (field[..., 2] > 0)[..., None, None, None]
     if overlap:
         shares = jnp.where(used, np.multiply.outer(window(block), window(block)), 0)
@@ -96,14 +98,16 @@ def blocks_at(plane: jax.Array, vectors: jax.Array, size: int, edge: int = 0) ->
     grid = jnp.stack(jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij"), -1)
     places = step * grid - edge + (vectors >> 2)
     places = (jnp.clip(places, -margin, jnp.array(sides) + TAPS) + margin).reshape(-1, 2)
-    taps = jnp.asarray(interpolation_kernel())[vectors & 3].reshape(-1, 2, TAPS, 1, 1, 1)
+    places = materialized(places)
+    taps = jnp.asarray(interpolation_kernel())[vectors & 3].reshape(-1, 2, TAPS)
+    taps = materialized(taps)[..., None, None, None]
 
     def take(place):
         return lax.dynamic_slice(plane, (0, *place), (c, size + TAPS - 1, size + TAPS - 1))
 
-    blocks = lax.optimization_barrier(jax.vmap(take)(places))
+    blocks = materialized(jax.vmap(take)(places))
     blocks = sum(blocks[:, :, k : k + size] * taps[:, 0, k] for k in range(TAPS))
-    blocks = lax.optimization_barrier(blocks)
+    blocks = materialized(blocks)
     blocks = sum(blocks[..., k : k + size] * taps[:, 1, k] for k in range(TAPS))
     return blocks.reshape(rows, columns, c, size, size)
 

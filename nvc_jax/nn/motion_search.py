@@ -28,6 +28,7 @@ import numpy as np
 from jax import lax
 
 from nvc_jax.nn.compensation import PHASES, TAPS, interpolation_kernel
+from nvc_jax.nn.materialize import materialized, one_by_one
 from nvc_jax.nn.motion import BLOCK, MAX_VECTOR
 
 keep = lax.optimization_barrier
@@ -86,7 +87,7 @@ def search(
     if previous is None:
         b, h, w = picture.shape
         previous = jnp.zeros((b, h // BLOCK, w // BLOCK, 3), jnp.int16)
-    return jax.vmap(_search)(picture, reference, weight, previous)
+    return one_by_one(_search)(picture, reference, weight, previous)
 
 
 class _Windows(NamedTuple):
@@ -118,7 +119,7 @@ def _search(picture, reference, weight, previous):
     field = limited(_coarsely(picture, reference, jnp.maximum(weight, COARSE_WEIGHT), before))
 
     blocks = keep(_cells(picture, BLOCK))
-    unmoved = jnp.square(_cells(reference, BLOCK) - blocks).sum((0, 1))
+    unmoved = _square_error(_cells(reference, BLOCK), blocks)
     unmoved = _as_coded(unmoved, weight)
     plane = keep(jnp.pad(reference, MARGIN, mode="edge"))
     near = partial(_whole_windows, plane, blocks, weight)
@@ -255,7 +256,7 @@ def _closed(errors):
 def _nearest(windows, weight):
     """The best of each window."""
     cost = windows.errors[:-1] + weight * _window_bits(windows, windows.centre)
-    return windows.centre + jnp.asarray(windows.places)[:, _least(cost)]
+    return windows.centre + jnp.asarray(windows.places)[:, materialized(_least(cost))]
 
 
 def _window_bits(windows, predicted):
@@ -271,7 +272,7 @@ def _looked_up(windows, vectors):
     apart = vectors - windows.centre
     place = (apart >> windows.unit.bit_length() - 1) + side // 2
     inside = ((apart & windows.unit - 1) == 0) & (place >= 0) & (place < side)
-    place = jnp.where(inside.all(1), place[:, 0] * side + place[:, 1], side**2)
+    place = jnp.where(_of_both(jnp.logical_and, inside), place[:, 0] * side + place[:, 1], side**2)
     return _taken(windows.errors, place)
 
 
@@ -335,7 +336,7 @@ def _settled(windows, unmoved, weight):
     unmoved = _grid(unmoved, "constant")
 
     def errors(vectors):
-        still = (vectors == 0).all(1)
+        still = _of_both(jnp.logical_and, vectors == 0)
         return jnp.where(still, unmoved, _looked_up(windows, vectors))
 
     def one_round(_, state):
@@ -379,7 +380,7 @@ def _merged(errors: Callable, windows, field, weight):
         place = _least(keep(sums + weight * bits))
         best = low + jnp.asarray(windows.places)[:, place]
         parts = _parts(nodes)
-        best = jnp.where((low == high).all(0), best, parts[0])
+        best = jnp.where(_of_both(jnp.logical_and, low == high), best, parts[0])
         candidates = keep(jnp.stack([*parts, jnp.zeros_like(best), median, best]))
         field, costs, nodes = _joined(errors, candidates, predictors, field, costs, weight)
     return field, costs
@@ -444,8 +445,8 @@ def _pair_bits(vectors, around):
     bits = 0
     for other in around:
         apart = jnp.abs(vectors - other)
-        doublings = _doublings(apart).sum(-3)
-        differ = (apart > 0).any(-3)
+        doublings = _of_both(jnp.add, _doublings(apart))
+        differ = _of_both(jnp.logical_or, apart > 0)
         bits += jnp.where(differ, PAIR_BITS + PAIR_DOUBLING_BITS * doublings, 0)
     return bits
 
@@ -461,10 +462,10 @@ def _predictors(field, size):
 
 
 def _vector_bits(vectors, left, up, right, median):
-    new = NEW_BITS + DOUBLING_BITS * _doublings(vectors - median).sum(-3)
-    other = [(vectors == v).all(-3) for v in (left, up, right)]
+    new = NEW_BITS + DOUBLING_BITS * _of_both(jnp.add, _doublings(vectors - median))
+    other = [_of_both(jnp.logical_and, vectors == v) for v in (left, up, right)]
     bits = jnp.where(other[0] | other[1] | other[2], MERGED_BITS, new)
-    return jnp.where((vectors == median).all(-3), MEDIAN_BITS, bits)
+    return jnp.where(_of_both(jnp.logical_and, vectors == median), MEDIAN_BITS, bits)
 
 
 def _doublings(x):
@@ -532,8 +533,12 @@ def _cells(plane, size):
 
 def _slices(plane, starts, size):
     """Slices [n, size, size] of a plane, from starts [..., 2, rows, columns]."""
-    starts = jnp.moveaxis(starts, -3, -1).reshape(-1, 2)
-    return keep(jax.vmap(lambda at: lax.dynamic_slice(plane, (at[0], at[1]), (size, size)))(starts))
+    starts = materialized(jnp.moveaxis(starts, -3, -1).reshape(-1, 2))
+
+    def take(at):
+        return lax.dynamic_slice(plane, (at[0], at[1]), (size, size))
+
+    return materialized(jax.vmap(take)(starts))
 
 
 def _patches(plane, starts, size):
@@ -571,6 +576,11 @@ def _grid(x, mode):
     """Rows and columns of whole roots."""
     edges = [(0, -side % ROOT) for side in x.shape[-2:]]
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + edges, mode=mode)
+
+
+def _of_both(combine, x):
+    """Of down and across, [..., 2, rows, columns]. Reductions over two are slow on CPUs."""
+    return combine(x[..., 0, :, :], x[..., 1, :, :])
 
 
 def _parts(x):
