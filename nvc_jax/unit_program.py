@@ -34,6 +34,7 @@ from nvc_jax.machine import cores
 from nvc_jax.models import registry, released
 from nvc_jax.models.released import Released
 from nvc_jax.nn.motion import BLOCK
+from nvc_jax.nn.warp import halve
 from nvc_jax.video import Planes
 
 
@@ -251,8 +252,7 @@ def frames_to_planes(frames: jax.Array, height: int, width: int, rgb: bool = Fal
     if rgb:
         frames = colour.from_rgb(frames)
     frames *= 255
-    n, h, w, _ = frames.shape
-    chroma = frames[..., 1:].reshape(n, h // 2, 2, w // 2, 2, 2).mean((2, 4))
+    chroma = halve(frames[..., 1:])
     chroma = chroma[:, : -(-height // 2), : -(-width // 2)]
     y = frames[:, :height, :width, 0]
     return tuple(jnp.round(p).astype(jnp.uint8) for p in (y, chroma[..., 0], chroma[..., 1]))

@@ -36,6 +36,7 @@ from jax import lax
 from nvc_jax.entropy import calibration, likelihood
 from nvc_jax.entropy.calibration import CALIBRATED, EXACT, Margin
 from nvc_jax.entropy.coder import SKIP
+from nvc_jax.nn.materialize import materialized
 from nvc_jax.nn.motion import field_bits
 
 # Where a coded unit's symbols come from: the values of `Coded`'s `source` input.
@@ -268,9 +269,9 @@ class Coded:
     def _code(self, value, index):
         """value float32 [1, h, w, c] (used by the encoder), index int32 same shape -> symbols."""
         shape, n = value.shape, value.size
-        # The barrier pins what the three sources see, so that none is fused with its neighbours.
-        value, index = lax.optimization_barrier((value.reshape(n), index.reshape(n)))
-        index = index.astype(jnp.uint16)
+        # This pins what the three sources see, so that none is fused with its neighbours.
+        value, index = materialized(value), materialized(index.astype(jnp.uint16))
+        value, index = value.reshape(n), index.reshape(n)
         skipped = index == SKIP
         given = lax.dynamic_slice(self._given, (self._position,), (n,))
 

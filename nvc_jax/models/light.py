@@ -47,6 +47,7 @@ from nvc_jax.nn.hyperprior import (
 from nvc_jax.nn.integer import ScaleHead, no_memory
 from nvc_jax.nn.motion_search import search
 from nvc_jax.nn.spatial_prior import code_in_steps
+from nvc_jax.nn.warp import halve
 from nvc_jax.quality import QP_ROWS, lambda_of_qp
 
 CELL = 8  # luma samples of a side of a cell of the latent
@@ -182,9 +183,7 @@ def planes_of(cells: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def split_planes(frame: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A picture [b, h, w, 3] -> luma [b, h, w, 1], and chroma of half the size [b, h/2, w/2, 2]."""
-    b, h, w, _ = frame.shape
-    chroma = frame[..., 1:].reshape(b, h // 2, 2, w // 2, 2, 2).mean((2, 4))
-    return frame[..., :1], chroma
+    return frame[..., :1], halve(frame[..., 1:])
 
 
 def join_planes(luma: jax.Array, chroma: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 Which probability table a symbol is coded under must not depend on rounding, or a file written on
 one machine decodes to noise on another. The networks here therefore see decoded symbols only, which
 are equal everywhere, and compute with integers only: int8 activations and weights, int32 sums,
-shifts, and a look-up table for the non-linearity. Every intermediate result is exact, so neither
+shifts, also for the non-linearity. Every intermediate result is exact, so neither
 the order of additions nor fusion nor the kind of processor can change it. The idea is Ballé et al.,
 "Integer networks for data compression with latent-variable models" (ICLR 2019).
 
@@ -42,6 +42,9 @@ INTEGERS = ("kernel", "bias", "exponent")  # of a frozen layer
 MAX_INPUTS = 768
 START_LEVEL = 24  # of a head that nobody trained: a scale of about 1
 QP_KNOTS = 10  # hat functions over qp 0..72
+# Of SiLU's even part, a polynomial of (x / 128)^2, in units of 1/256, and half of one for rounding.
+# Chosen so that all 256 results are right.
+EVEN_PART = (127, 32749, -40895, 46994, -32418, 9356)
 STATE = 64  # channels that the head hands on from unit to unit, beside symbols and levels
 
 
@@ -60,35 +63,61 @@ def activation(x, np=jnp):
     return x / (1 + np.exp(-x / 32))
 
 
+def exact_activation(x: jax.Array) -> jax.Array:
+    """`activation`, rounded, of integers in -128..127: int8.
+
+    SiLU is x/2 and an even function, here a polynomial of x^2. Processors take many elements at
+    once, which they do not with a look-up table.
+    """
+    x = x.astype(jnp.int32)
+    even = EVEN_PART[-1]
+    for coefficient in EVEN_PART[-2::-1]:
+        even = (even * x * x >> 14) + coefficient
+    return saturate(128 * x + even >> 8, -127)
+
+
 def symbol_code(s, np=jnp):
     """Symbols as activations: their sign times log2(1 + magnitude), so that 15 gives 4."""
     # Not with sign and abs, whose gradients at 0 would vanish.
     return 32 * (np.log2(1 + np.maximum(s, 0)) - np.log2(1 + np.maximum(-s, 0)))
 
 
+def exact_symbol_code(s: jax.Array) -> jax.Array:
+    """`symbol_code`, rounded, of integers in -128..127, and beyond +-14 taken as +-127: int8."""
+    steps = np.diff(np.round(symbol_code(np.arange(15.0), np)), append=127)
+    s = s.astype(jnp.int32)
+    magnitude = jnp.abs(s)
+    code = sum(jnp.where(magnitude > k, int(step), 0) for k, step in enumerate(steps))
+    return jnp.where(s < 0, -code, code).astype(jnp.int8)
+
+
 def _table(function) -> np.ndarray:
-    """int8 [256], entry x + 128: what `function` gives for x, rounded and clipped."""
-    values = function(np.arange(-128.0, 128.0), np)
-    # Without -128, whose magnitude int8 does not hold.
-    return np.clip(np.round(values), -127, 127).astype(np.int8)
+    """int8 [256], entry x + 128: what an exact function gives for x."""
+    return np.asarray(function(jnp.arange(-128, 128)))
 
 
-class Lookup(nn.Module):
-    """A function of one int8 as a table; the table belongs to the released model."""
+class Function(nn.Module):
+    """A function of activations.
 
-    function: Callable
+    Released models have it as a table, with which older versions of this program computed.
+
+    Attributes:
+      smooth: the function, which gives gradients.
+      exact: of integers, the same, rounded.
+    """
+
+    smooth: Callable
+    exact: Callable
 
     def frozen(self) -> bool:
         """Whether to compute with integers."""
         return self.has_variable("integers", "table")
 
     def __call__(self, x):
-        place = x.astype(jnp.int32) + 128
         if self.frozen():
-            return self.get_variable("integers", "table")[place]
-        smooth = self.function(x)
-        exact = jnp.asarray(_table(self.function), jnp.float32)[place]
-        return smooth + lax.stop_gradient(exact - smooth)
+            return self.exact(x)
+        smooth = self.smooth(x)
+        return smooth + lax.stop_gradient(self.exact(x) - smooth)
 
 
 def saturate(x: jax.Array, low: int = -128, high: int = 127) -> jax.Array:
@@ -186,21 +215,21 @@ class IntegerDepthwise(_Layer):
     def __call__(self, x):
         init = nn.initializers.normal(1 / 3)
         kernel, bias, shift = self.weights((3, 3, self.features), init)
-        if jnp.issubdtype(x.dtype, jnp.integer):
-            x, kernel = x.astype(jnp.int32), kernel.astype(jnp.int32)
         _, h, w, _ = x.shape
-        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        total = bias
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32)
+        kernel = kernel.astype(jnp.float32)
+        # Integers below 2^24, with which processors multiply faster as floats.
+        total = bias.astype(jnp.float32)
         for i in range(3):
             for j in range(3):
                 total = total + padded[:, i : i + h, j : j + w] * kernel[i, j]
-        return self.rescale(total, shift)
+        return self.rescale(total.astype(bias.dtype), shift)
 
 
 class IntegerBlock(nn.Module):
     """x + dense(activation(depthwise(x))), saturated; without the convolution if not `spatial`."""
 
-    activation: Lookup
+    activation: Function
     spatial: bool = True
 
     @nn.compact
@@ -239,8 +268,8 @@ class ScaleHead(nn.Module):
     marks: int = 0
 
     def setup(self):
-        self.code = Lookup(symbol_code)
-        self.activation = Lookup(activation)
+        self.code = Function(symbol_code, exact_symbol_code)
+        self.activation = Function(activation, exact_activation)
         self.hyper = IntegerDense(self.width)
         # Not spatial: in training crops, nearly every element of a hyper-latent lies at the border.
         self.hyper_block = IntegerBlock(self.activation, spatial=False)
@@ -332,7 +361,7 @@ def freeze(params: dict) -> dict:
 
     Returns:
       The same tree with {"kernel": int8, "bias": int32, "exponent": int8} for every layer, and the
-      look-up tables, {"table": int8 [256]}.
+      functions, {"table": int8 [256]}.
     """
 
     types = (np.int8, np.int32, np.int8)
@@ -349,7 +378,8 @@ def freeze(params: dict) -> dict:
         return {n: np.asarray(a).astype(t) for n, a, t in zip(INTEGERS, layer, types, strict=True)}
 
     layers = jax.tree.map(store, scale_all(params), is_leaf=lambda tree: isinstance(tree, tuple))
-    tables = {"code": {"table": _table(symbol_code)}, "activation": {"table": _table(activation)}}
+    functions = {"code": exact_symbol_code, "activation": exact_activation}
+    tables = {name: {"table": _table(function)} for name, function in functions.items()}
     return layers | tables
 
 

@@ -141,5 +141,5 @@ def double(x: jax.Array) -> jax.Array:
 
 def halve(x: jax.Array) -> jax.Array:
     """Means of 2x2 pixels: [b, h, w, c], even sides -> [b, h/2, w/2, c]."""
-    b, h, w, c = x.shape
-    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+    rows = x[:, ::2] + x[:, 1::2]  # a reduction would be slower on CPUs
+    return (rows[:, :, ::2] + rows[:, :, 1::2]) / 4
