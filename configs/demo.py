@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     # first is also what the others are compared with; `config.against`, pairs such as
     # ("uni-lvc-nano-ra@32", "x265@32"), says what to compare instead. And the quality indices, 0 to
     # 63, of the curve, of which a BD-rate needs at least four.
-    config.models = ("ui2c-nano",)
+    config.models = ("light-nano",)
     config.qps = (8, 24, 40, 56)
     # Names from nvc_jax/evaluation/anchors.py, which says how each of them is run; "x265@1" has
     # intra pictures only. x265-lowdelay has about our delay; the others use bidirectional

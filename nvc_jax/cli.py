@@ -27,7 +27,7 @@ from nvc_jax.entropy.calibration import (
 from nvc_jax.errors import NvcError, StreamError
 from nvc_jax.schedule import AUTO, MODES, group_size, in_layers
 
-DEFAULT_MODEL = "ui2c-nano"
+DEFAULT_MODEL = "light-nano"
 MAX_PIXELS = 8192 * 4320
 PROBE_FRAMES = 16
 # What the container takes at most around the clip and around each unit's payload.

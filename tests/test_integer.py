@@ -123,6 +123,14 @@ def test_integers_are_what_training_computed_and_what_numpy_computes(seed, sprea
     assert all(len(np.unique(levels)) > 5 for levels in expected[:STEPS])  # a test of something
 
 
+def test_functions_of_all_activations():
+    x = np.arange(-128, 128)
+    np.testing.assert_array_equal(integer.exact_activation(jnp.int8(x)), silu(x))
+    np.testing.assert_array_equal(integer.exact_activation(jnp.float32(x)), silu(x))
+    np.testing.assert_array_equal(integer.exact_symbol_code(jnp.int8(x)), code(x))
+    np.testing.assert_array_equal(integer.exact_symbol_code(jnp.float32(x)), code(x))
+
+
 def test_frozen_layers_are_small_integers():
     frozen = traverse_util.flatten_dict(integer.freeze(parameters(0, 1.0)), sep="/")
     types = {"kernel": np.int8, "bias": np.int32, "exponent": np.int8, "table": np.int8}

@@ -3,17 +3,16 @@
 Which probability table a symbol is coded under must not depend on rounding, or a file written on
 one machine decodes to noise on another. The networks here therefore see decoded symbols only, which
 are equal everywhere, and compute with integers only: int8 activations and weights, int32 sums,
-shifts, also for the non-linearity. Every intermediate result is exact, so neither
-the order of additions nor fusion nor the kind of processor can change it. The idea is Ballé et al.,
-"Integer networks for data compression with latent-variable models" (ICLR 2019).
+shifts, also for the non-linearity. Every intermediate result is exact, so neither the order of
+additions nor fusion nor the kind of processor can change it. The idea is Ballé et al., "Integer
+networks for data compression with latent-variable models" (ICLR 2019).
 
 An activation a in -128..127 stands for a / 32. A weight w of an output channel stands for
 w / 2^k, k being the largest exponent with which the channel's weights fit into -127..127.
 
 While training, the same modules compute in float32 with float parameters that are rounded on the
 way, and every value is the very integer that the integer arithmetic gives (sums stay below 2^24,
-or are saturated next).
-Gradients pass through the roundings as if they were not there. `freeze` turns trained parameters
+or are saturated next). Gradients pass through the roundings as if they were not there. `freeze` turns trained parameters
 into the integers that a released model holds; given those as the variable collection "integers",
 the modules compute in integers.
 """
