@@ -891,9 +891,9 @@ def arguments_of_configs():
         yield f"light.py:{size}"
     for size in ("large", "dev", "fast,8"):
         yield f"uni_lvc.py:{size}"
-    for file in ("ui2c_ablations.py", "brhvc_ablations.py", "uni_lvc_ablations.py"):
-        for change in runpy.run_path(str(ROOT / "configs" / file))["CHANGES"]:
-            yield f"{file}:{change}"
+    for file in sorted((ROOT / "configs").glob("*_ablations.py")):
+        for change in runpy.run_path(str(file))["CHANGES"]:
+            yield f"{file.name}:{change}"
 
 
 @pytest.mark.parametrize("name", list(arguments_of_configs()))
