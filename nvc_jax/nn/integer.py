@@ -12,9 +12,9 @@ w / 2^k, k being the largest exponent with which the channel's weights fit into 
 
 While training, the same modules compute in float32 with float parameters that are rounded on the
 way, and every value is the very integer that the integer arithmetic gives (sums stay below 2^24,
-or are saturated next). Gradients pass through the roundings as if they were not there. `freeze` turns trained parameters
-into the integers that a released model holds; given those as the variable collection "integers",
-the modules compute in integers.
+or are saturated next). Gradients pass through the roundings as if they were not there. `freeze`
+turns trained parameters into the integers that a released model holds; given those as the variable
+collection "integers", the modules compute in integers.
 """
 
 from collections.abc import Callable
