@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -198,6 +199,15 @@ def test_moving_pictures_cost_less_than_pictures_alone(untrained):
         assert (
             np.count_nonzero(unit.coded.symbols[1]) < np.count_nonzero(first.coded.symbols[1]) / 2
         )
+
+
+def test_one_program_serves_first_frames_and_later_ones(untrained, caplog):
+    """Compiling takes most of the time of a short clip."""
+    fresh = unit_program.prepare(untrained.model, WIDTH, HEIGHT, FLOAT)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        coded(fresh, moving_texture(WIDTH, HEIGHT, 3), 32)
+    compiled = [line for line in caplog.messages if line.startswith("Compiling jit(_unit_program)")]
+    assert len(compiled) == 1
 
 
 def test_a_cut_is_over_within_one_frame(untrained):

@@ -325,7 +325,7 @@ class Light(nn.Module):
         """
         del unit
         shape = (1, height // CELL, width // CELL)
-        ref = refs[0] if refs else Ref(jnp.full((1, height, width, 3), BLANK))
+        ref = refs[0] if refs else Ref(jnp.full((1, height, width, 3), BLANK, jnp.float32))
         if not refs:
             ref = ref._replace(motion=jnp.zeros((*shape, 3), jnp.int16))
         if ref.feature is None:
